@@ -1,0 +1,44 @@
+# Everything runs inside .venv, which the first target that needs it creates; `make PYTHON=python3.12 test` picks another
+# interpreter. A stamp a set of extras remembers what pyproject.toml asked for, so a second run installs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := train test bench dev
+STAMPS := $(EXTRAS:%=$(VENV)/.%)
+
+.PHONY: help train test check bench bench-gpu clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "softmax_fused needs Python 3.10 or newer; %s is %s: run make PYTHON=python3.12" % (sys.executable, sys.version.split()[0]))'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(STAMPS): $(VENV)/.%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+train: $(VENV)/.train ## train softmax regression on Fashion-MNIST with the fused loss
+	$(BIN)/softmax-fused train $(ARGS)
+
+test: $(VENV)/.test ## the whole test suite on the CPU, kernels through Triton's interpreter
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+check: $(VENV)/.dev ## formatting, lint, types, and the package as users get it
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_package.py --package
+
+bench: $(VENV)/.bench ## benchmarks on the CPU
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+bench-gpu: ## GPU tests, then GPU benchmarks, under any python with torch and triton: no installs, no network
+	$(PYTHON) -m pytest -m gpu -q tests
+	$(PYTHON) -m pytest -m gpu bench --benchmark-only $(ARGS)
+
+clean: ## remove what the targets made, except runs/
+	rm -rf $(VENV) build dist *.egg-info .*_cache .benchmarks .hypothesis
