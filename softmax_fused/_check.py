@@ -1,0 +1,155 @@
+"""What goes to the fused path, and what users are told when torch refuses their arguments.
+
+Errors are torch's own: a call that is not plainly right goes to `torch.nn.functional.cross_entropy`, which computes it
+or raises; `explain` then replaces the message by one that says what was expected and what came, never the type.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TENSORS = (torch.Tensor, torch.nn.Parameter)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def target_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of class indices and of class probabilities for an input's shape."""
+    return (*shape[:1], *shape[2:]) if len(shape) > 1 else (), shape
+
+
+def loss_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+    """Return the type torch gives the loss: promoted with class probabilities, float32 for less under autocast."""
+    dtype = torch.promote_types(input.dtype, target.dtype) if target.ndim == input.ndim else input.dtype
+    if dtype is not torch.float64 and torch.is_autocast_enabled(input.device.type):
+        return torch.float32
+    return dtype
+
+
+def plain(input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any) -> bool:
+    """Whether the fused path covers these arguments; True only for what torch accepts too."""
+    return (
+        plain_logits(input)
+        and plain_target(input, target, ignore_index)
+        and plain_weight(input, target, weight)
+        and reduction in REDUCTIONS
+        and type(label_smoothing) in (float, int)
+        and label_smoothing <= 1
+    )
+
+
+def plain_logits(input: Any) -> bool:
+    """Whether `input` is an ordinary, non-empty tensor of logits on a CPU or GPU."""
+    return (
+        type(input) in TENSORS
+        and input.layout is torch.strided
+        and input.device.type in ("cuda", "cpu")
+        and input.dtype in FLOATS
+        and input.ndim > 0
+        and input.numel() > 0
+    )
+
+
+def plain_target(input: Tensor, target: Any, ignore_index: Any) -> bool:
+    """Whether `target` holds class indices, or class probabilities that need no gradient, for `input`."""
+    if type(target) not in TENSORS or target.device != input.device or type(ignore_index) is not int:
+        return False
+    indices, probabilities = target_shapes(input.shape)
+    if target.shape == probabilities:
+        return target.dtype in FLOATS and ignore_index < 0 and not target.requires_grad
+    right_type = target.dtype is torch.int64 or (target.dtype is torch.uint8 and input.ndim <= 2)
+    return right_type and target.shape == indices and -(2**63) <= ignore_index < 2**63
+
+
+def plain_weight(input: Tensor, target: Tensor, weight: Any) -> bool:
+    """Whether `weight` is absent, or one constant a class in the type of the logits or of the loss."""
+    if weight is None:
+        return True
+    return (
+        type(weight) in TENSORS
+        and weight.shape == (input.shape[min(input.ndim - 1, 1)],)
+        and weight.device == input.device
+        and weight.dtype in (input.dtype, loss_dtype(input, target))
+        and not (weight.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def describe(value: Any) -> str:
+    """Say what came."""
+    if isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def explain_input(input: Any) -> str | None:
+    """Say what is wrong with the logits."""
+    if not isinstance(input, torch.Tensor) or input.ndim == 0 or not input.dtype.is_floating_point:
+        return f"input must be a floating point tensor of shape (C,), (N, C) or (N, C, d1, ..., dk); got {describe(input)}"
+    return None
+
+
+def explain_target(input: Tensor, target: Any, ignore_index: Any) -> str | None:
+    """Say what is wrong with the target."""
+    indices, probabilities = target_shapes(tuple(input.shape))
+    expected = (
+        f"target must have shape {indices} (class indices, int64) or {probabilities} (class probabilities, floating "
+        f"point) for input of shape {probabilities}"
+    )
+    if not isinstance(target, torch.Tensor) or target.shape not in (indices, probabilities):
+        return f"{expected}; got {describe(target)}"
+    if target.shape == probabilities:
+        if not target.dtype.is_floating_point:
+            return f"{expected}; got {describe(target)}: class probabilities must be floating point"
+        if isinstance(ignore_index, int) and ignore_index >= 0:
+            return f"ignore_index must be negative with class probabilities, which ignore nothing; got {ignore_index}"
+    elif target.dtype is not torch.int64:
+        return f"{expected}; got {describe(target)}: convert class indices with target.long()"
+    elif target.device.type == "cpu" and target.numel():
+        kept = target[target != ignore_index]
+        if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < input.shape[min(input.ndim - 1, 1)]:
+            wrong = int(kept.min()) if int(kept.min()) < 0 else int(kept.max())
+            classes = input.shape[min(input.ndim - 1, 1)]
+            return f"target must hold class indices from 0 to {classes - 1} or ignore_index ({ignore_index}); got {wrong}"
+    return None
+
+
+def explain_weight(input: Tensor, weight: Any) -> str | None:
+    """Say what is wrong with the class weights."""
+    if weight is None:
+        return None
+    classes = input.shape[min(input.ndim - 1, 1)]
+    if not isinstance(weight, torch.Tensor) or weight.shape != (classes,) or weight.dtype != input.dtype:
+        kind = str(input.dtype).removeprefix("torch.")
+        return f"weight must be a {kind} tensor of shape ({classes},), one value a class; got {describe(weight)}"
+    if weight.requires_grad:
+        return "weight must not require a gradient with class indices; pass weight.detach()"
+    return None
+
+
+def explain_options(ignore_index: Any, reduction: Any, label_smoothing: Any) -> str | None:
+    """Say what is wrong with the other arguments."""
+    if reduction not in REDUCTIONS:
+        return f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}"
+    if type(label_smoothing) not in (int, float) or label_smoothing > 1:
+        return f"label_smoothing must be a number of at most 1; got {label_smoothing!r}"
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        return f"ignore_index must be an integer of 64 bits; got {ignore_index!r}"
+    return None
+
+
+def explain(
+    error: Exception, input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
+) -> Exception:
+    """Return torch's error, of the same type, with a message that names what was expected and what came."""
+    message = (
+        explain_options(ignore_index, reduction, label_smoothing)
+        or explain_input(input)
+        or explain_target(input, target, ignore_index)
+        or explain_weight(input, weight)
+    )
+    return error if message is None else type(error)(message)

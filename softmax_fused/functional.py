@@ -1,0 +1,215 @@
+"""The loss as a function: decide who computes it, and hand over."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch.nn import _reduction as _Reduction
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from softmax_fused import _check, _torch_path
+from softmax_fused._autograd import CrossEntropy, Operations, Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch")
+
+HAND_OVER = 2**15
+"""On the CPU, class indices for fewer logits than this go to torch's own operator: nothing is left to be saved there."""
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Return why the kernels cannot be had on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton (Linux; on Windows triton-windows)"
+    return None
+
+
+def explain_backend(device: torch.device) -> tuple[str, str]:
+    """Return which backend serves tensors on `device` under backend="auto", and why.
+
+    Example:
+        >>> import torch
+        >>> explain_backend(torch.device("meta"))
+        ('torch', 'meta tensors are served by torch.nn.functional.cross_entropy')
+    """
+    problem = triton_problem()
+    if device.type == "cuda":
+        if problem:
+            return "torch", problem
+        return "triton", f"{'ROCm' if torch.version.hip else 'CUDA'} device and Triton are present"
+    if device.type != "cpu":
+        return "torch", f"{device.type} tensors are served by torch.nn.functional.cross_entropy"
+    if os.environ.get("TRITON_INTERPRET") == "1" and not problem:
+        return "triton", "TRITON_INTERPRET=1: Triton's interpreter runs the kernels on CPU tensors (slow, for tests)"
+    return "torch", "Triton kernels need a GPU (or TRITON_INTERPRET=1); CPU tensors take the pure-torch path"
+
+
+@functools.cache
+def automatic(device_type: str) -> str:
+    """Return the backend that "auto" stands for; decided once a process."""
+    return explain_backend(torch.device(device_type))[0]
+
+
+def operations(backend: str, device: torch.device) -> Operations:
+    """Return the module that computes.
+
+    Raises:
+        RuntimeError: If kernels are asked for where they cannot run.
+    """
+    if backend == "torch" or (backend == "auto" and automatic(device.type) == "torch"):
+        return _torch_path
+    problem = triton_problem()
+    if problem:
+        raise RuntimeError(f"backend='triton' is not available. {problem}")
+    from softmax_fused import _launch
+
+    if device.type == "cpu" and not _launch.INTERPRETED:
+        raise RuntimeError(
+            "backend='triton' needs tensors on a GPU; got CPU tensors. Move them with .to('cuda'), use backend='auto', "
+            "or set TRITON_INTERPRET=1 before the first call to run the kernels in Triton's interpreter"
+        )
+    return _launch
+
+
+def transformed() -> bool:
+    """Whether something beyond plain eager autograd is watching: torch.compile, torch.func, forward mode, tracing."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Cross-entropy between logits and class indices or class probabilities, softmax included.
+
+    .. math::
+        \ell_n = -\sum_c w_c \Big((1-\epsilon)\, t_{nc} + \frac{\epsilon}{C}\Big) \log \mathrm{softmax}(z_n)_c
+
+    with t the one-hot row of a class index or the given probabilities. `mean` divides by the number of rows or, for
+    class indices, by the weights of the true classes; ignored rows count nowhere. A drop-in for
+    `torch.nn.functional.cross_entropy`: what the fused path does not cover is handed over to it.
+
+    Args:
+        input: Logits (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64, any strides.
+        target: Class indices, int64 of the input's shape without C, or class probabilities of the input's shape.
+        weight: Weight of each class (C,), of the input's dtype.
+        size_average: Deprecated by torch in favour of `reduction`.
+        ignore_index: Class index whose rows have no loss and no gradient.
+        reduce: Deprecated by torch in favour of `reduction`.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: Share e of the target spread evenly over the classes, at most 1.
+        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+
+    Returns:
+        A scalar, or with reduction "none" a tensor of the input's shape without C; of the input's dtype (promoted with
+        that of class probabilities, float32 under autocast).
+
+    Raises:
+        IndexError: A class index lies outside [0, C), on the CPU; on a GPU that row's loss and gradient are NaN.
+        ValueError: Unknown reduction or backend, or batch sizes that differ.
+        RuntimeError: Shapes or dtypes that do not fit, label_smoothing above 1, kernels asked for where none can run.
+        TypeError: An argument of the wrong type.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], requires_grad=True)
+        >>> loss = cross_entropy(logits, torch.tensor([0, 2]))
+        >>> loss
+        tensor(0.8607, grad_fn=<...>)
+        >>> loss.backward()
+        >>> logits.grad
+        tensor([[-0.0781,  0.0571,  0.0210],
+                [ 0.1060,  0.2881, -0.3940]])
+
+    References:
+        Zhang et al., Dive into Deep Learning, section 4.1 (softmax regression). Szegedy et al., Rethinking the
+        Inception Architecture, 2016 (label smoothing). Milakov and Gimelshein, Online normalizer calculation for
+        softmax, 2018 (one pass for maximum and sum).
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return overridden(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, backend
+        )
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto', 'triton' or 'torch'; got {backend!r}")
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    if transformed() or not _check.plain(input, target, weight, ignore_index, reduction, label_smoothing):
+        return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    compute = operations(backend, input.device)
+    indices = target.ndim < input.ndim
+    if indices and compute is _torch_path and backend == "auto" and input.numel() < HAND_OVER:
+        return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    dtype = _check.loss_dtype(input, target)
+    acc = torch.float64 if dtype is torch.float64 else torch.float32
+    spec = Spec(indices, reduction, ignore_index, max(0.0, label_smoothing), dtype, acc)
+    if input.requires_grad and torch.is_grad_enabled():
+        loss: Tensor = CrossEntropy.apply(input, target, weight, spec, compute)
+        return loss
+    return compute.loss(input, target, weight, spec, save=False)[0]
+
+
+def torch_cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor:
+    """Let torch compute it, or refuse it with its own type of error and a clearer message."""
+    try:
+        return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        explained = _check.explain(error, input, target, weight, ignore_index, reduction, label_smoothing)
+        if explained is error:
+            raise
+        raise explained from error
+
+
+def overridden(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    ignore_index: int,
+    reduce: bool | None,
+    reduction: str,
+    label_smoothing: float,
+    backend: str,
+) -> Tensor:
+    """Serve __torch_function__: tensor subclasses see torch's function, which they know; modes see ours."""
+    tensors = (input, target, weight)
+    if any(isinstance(t, torch.Tensor) and type(t) not in _check.TENSORS for t in tensors):
+        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    loss: Tensor = handle_torch_function(
+        cross_entropy,
+        tensors,
+        input,
+        target,
+        weight,
+        size_average,
+        ignore_index,
+        reduce,
+        reduction,
+        label_smoothing,
+        backend=backend,
+    )
+    return loss

@@ -1,0 +1,67 @@
+"""The loss as a module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from softmax_fused.functional import cross_entropy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """Cross-entropy between logits and class indices or class probabilities, computed by :func:`cross_entropy`.
+
+    It is a `torch.nn.CrossEntropyLoss`: the same arguments, buffers and behaviour; see :func:`cross_entropy` for the
+    formula, shapes and errors.
+
+    Args:
+        weight: Weight of each class (C,).
+        size_average: Deprecated by torch in favour of `reduction`.
+        ignore_index: Class index whose rows have no loss and no gradient.
+        reduce: Deprecated by torch in favour of `reduction`.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: Share of the target spread evenly over the classes, at most 1.
+        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+
+    Example:
+        >>> import torch
+        >>> criterion = CrossEntropyLoss(label_smoothing=0.1)
+        >>> criterion(torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0]))
+        tensor(0.3365)
+    """
+
+    backend: str
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.backend = backend
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss of logits `input` against `target`."""
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Show what differs from torch's module."""
+        return "" if self.backend == "auto" else f"backend={self.backend!r}"
