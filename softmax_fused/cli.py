@@ -1,0 +1,51 @@
+"""The console script: runs a command, turns what stops it into one line and an exit status."""
+
+import sys
+from importlib.util import find_spec
+from typing import NoReturn
+
+EXTRA = ("matplotlib", "numpy", "platformdirs", "rich", "sklearn", "tensorboard", "torchvision", "typer")
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Runs ``softmax-fused`` and exits: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Args:
+        argv: The arguments; by default those of the process.
+    """
+    missing = [name for name in EXTRA if find_spec(name) is None]
+    if missing:
+        _fail(f"softmax-fused needs {', '.join(missing)}; run: pip install 'softmax-fused[train]'", 1)
+    from softmax_fused.training.errors import LabError, Stopped, UsageError
+    from softmax_fused.training.signals import signals_raise
+
+    try:
+        with signals_raise():
+            status = _run(sys.argv[1:] if argv is None else argv)
+    except Stopped as stop:
+        _fail(str(stop), stop.status)
+    except (LabError, UsageError) as error:
+        _fail(f"error: {error}", error.status)
+    except OSError as error:
+        _fail(f"error: expected to read and write files, got {error}; check that path and its permissions", 1)
+    sys.exit(status)
+
+
+def _run(arguments: list[str]) -> int:
+    from softmax_fused.training.commands import app
+
+    try:
+        return app(arguments, prog_name="softmax-fused", standalone_mode=False) or 0
+    except Exception as error:
+        # click's own errors; typer brings a copy of click or depends on it, so their class has no one name.
+        if not hasattr(error, "format_message"):
+            raise
+        from softmax_fused.training.errors import UsageError
+
+        message = error.format_message().rstrip(".")
+        raise UsageError(f"{message[:1].lower()}{message[1:]}; see softmax-fused --help") from None
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,1 @@
+"""The lab: softmax regression and a small MLP on Fashion-MNIST, with the fused loss or with the losses it replaces."""

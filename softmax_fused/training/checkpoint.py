@@ -1,0 +1,118 @@
+"""The run folder: what a run leaves behind, never half-written.
+
+The checkpoint holds everything, the content of metrics.json included, and is written first. A crash between the two
+files leaves metrics.json one epoch behind, and resuming writes it again from the checkpoint.
+"""
+
+import errno
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softmax_fused.training.errors import LabError, WriteError
+from softmax_fused.training.signals import signals_held
+
+FORMAT = 1
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.json"
+COMPARISON = "compare.json"
+FIGURES = ("curves.png", "predictions.png", "confusion.png")
+
+Checkpoint = dict[str, Any]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that it has its old or its new content at every moment, a power cut included."""
+    side = path.with_name(f".{path.name}.tmp")
+    try:
+        with side.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        side.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise WriteError(f"expected to write {path}, got {error.strerror}; {_advice(error)}") from error
+    finally:
+        side.unlink(missing_ok=True)
+
+
+def create_folder(path: Path) -> Path:
+    """Makes the folder of a new run.
+
+    Raises:
+        LabError: if it holds a run already or cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        held = sorted(child.name for child in path.iterdir() if child.name in (CHECKPOINT, METRICS, COMPARISON))
+    except OSError as error:
+        raise WriteError(f"expected to make folder {path}, got {error.strerror}; {_advice(error)}") from error
+    if held:
+        go_on = f"continue that run with --resume {path}, or " if CHECKPOINT in held else ""
+        raise LabError(f"expected --output to be a new folder, got {path} with {held[0]}; {go_on}choose another folder")
+    return path
+
+
+def save_run(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes checkpoint.pt and metrics.json; Ctrl-C and SIGTERM wait until both are there."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **checkpoint}, buffer)
+    with signals_held():
+        write_atomically(folder / CHECKPOINT, buffer.getvalue())
+        write_json(folder / METRICS, checkpoint["metrics"])
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON that any parser reads: no NaN."""
+    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def remove_figures(folder: Path) -> None:
+    """Removes pictures of an earlier state, so that those in a run folder always show its last epoch."""
+    for name in FIGURES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint without running any code in it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content, with tensors on the CPU.
+
+    Raises:
+        LabError: if the file cannot be read or is no checkpoint of this package.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise LabError(f"expected a checkpoint in {path}, got {error.strerror or error}; check the path") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise LabError(f"expected a checkpoint in {path}, got another or a damaged file; train again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise LabError(f"expected a checkpoint of softmax-fused (format {FORMAT}) in {path}, got another; train again")
+    return content
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes a rename durable, where the system can open folders."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _advice(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some disk space"
+    return "choose a folder that you may write to"

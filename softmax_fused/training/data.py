@@ -1,0 +1,140 @@
+"""Data sets, decoded once into uint8 tensors."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softmax_fused.training.errors import MissingDataError, UsageError
+from softmax_fused.training.idx import read_folder
+
+SIDE = 28  # pixels
+DIGITS_FOR_TEST = 360  # of 1,797
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images uint8 of shape (N, 28, 28) and class indices int64 of shape (N,), on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Split":
+        """The same split on `device`."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def head(self, size: int) -> "Split":
+        """The first `size` images."""
+        if not 0 < size <= len(self):
+            raise UsageError(f"expected a size from 1 to {len(self)}, got {size}")
+        return Split(self.images[:size], self.labels[:size])
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set of 28x28 grey images; `fallback` says why it stands in for the one that was asked for."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    source: str
+    fallback: str | None = None
+
+    def to(self, device: torch.device) -> "ImageData":
+        """The same data on `device`."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def head(self, train: int, test: int) -> "ImageData":
+        """The first `train` training and `test` test images: for short runs."""
+        return replace(self, train=self.train.head(train), test=self.test.head(test))
+
+    def describe(self) -> dict[str, Any]:
+        """What a run's record says about its data."""
+        return {
+            "name": self.name,
+            "classes": list(self.classes),
+            "train_images": len(self.train),
+            "test_images": len(self.test),
+            "source": self.source,
+            "fallback": self.fallback,
+        }
+
+
+def to_input(images: Tensor) -> Tensor:
+    """Pixels as the models take them: float32 from 0 to 1."""
+    return images.to(torch.float32).div_(255)
+
+
+def fashion_mnist(root: Path) -> ImageData:
+    """Fashion-MNIST, 60,000 + 10,000 articles of clothing (Xiao, Rasul, Vollgraf 2017)."""
+    from torchvision.datasets import FashionMNIST  # type: ignore[import-untyped]
+
+    return _mnist_family("fashion-mnist", root, FashionMNIST, tuple(FashionMNIST.classes))
+
+
+def mnist(root: Path) -> ImageData:
+    """MNIST, 60,000 + 10,000 handwritten digits (LeCun et al. 1998)."""
+    from torchvision.datasets import MNIST
+
+    return _mnist_family("mnist", root, MNIST, tuple("0123456789"))
+
+
+def digits(root: Path) -> ImageData:  # noqa: ARG001 - the files come with scikit-learn
+    """scikit-learn's bundled digits: 1,797 images of 8x8 in 17 greys, upscaled; their split is drawn with seed 0."""
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+
+    bunch = load_digits()
+    small = torch.from_numpy(bunch.images).float().unsqueeze(1) * (255 / 16)
+    images = F.interpolate(small, (SIDE, SIDE), mode="bilinear").squeeze(1).round().to(torch.uint8)
+    labels = torch.from_numpy(bunch.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    held_out, kept = order[:DIGITS_FOR_TEST], order[DIGITS_FOR_TEST:]
+    train, test = Split(images[kept], labels[kept]), Split(images[held_out], labels[held_out])
+    return ImageData("digits", tuple("0123456789"), train, test, "scikit-learn")
+
+
+def _mnist_family(name: str, root: Path, family: Any, classes: tuple[str, ...]) -> ImageData:
+    files = read_folder(root, family)
+    train, test = (
+        Split(files[f"{part}-images-idx3-ubyte"], files[f"{part}-labels-idx1-ubyte"].long())
+        for part in ("train", "t10k")
+    )
+    return ImageData(name, classes, train, test, str(root / family.__name__ / "raw"))
+
+
+DATASETS: dict[str, Callable[[Path], ImageData]] = {
+    "fashion-mnist": fashion_mnist,
+    "mnist": mnist,
+    "digits": digits,
+}
+
+
+def data_root(folder: str | Path | None = None) -> Path:
+    """`folder`, else ``$SOFTMAX_FUSED_DATA``, else this user's cache; absolute, so that a record of it stays true."""
+    from platformdirs import user_cache_path
+
+    return (
+        Path(folder or os.environ.get("SOFTMAX_FUSED_DATA") or user_cache_path("softmax-fused")).expanduser().absolute()
+    )
+
+
+def load_dataset(name: str, root: Path, *, fallback: bool = False) -> ImageData:
+    """Loads a data set, or with `fallback` scikit-learn's digits where its files cannot be had.
+
+    Files that are there but wrong are an error all the same: training on something else would hide them.
+    """
+    try:
+        return DATASETS[name](root)
+    except MissingDataError as missing:
+        if not fallback:
+            raise
+        return replace(digits(root), fallback=str(missing))

@@ -1,0 +1,47 @@
+"""From a run's record to the pictures in its folder."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softmax_fused.training.checkpoint import write_atomically
+from softmax_fused.training.data import Split
+from softmax_fused.training.plots import plot_confusion, plot_curves, plot_predictions, to_png
+from softmax_fused.training.record import Metrics
+
+SHOWN = 16  # right ones and as many wrong ones
+
+
+def draw_figures(folder: Path, metrics: Metrics, test: Split, predicted: Tensor) -> None:
+    """Writes curves.png, confusion.png and predictions.png."""
+    title = run_title(metrics)
+    accuracies = {"training set": metrics["train_accuracy"], "test set": metrics["test_accuracy"]}
+    classes = metrics["dataset"]["classes"]
+    pictures = {
+        "curves.png": plot_curves(title, metrics["train_loss"], accuracies),
+        "confusion.png": plot_confusion(f"{title}\ntest set", np.array(metrics["confusion_matrix"]), classes),
+    }
+    for name, figure in pictures.items():
+        write_atomically(folder / name, to_png(figure))
+    write_gallery(folder / "predictions.png", f"{title}, test set", classes, test, predicted)
+
+
+def write_gallery(path: Path, title: str, classes: list[str], test: Split, predicted: Tensor) -> None:
+    """Draws the first test images that were classified right, then the first that were not."""
+    right = predicted == test.labels
+    rows = torch.cat([right.nonzero().flatten()[:SHOWN], (~right).nonzero().flatten()[:SHOWN]])
+    true = [classes[i] for i in test.labels[rows].tolist()]
+    guesses = [classes[i] for i in predicted[rows].tolist()]
+    write_atomically(path, to_png(plot_predictions(title, test.images[rows].cpu().numpy(), true, guesses)))
+
+
+def run_title(metrics: Metrics) -> str:
+    """What was trained on what, in one line."""
+    config, data = metrics["config"], metrics["dataset"]
+    stand_in = " (stand-in: the data set asked for was not available)" if data["fallback"] else ""
+    return (
+        f"{config['model']} on {data['name']}{stand_in}, {config['loss']} loss, {config['optimizer']}, "
+        f"lr {config['lr']:g}, batch {config['batch_size']}"
+    )

@@ -1,0 +1,116 @@
+"""The IDX files of the MNIST family: found or downloaded, verified, decoded.
+
+torchvision names the files, their md5 and their mirrors, but checks a sum only right after a download and then reads
+whatever unpacked files it finds. Here every file is verified each time it is read, packed or unpacked, and nothing is
+unpacked on disk, so a read-only data folder works.
+"""
+
+import gzip
+import hashlib
+import math
+import shutil
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.request import urlopen
+
+import torch
+
+from softmax_fused.training.errors import LabError, MissingDataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TIMEOUT = 20.0  # seconds without a byte before a mirror counts as unreachable
+
+# md5 of each unpacked file, by the md5 of its .gz in torchvision's list.
+UNPACKED = {
+    "8d4fb7e6c68d591d4c3dfef9ec88bf0d": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "25c81989df183df01b3e8a0aad5dffbe": "9018921c3c673c538a1fc5bad174d6f9",
+    "bef4ecab320f06d8554ea6380940ec79": "8181f5470baa50b63fa0f6fddb340f0a",
+    "bb300cfdad3c16e7a12a480ee83cd310": "15d484375f8d13e6eb1aabb0c3f46965",
+    "f68b3c2dcbeaaa9fbdd348bbdeb94873": "6bbc9ace898e44ae57da46a324031adb",
+    "d53e105ee54ea40749a09fcbcd1e9432": "a25bea736e30d166cdddb491f175f624",
+    "9fb629c4189551a2d022fa330f9573f3": "2646ac647ad5339dbf082846283269ea",
+    "ec29112dd5afa0611ce80d1b7f02629c": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def read_folder(root: Path, family: Any) -> "dict[str, Tensor]":
+    """Reads the four files of a data set.
+
+    Args:
+        root: A torchvision root: the files are in ``root/<class name>/raw``.
+        family: torchvision's class, ``FashionMNIST`` or ``MNIST``.
+
+    Returns:
+        File name without ``.gz`` to uint8 tensor.
+
+    Raises:
+        MissingDataError: if files are absent and cannot be downloaded.
+        LabError: if a file is not the published one.
+    """
+    folder = root / family.__name__ / "raw"
+    files = {name: md5 for name, md5 in family.resources}  # noqa: C416 - torchvision's list is untyped
+    absent = [name for name in files if not (folder / name).is_file() and not _unpacked(folder / name).is_file()]
+    if absent:
+        _download(folder, {name: files[name] for name in absent}, family.mirrors)
+    return {_unpacked(Path(name)).name: decode(_read(folder / name, md5)) for name, md5 in files.items()}
+
+
+def decode(data: bytes) -> "Tensor":
+    """The uint8 array in an IDX file's bytes: two zero bytes, type 8, rank, big-endian sizes, elements."""
+    sizes = struct.unpack_from(f">{data[3]}I", data, 4)
+    start = 4 + 4 * data[3]
+    return torch.frombuffer(bytearray(data[start : start + math.prod(sizes)]), dtype=torch.uint8).view(sizes)
+
+
+def _unpacked(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(".gz"))
+
+
+def _read(path: Path, md5: str) -> bytes:
+    if path.is_file():
+        return gzip.decompress(_verified(path, md5))
+    return _verified(_unpacked(path), UNPACKED.get(md5, md5))
+
+
+def _verified(path: Path, md5: str) -> bytes:
+    data = path.read_bytes()
+    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise LabError(
+            f"expected {path} with md5 {md5}, got {found} ({len(data):,} bytes: truncated or corrupted); "
+            "delete it to have it downloaded again, or copy the published file there"
+        )
+    return data
+
+
+def _download(folder: Path, files: dict[str, str], mirrors: list[str]) -> None:
+    try:
+        for name, md5 in files.items():
+            _download_one(folder / name, md5, mirrors)
+    except (OSError, LabError) as error:  # URLError and timeouts are OSErrors too
+        raise MissingDataError(
+            f"expected {', '.join(files)} in {folder}, got none of these and no download ({error}); "
+            f"put the files from {mirrors[0]} there, or name the folder above {folder.parent.name} with --data-dir"
+        ) from error
+
+
+def _download_one(path: Path, md5: str, mirrors: list[str]) -> None:
+    """Fetches to a side file first: a download that is cut off must not look like a corrupted data set."""
+    partial = path.with_name(f".{path.name}.part")
+    for mirror in mirrors:
+        try:
+            with urlopen(f"{mirror}{path.name}", timeout=TIMEOUT) as source:  # noqa: S310 - torchvision's own addresses
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with partial.open("wb") as sink:
+                    shutil.copyfileobj(source, sink)
+            _verified(partial, md5)
+            partial.replace(path)
+            return
+        except (OSError, LabError):  # noqa: PERF203 - a mirror
+            if mirror == mirrors[-1]:
+                raise
+        finally:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,86 @@
+"""The record of a run: what metrics.json says besides its curves."""
+
+import platform
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softmax_fused.training.config import TrainConfig
+from softmax_fused.training.data import ImageData
+
+CURVES = ("train_loss", "train_accuracy", "test_accuracy", "epoch_seconds")
+
+Metrics = dict[str, Any]
+
+
+def new_metrics(config: TrainConfig, data: ImageData, device: torch.device) -> Metrics:
+    """The record of a run that has not trained yet."""
+    return {
+        **surroundings(config, device),
+        "dataset": data.describe(),
+        **{name: [] for name in CURVES},
+        "per_class_accuracy": {},
+        "confusion_matrix": [],
+    }
+
+
+def surroundings(config: TrainConfig, device: torch.device) -> Metrics:
+    """Settings, versions and device: what may change when a run is resumed."""
+    return {
+        "config": config.as_dict(),
+        "versions": versions(),
+        "device": str(device),
+        "device_name": device_name(device),
+    }
+
+
+def add_results(metrics: Metrics, results: dict[str, float], counts: Tensor) -> None:
+    """Appends an epoch; `counts` is the test set's confusion matrix, rows being true classes."""
+    for name in CURVES:
+        metrics[name].append(results[name])
+    shares = (counts.diagonal().double() / counts.sum(dim=1).clamp(min=1)).tolist()
+    metrics["per_class_accuracy"] = dict(zip(metrics["dataset"]["classes"], shares, strict=True))
+    metrics["confusion_matrix"] = counts.tolist()
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what the numbers depend on; None for what is not installed."""
+    packages = ("softmax-fused", "torch", "triton", "torchvision", "scikit-learn", "numpy")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{package: _version(package) for package in packages},
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's architecture and the number of threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return device.type
+
+
+def default_folder(label: str) -> Path:
+    """``runs/<date-time>-<label>``, with a number where two runs start in the same second."""
+    name = f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{label}"
+    taken = 1
+    folder = Path("runs", name)
+    while folder.exists():
+        taken += 1
+        folder = Path("runs", f"{name}-{taken}")
+    return folder

@@ -1,0 +1,101 @@
+"""What a run says while it runs: a bar an epoch on a terminal, a line an epoch elsewhere, the folder at the end."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from softmax_fused.training.batches import Batch
+from softmax_fused.training.data import ImageData
+
+UPDATES = 50  # of the bar, an epoch: redrawing costs as much as a training step
+
+
+class Reporter:
+    """Writes to standard output; warnings go to standard error, and are never silenced."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(highlight=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """One line, unless quiet."""
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    def result(self, text: str) -> None:
+        """One line, always."""
+        self.console.print(text, markup=False)
+
+    def fallback(self, wanted: str, data: ImageData) -> None:
+        """A framed warning that other data stand in for those that were wanted."""
+        text = (
+            f"NOT {wanted}: this run uses {data.source}'s small {data.name} instead "
+            f"({len(data.train):,} + {len(data.test):,} images). Its results say nothing about {wanted}.\n\n"
+            f"{data.fallback}"
+        )
+        panel = Panel(
+            Text(text), title="WARNING: other data", title_align="left", border_style="bold red", padding=(1, 2)
+        )
+        Console(stderr=True, highlight=False).print(panel)
+
+    def epoch(self, number: int, epochs: int) -> "EpochReport":
+        """A context for one epoch."""
+        label = f"epoch {number:{len(str(epochs))}}/{epochs}"
+        live = self.console.is_terminal and not self.quiet
+        return EpochReport(self, label, _bar(self.console, label) if live else None)
+
+
+class EpochReport:
+    """The bar, or the line, of one epoch."""
+
+    def __init__(self, reporter: Reporter, label: str, bar: Progress | None) -> None:
+        self.reporter, self.label, self.bar = reporter, label, bar
+
+    def __enter__(self) -> "EpochReport":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def track(self, batches: Iterable[Batch], steps: int) -> Iterator[Batch]:
+        """The same batches, counted by the bar."""
+        if not self.bar:
+            yield from batches
+            return
+        self.bar.update(self.bar.task_ids[0], total=steps)
+        stride = max(1, steps // UPDATES)
+        for step, batch in enumerate(batches, start=1):
+            yield batch
+            if step % stride == 0 or step == steps:
+                self.bar.update(self.bar.task_ids[0], completed=step)
+
+    def finish(self, results: dict[str, float], images: int) -> None:
+        """Shows the results of the epoch."""
+        text = describe(results, images)
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], results=text)
+        else:
+            self.reporter.line(f"{self.label}  {text}")
+
+
+def describe(results: dict[str, float], images: int) -> str:
+    """One epoch in one line, units included."""
+    seconds = results["epoch_seconds"]
+    return (
+        f"train loss {results['train_loss']:.4f}  accuracy train {results['train_accuracy']:.4f} "
+        f"test {results['test_accuracy']:.4f}  {seconds:.2f} s  {images / seconds:,.0f} images/s"
+    )
+
+
+def _bar(console: Console, label: str) -> Progress:
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn()]
+    progress = Progress(*columns, TextColumn("{task.fields[results]}"), console=console)
+    progress.add_task(label, total=None, results="")
+    return progress

@@ -1,0 +1,202 @@
+"""One run: data, learner and run folder brought together, epoch after epoch."""
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softmax_fused.training.batches import make_batches
+from softmax_fused.training.checkpoint import CHECKPOINT, create_folder, load_checkpoint, remove_figures, save_run
+from softmax_fused.training.config import TrainConfig, check_changes, pick_device
+from softmax_fused.training.data import ImageData, data_root, load_dataset
+from softmax_fused.training.errors import LabError, Stopped, WriteError
+from softmax_fused.training.events import add_epoch, event_writer
+from softmax_fused.training.figures import draw_figures
+from softmax_fused.training.loop import Learner, build_learner, confusion_matrix, predict_classes, train_epoch
+from softmax_fused.training.losses import LOSSES
+from softmax_fused.training.models import build_model
+from softmax_fused.training.record import CURVES, Metrics, add_results, default_folder, new_metrics, surroundings
+from softmax_fused.training.report import Reporter
+from softmax_fused.training.signals import signals_held
+
+
+@dataclass
+class Run:
+    """A run between two epochs; `metrics` is what metrics.json holds."""
+
+    folder: Path
+    config: TrainConfig
+    data: ImageData
+    learner: Learner
+    metrics: Metrics
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs whose results are in `metrics`."""
+        return len(self.metrics["train_loss"])
+
+    def save(self) -> None:
+        """Writes checkpoint.pt and metrics.json."""
+        state = {
+            "config": self.config.as_dict(),
+            "metrics": self.metrics,
+            "model": self.learner.model.state_dict(),
+            "optimizer": self.learner.optimizer.state_dict(),
+            "scaler": self.learner.scaler.state_dict(),
+            "generators": _generators(self.learner.device),
+        }
+        save_run(self.folder, state)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    output: Path | None = None,
+    data: ImageData | None = None,
+    fallback: bool = False,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Trains from the beginning.
+
+    Args:
+        config: What to train.
+        output: The run folder; by default a new one under ``runs``.
+        data: Data to use instead of the data set that `config` names.
+        fallback: Whether scikit-learn's digits may stand in for a data set that cannot be had.
+        reporter: Where progress goes.
+
+    Returns:
+        The run folder.
+    """
+    reporter = reporter or Reporter()
+    device = pick_device(config.device)
+    data = data or load_dataset(config.dataset, data_root(config.data_dir), fallback=fallback)
+    if data.fallback:
+        reporter.fallback(config.dataset, data)
+        config = replace(config, dataset=data.name)
+    torch.manual_seed(config.seed)
+    learner = _learner(config, data, device)
+    folder = create_folder(output or default_folder(f"{config.dataset}-{config.model}-{config.loss}"))
+    run = Run(folder, config, data.to(device), learner, new_metrics(config, data, device))
+    with _saying_how_to_resume(run):
+        run.save()  # so that a run stopped in its first epoch can be resumed too
+        _finish(run, reporter)
+    return folder
+
+
+def resume(
+    folder: Path, changes: dict[str, Any], *, data: ImageData | None = None, reporter: Reporter | None = None
+) -> Path:
+    """Continues a run; it ends with the same weights as one that never stopped.
+
+    Args:
+        folder: The run folder.
+        changes: Settings by name; `check_changes` says which may differ from the run's.
+        data: Data to use instead of the data set that the run names.
+        reporter: Where progress goes.
+
+    Returns:
+        The run folder.
+    """
+    reporter = reporter or Reporter()
+    state = load_checkpoint(folder / CHECKPOINT)
+    metrics: Metrics = state["metrics"]
+    config = check_changes(TrainConfig(**state["config"]), changes, epochs_done=len(metrics["train_loss"]))
+    device = pick_device(config.device)
+    data = _same_data(metrics, data or load_dataset(config.dataset, data_root(config.data_dir)))
+    if data.fallback:
+        reporter.fallback("the data set asked for", data)
+    learner = _learner(config, data, device)
+    run = Run(folder, config, data.to(device), learner, {**metrics, **surroundings(config, device)})
+    learner.model.load_state_dict(state["model"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    learner.scaler.load_state_dict(state["scaler"])
+    _set_generators(state["generators"], device)
+    with _saying_how_to_resume(run):
+        remove_figures(folder)
+        run.save()  # metrics.json may be one epoch behind the checkpoint
+        _finish(run, reporter)
+    return folder
+
+
+def _finish(run: Run, reporter: Reporter) -> None:
+    """Trains the epochs that are left, draws the pictures, says where everything is."""
+    config, device = run.config, run.learner.device
+    batches = make_batches(run.data.train, config.batch_size, config.seed, device, config.workers)
+    with event_writer(run.folder, run.epochs_done) as events:
+        for number in range(run.epochs_done + 1, config.epochs + 1):
+            with reporter.epoch(number, config.epochs) as report:
+                results, counts = _epoch(run, report.track(batches.epoch(number), len(batches)))
+                report.finish(results, len(run.data.train))
+            with signals_held():
+                add_results(run.metrics, results, counts)
+                run.save()
+                add_epoch(events, number, results)
+    draw_figures(run.folder, run.metrics, run.data.test, predict_classes(run.learner, run.data.test))
+    reporter.result(str(run.folder))
+
+
+def _epoch(run: Run, batches: Any) -> tuple[dict[str, float], Tensor]:
+    """Trains one epoch and counts the test set; the seconds are those of both."""
+    test = run.data.test
+    start = perf_counter()
+    loss, accuracy = train_epoch(run.learner, batches)
+    counts = confusion_matrix(predict_classes(run.learner, test), test, len(run.data.classes)).cpu()
+    seconds = perf_counter() - start
+    values = (loss, accuracy, int(counts.diagonal().sum()) / len(test), seconds)
+    return dict(zip(CURVES, values, strict=True)), counts
+
+
+def _learner(config: TrainConfig, data: ImageData, device: torch.device) -> Learner:
+    model = build_model(config.model, len(data.classes), config.seed)
+    return build_learner(
+        model,
+        LOSSES[config.loss](),
+        optimizer=config.optimizer,
+        lr=config.lr,
+        device=device,
+        amp=config.amp,
+        compile=config.compile,
+    )
+
+
+def _same_data(metrics: Metrics, data: ImageData) -> ImageData:
+    then, now = metrics["dataset"], data.describe()
+    for key in ("name", "train_images", "test_images"):
+        if then[key] != now[key]:
+            raise LabError(f"expected the run's data ({key} {then[key]}), got {key} {now[key]}; pass the same data")
+    return replace(data, fallback=then["fallback"])
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """States of torch's global generators; models of this lab do not draw from them, others may."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_generators(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+@contextmanager
+def _saying_how_to_resume(run: Run) -> Iterator[None]:
+    command = f"softmax-fused train --resume {shlex.quote(str(run.folder))}"
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped) as stop:
+        kept = f"{run.folder} keeps {run.epochs_done} of {run.config.epochs} epochs"
+        raise Stopped(f"stopped; {kept}; resume with: {command}", getattr(stop, "status", 130)) from None
+    except (WriteError, OSError) as error:
+        if not (run.folder / CHECKPOINT).exists():
+            raise
+        raise LabError(f"{error}, then resume with: {command}") from error

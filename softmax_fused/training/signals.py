@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM as one exception, which never arrives in the middle of writing an epoch."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from softmax_fused.training.errors import Stopped
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """Turns both signals into `Stopped`; one that is ignored on entry, as under nohup, stays ignored."""
+
+    def stop(signum: int, _: FrameType | None) -> None:
+        raise Stopped(status=128 + signum)
+
+    with _handler(stop):
+        yield
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Delays both signals until the block is done."""
+    arrived: list[int] = []
+    with _handler(lambda signum, _: arrived.append(signum)):
+        yield
+    if arrived:
+        signal.raise_signal(arrived[0])
+
+
+@contextmanager
+def _handler(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set, and gets, signals
+        yield
+        return
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    before = {signum: known for signum, known in before.items() if known not in (None, signal.SIG_IGN)}
+    try:
+        for signum in before:
+            signal.signal(signum, handler)
+        yield
+    finally:
+        for signum, known in before.items():
+            signal.signal(signum, known)
