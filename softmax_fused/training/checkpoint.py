@@ -83,7 +83,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint without running any code in it.
 
     Args:
-        path: The file.
+        path: The file, or the folder of a run.
 
     Returns:
         Its content, with tensors on the CPU.
@@ -91,6 +91,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         LabError: if the file cannot be read or is no checkpoint of this package.
     """
+    path = path / CHECKPOINT if path.is_dir() else path
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from softmax_fused.training.config import TrainConfig
+from softmax_fused.training.config import TrainConfig, check_name, check_range
 from softmax_fused.training.data import DATASETS
 from softmax_fused.training.errors import UsageError
-from softmax_fused.training.loop import OPTIMIZERS
+from softmax_fused.training.learner import OPTIMIZERS
 from softmax_fused.training.losses import LOSSES
 from softmax_fused.training.models import MODELS
 
@@ -20,11 +20,6 @@ app = typer.Typer(
 )
 
 DEFAULT = TrainConfig()
-
-
-@app.callback()
-def softmax_fused() -> None:
-    """Keeps `train` a subcommand."""
 
 
 Dataset = Annotated[str, typer.Option(metavar="|".join(DATASETS), help="Images to train on.")]
@@ -106,6 +101,83 @@ def train(
     else:
         changes = {name: value for name, value in config.as_dict().items() if _given(context, name)}
         run.resume(resume, changes, reporter=reporter)
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    losses: Annotated[str, typer.Option(help="Which to train side by side, with commas between.")] = ",".join(LOSSES),
+    dataset: Dataset = DEFAULT.dataset,
+    model: Model = DEFAULT.model,
+    epochs: Epochs = DEFAULT.epochs,
+    batch_size: BatchSize = DEFAULT.batch_size,
+    lr: Lr = DEFAULT.lr,
+    optimizer: OptimizerName = DEFAULT.optimizer,
+    device: Device = DEFAULT.device,
+    data_dir: DataDir = None,
+    output: Output = None,
+    seed: Seed = DEFAULT.seed,
+    quiet: Quiet = False,
+) -> None:
+    """Trains with several losses side by side, from the same weights on the same batches, and times them."""
+    from softmax_fused.training.compare import compare
+    from softmax_fused.training.report import Reporter
+
+    names = [name.strip() for name in losses.split(",")]
+    for name in names:
+        check_name("losses", name, LOSSES)
+    if len(set(names)) < len(names):
+        raise UsageError(f"expected --losses without repetition, got {losses!r}; name each loss once")
+    config = TrainConfig(
+        dataset=dataset,
+        model=model,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        optimizer=optimizer,
+        device=device,
+        data_dir=_absolute(data_dir),
+        seed=seed,
+    )
+    compare(names, config, output=output, fallback=not _given(context, "dataset"), reporter=Reporter(quiet=quiet))
+
+
+@app.command()
+def predict(
+    checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="checkpoint.pt of a run, or its folder.")],
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Pictures of any size; none: a gallery of the test set.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Classes to name for each picture.")] = 3,
+    device: Device = DEFAULT.device,
+    data_dir: DataDir = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The gallery's PNG file; by default beside the checkpoint.")
+    ] = None,
+) -> None:
+    """Names what is in your own pictures, or draws the test set with right and wrong predictions."""
+    from softmax_fused.training.predict import classify, draw_gallery, load_trained, read_picture
+
+    check_range("top", top, 1, 1000)
+    trained = load_trained(checkpoint, device)
+    if not images:
+        path = output or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "gallery.png"
+        typer.echo(draw_gallery(trained, path, _absolute(data_dir)))
+        return
+    for path, picture in [(path, read_picture(path)) for path in images]:
+        note = ", inverted because its border is bright" if picture.inverted else ""
+        typer.echo(f"{path} ({picture.size[0]}x{picture.size[1]}{note})")
+        for name, share in classify(trained, picture, top):
+            typer.echo(f"  {share:6.1%}  {name}")
+
+
+@app.command()
+def info() -> None:
+    """Prints versions, devices, and which backend computes the losses on each."""
+    from softmax_fused.training.info import describe_installation
+
+    for line in describe_installation():
+        typer.echo(line)
 
 
 def _given(context: typer.Context, name: str) -> bool:

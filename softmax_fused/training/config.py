@@ -10,7 +10,7 @@ import torch
 
 from softmax_fused.training.data import DATASETS
 from softmax_fused.training.errors import LabError, UsageError
-from softmax_fused.training.loop import OPTIMIZERS
+from softmax_fused.training.learner import OPTIMIZERS
 from softmax_fused.training.losses import LOSSES
 from softmax_fused.training.models import MODELS
 

@@ -17,7 +17,10 @@ SHOWN = 16  # right ones and as many wrong ones
 def draw_figures(folder: Path, metrics: Metrics, test: Split, predicted: Tensor) -> None:
     """Writes curves.png, confusion.png and predictions.png."""
     title = run_title(metrics)
-    accuracies = {"training set": metrics["train_accuracy"], "test set": metrics["test_accuracy"]}
+    accuracies = {
+        "training set, during the epoch": metrics["train_accuracy"],
+        "test set, after it": metrics["test_accuracy"],
+    }
     classes = metrics["dataset"]["classes"]
     pictures = {
         "curves.png": plot_curves(title, metrics["train_loss"], accuracies),

@@ -1,8 +1,8 @@
 """The pictures of a run, drawn on figures of their own: no window, no global state of pyplot."""
 
 import io
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; right and wrong also differ in mark and line.
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 STYLES = [(BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, ":", "^"), (PURPLE, "-.", "D")]
 
 Array = npt.NDArray[np.generic]
@@ -50,6 +50,53 @@ def draw_lines(axes: "Axes", lines: dict[str, Sequence[float]], epochs: range) -
     axes.legend()
 
 
+def plot_comparison(title: str, losses: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Loss curves, their distance from torch's, and microseconds, of losses trained side by side."""
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    figure.suptitle(title)
+    curves, distances, times = figure.subplots(1, 3)
+    curve_of = {name: loss["train_loss"] for name, loss in losses.items()}
+    epochs = range(1, len(next(iter(curve_of.values()))) + 1)
+    draw_lines(curves, curve_of, epochs)
+    curves.set(title="Training loss", xlabel="epoch", ylabel="mean cross-entropy (nats)")
+    far = {name: loss["largest_difference"] for name, loss in losses.items() if any(loss["largest_difference"] or [])}
+    if far:
+        draw_lines(distances, far, epochs)
+        distances.set(yscale="log", ylabel="nats")
+    else:
+        distances.text(0.5, 0.5, "none", ha="center", va="center", transform=distances.transAxes)
+    distances.set(title="Largest difference of a step's loss from torch's", xlabel="epoch")
+    _draw_times(times, losses)
+    return figure
+
+
+def _draw_times(axes: "Axes", losses: Mapping[str, Mapping[str, Any]]) -> None:
+    parts = {"loss_us": ("loss, forward + backward", BLUE, ""), "step_us": ("whole step", SKY, "//")}
+    for offset, (key, (label, colour, hatch)) in zip((-0.2, 0.2), parts.items(), strict=True):
+        middle = np.array([loss[key]["median"] for loss in losses.values()])
+        spread = np.array(
+            [
+                [loss[key]["median"] - loss[key]["p20"], loss[key]["p80"] - loss[key]["median"]]
+                for loss in losses.values()
+            ]
+        ).T
+        bars = axes.bar(
+            np.arange(len(losses)) + offset,
+            middle,
+            0.36,
+            yerr=spread,
+            capsize=3,
+            label=label,
+            color=colour,
+            hatch=hatch,
+        )
+        axes.bar_label(bars, fmt="%.0f", padding=3)
+    axes.set_xticks(range(len(losses)), list(losses))
+    axes.margins(y=0.25)
+    axes.set(title="Time a step: median, 20th to 80th percentile", xlabel="loss", ylabel="microseconds")
+    axes.legend(loc="upper center", ncols=2)
+
+
 def plot_confusion(title: str, counts: Array, classes: Sequence[str]) -> Figure:
     """Counts of (true, predicted) class, shaded by the share of the true class."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -75,7 +122,7 @@ def plot_predictions(title: str, images: Array, true: Sequence[str], predicted: 
     rows = max(1, -(-len(images) // columns))
     figure = Figure(figsize=(1.75 * columns, 2.35 * rows + 0.7), layout="constrained")
     figure.suptitle(f"{title}\nblue frame, \N{CHECK MARK}: right    orange dashed frame, \N{BALLOT X}: wrong")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in panels:
         panel.set_axis_off()
     for panel, image, name, guess in zip(panels, images, true, predicted, strict=False):

@@ -18,11 +18,10 @@ from softmax_fused.training.data import ImageData, data_root, load_dataset
 from softmax_fused.training.errors import LabError, Stopped, WriteError
 from softmax_fused.training.events import add_epoch, event_writer
 from softmax_fused.training.figures import draw_figures
-from softmax_fused.training.loop import Learner, build_learner, confusion_matrix, predict_classes, train_epoch
-from softmax_fused.training.losses import LOSSES
-from softmax_fused.training.models import build_model
+from softmax_fused.training.learner import Learner, learner_for
+from softmax_fused.training.loop import confusion_matrix, predict_classes, train_epoch
 from softmax_fused.training.record import CURVES, Metrics, add_results, default_folder, new_metrics, surroundings
-from softmax_fused.training.report import Reporter
+from softmax_fused.training.report import Reporter, describe
 from softmax_fused.training.signals import signals_held
 
 
@@ -81,7 +80,7 @@ def train(
         reporter.fallback(config.dataset, data)
         config = replace(config, dataset=data.name)
     torch.manual_seed(config.seed)
-    learner = _learner(config, data, device)
+    learner = learner_for(config, len(data.classes), device)
     folder = create_folder(output or default_folder(f"{config.dataset}-{config.model}-{config.loss}"))
     run = Run(folder, config, data.to(device), learner, new_metrics(config, data, device))
     with _saying_how_to_resume(run):
@@ -112,7 +111,7 @@ def resume(
     data = _same_data(metrics, data or load_dataset(config.dataset, data_root(config.data_dir)))
     if data.fallback:
         reporter.fallback("the data set asked for", data)
-    learner = _learner(config, data, device)
+    learner = learner_for(config, len(data.classes), device)
     run = Run(folder, config, data.to(device), learner, {**metrics, **surroundings(config, device)})
     learner.model.load_state_dict(state["model"])
     learner.optimizer.load_state_dict(state["optimizer"])
@@ -133,7 +132,7 @@ def _finish(run: Run, reporter: Reporter) -> None:
         for number in range(run.epochs_done + 1, config.epochs + 1):
             with reporter.epoch(number, config.epochs) as report:
                 results, counts = _epoch(run, report.track(batches.epoch(number), len(batches)))
-                report.finish(results, len(run.data.train))
+                report.finish(describe(results, len(run.data.train)))
             with signals_held():
                 add_results(run.metrics, results, counts)
                 run.save()
@@ -151,19 +150,6 @@ def _epoch(run: Run, batches: Any) -> tuple[dict[str, float], Tensor]:
     seconds = perf_counter() - start
     values = (loss, accuracy, int(counts.diagonal().sum()) / len(test), seconds)
     return dict(zip(CURVES, values, strict=True)), counts
-
-
-def _learner(config: TrainConfig, data: ImageData, device: torch.device) -> Learner:
-    model = build_model(config.model, len(data.classes), config.seed)
-    return build_learner(
-        model,
-        LOSSES[config.loss](),
-        optimizer=config.optimizer,
-        lr=config.lr,
-        device=device,
-        amp=config.amp,
-        compile=config.compile,
-    )
 
 
 def _same_data(metrics: Metrics, data: ImageData) -> ImageData:

@@ -1,0 +1,161 @@
+"""Several losses trained side by side: the same weights, the same batches, interleaved timing."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softmax_fused.training.batches import Batch, make_batches
+from softmax_fused.training.checkpoint import COMPARISON, create_folder, write_atomically, write_json
+from softmax_fused.training.config import TrainConfig, pick_device
+from softmax_fused.training.data import ImageData, data_root, load_dataset
+from softmax_fused.training.learner import Learner, learner_for
+from softmax_fused.training.loop import mean_loss, predict_classes
+from softmax_fused.training.plots import plot_comparison, to_png
+from softmax_fused.training.record import default_folder, surroundings
+from softmax_fused.training.report import Reporter
+
+WARM_UP = 10  # steps whose times are not counted
+REFERENCE = "torch"
+
+
+@dataclass
+class Contender:
+    """One loss with its own model, and what was measured."""
+
+    learner: Learner
+    step_losses: list[Tensor] = field(default_factory=list)  # one tensor an epoch
+    train_loss: list[float] = field(default_factory=list)
+    test_accuracy: list[float] = field(default_factory=list)
+    loss_seconds: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+
+
+def compare(
+    losses: list[str],
+    config: TrainConfig,
+    *,
+    output: Path | None = None,
+    data: ImageData | None = None,
+    fallback: bool = False,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Trains one model per loss, in lockstep.
+
+    Args:
+        losses: Names in `LOSSES`.
+        config: Everything else; its own loss is not used.
+        output: Folder for compare.json and compare.png; by default a new one under ``runs``.
+        data: Data to use instead of the data set that `config` names.
+        fallback: Whether scikit-learn's digits may stand in for a data set that cannot be had.
+        reporter: Where progress goes.
+
+    Returns:
+        The folder.
+    """
+    reporter = reporter or Reporter()
+    device = pick_device(config.device)
+    data = data or load_dataset(config.dataset, data_root(config.data_dir), fallback=fallback)
+    if data.fallback:
+        reporter.fallback(config.dataset, data)
+        config = replace(config, dataset=data.name)
+    folder = create_folder(output or default_folder(f"compare-{config.dataset}-{config.model}"))
+    data = data.to(device)
+    contenders = {
+        name: Contender(learner_for(replace(config, loss=name), len(data.classes), device)) for name in losses
+    }
+    batches = make_batches(data.train, config.batch_size, config.seed, device, config.workers)
+    for number in range(1, config.epochs + 1):
+        with reporter.epoch(number, config.epochs) as report:
+            _epoch(contenders, data, report.track(batches.epoch(number), len(batches)))
+            report.finish("  ".join(f"{name} {contender.train_loss[-1]:.6f}" for name, contender in contenders.items()))
+    record = {**surroundings(config, device), "dataset": data.describe(), "losses": _summaries(contenders)}
+    del record["config"]["loss"]
+    write_json(folder / COMPARISON, record)
+    write_atomically(folder / "compare.png", to_png(plot_comparison(_title(record), record["losses"])))
+    reporter.comparison(record["losses"])
+    reporter.result(str(folder))
+    return folder
+
+
+def _epoch(contenders: dict[str, Contender], data: ImageData, batches: Iterable[Batch]) -> None:
+    """Trains every contender on each batch before the next batch; who goes first changes from step to step."""
+    names = list(contenders)
+    losses: dict[str, list[Tensor]] = {name: [] for name in names}
+    sizes = []
+    for contender in contenders.values():
+        contender.learner.model.train()
+    for step, (images, labels) in enumerate(batches):
+        sizes.append(len(labels))
+        first = step % len(names)
+        for name in names[first:] + names[:first]:
+            losses[name].append(_step(contenders[name], images, labels))
+    for name, contender in contenders.items():
+        contender.step_losses.append(torch.stack(losses[name]).cpu().double())
+        contender.train_loss.append(mean_loss(losses[name], sizes))
+        right = predict_classes(contender.learner, data.test) == data.test.labels
+        contender.test_accuracy.append(int(right.sum()) / len(right))
+
+
+def _step(contender: Contender, images: Tensor, labels: Tensor) -> Tensor:
+    """One step; the loss works on a leaf that holds the logits, so that its own time can be told from the model's."""
+    learner = contender.learner
+    start = _now(learner.device)
+    logits = learner.logits(images)
+    leaf = logits.detach().requires_grad_()
+    before = _now(learner.device)
+    loss = learner.loss(leaf, labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    after = _now(learner.device)
+    learner.optimizer.zero_grad()
+    logits.backward(leaf.grad)  # type: ignore[no-untyped-call]
+    learner.optimizer.step()
+    contender.step_seconds.append(_now(learner.device) - start)
+    contender.loss_seconds.append(after - before)
+    return loss.detach()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
+
+
+def _summaries(contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
+    reference = contenders.get(REFERENCE)
+    return {
+        name: {
+            "train_loss": contender.train_loss,
+            "test_accuracy": contender.test_accuracy,
+            "largest_difference": _differences(contender, reference),
+            "loss_us": _microseconds(contender.loss_seconds),
+            "step_us": _microseconds(contender.step_seconds),
+        }
+        for name, contender in contenders.items()
+    }
+
+
+def _differences(contender: Contender, reference: Contender | None) -> list[float] | None:
+    """For each epoch the largest distance between a step's losses; None where torch's loss did not take part."""
+    if reference is None:
+        return None
+    pairs = zip(contender.step_losses, reference.step_losses, strict=True)
+    return [float((ours - theirs).abs().max()) for ours, theirs in pairs]
+
+
+def _microseconds(seconds: list[float]) -> dict[str, float]:
+    times = torch.tensor(seconds[WARM_UP:] or seconds, dtype=torch.float64) * 1e6
+    p20, middle, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return {"p20": p20, "median": middle, "p80": p80}
+
+
+def _title(record: dict[str, Any]) -> str:
+    config = record["config"]
+    return (
+        f"{config['model']} on {record['dataset']['name']}, {config['optimizer']}, lr {config['lr']:g}, "
+        f"batch {config['batch_size']}, {record['device_name']}"
+    )

@@ -1,0 +1,106 @@
+"""A model with what it takes to train it."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from softmax_fused.training.errors import LabError
+from softmax_fused.training.losses import LOSSES, Loss
+from softmax_fused.training.models import build_model
+
+if TYPE_CHECKING:
+    from softmax_fused.training.config import TrainConfig
+
+Optimizer = torch.optim.Optimizer
+
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], float], Optimizer]] = {
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
+    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
+}
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model, its loss and its optimiser; `forward` is the model, compiled or not."""
+
+    model: nn.Module
+    loss: Loss
+    optimizer: Optimizer
+    device: torch.device
+    scaler: torch.amp.GradScaler
+    half: torch.dtype | None
+    forward: Callable[[Tensor], Tensor]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision if the run asks for it."""
+        if self.half is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.half)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Scores of shape (N, C), in float32: that is where autocast computes torch's loss, so all losses get it."""
+        with self.autocast():
+            return self.forward(images).float()
+
+    def update(self, loss: Tensor) -> None:
+        """Backpropagates and changes the weights."""
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def build_learner(
+    model: nn.Module,
+    loss: Loss,
+    *,
+    optimizer: str = "sgd",
+    lr: float = 0.1,
+    device: torch.device,
+    amp: bool = False,
+    compile: bool = False,
+) -> Learner:
+    """Puts the model on the device; float16, where bfloat16 is not supported, gets a gradient scaler."""
+    model = model.to(device)
+    half = _half_type(device) if amp else None
+    scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
+    forward = torch.compile(model, dynamic=True) if compile else model  # the last batch is smaller
+    learner = Learner(model, loss, OPTIMIZERS[optimizer](model.parameters(), lr), device, scaler, half, forward)
+    if compile:
+        _compile_now(learner)
+    return learner
+
+
+def learner_for(config: "TrainConfig", classes: int, device: torch.device) -> Learner:
+    """The learner that a run's settings describe, with its initial weights."""
+    return build_learner(
+        build_model(config.model, classes, config.seed),
+        LOSSES[config.loss](),
+        optimizer=config.optimizer,
+        lr=config.lr,
+        device=device,
+        amp=config.amp,
+        compile=config.compile,
+    )
+
+
+def _half_type(device: torch.device) -> torch.dtype:
+    """bfloat16, except on GPUs without it."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def _compile_now(learner: Learner) -> None:
+    """Compiles on one image, so that a missing compiler is reported here and epochs are timed without it."""
+    images = torch.zeros(2, 28, 28, device=learner.device)
+    try:
+        learner.logits(images).sum().backward()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LabError(f"expected torch.compile to work here, got: {reason}; train without --compile") from error
+    learner.optimizer.zero_grad()
