@@ -31,7 +31,7 @@ check: $(VENV)/.dev ## formatting, lint, types, and the package as users get it
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_package.py --package
+	$(BIN)/python -m pytest -q tests/test_package.py
 
 bench: $(VENV)/.bench ## benchmarks on the CPU
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)

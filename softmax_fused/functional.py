@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "triton", "torch")
 
-HAND_OVER = 2**15
+HAND_OVER = 2**19
 """On the CPU, class indices for fewer logits than this go to torch's own operator: nothing is left to be saved there."""
 
 
@@ -77,6 +77,18 @@ def operations(backend: str, device: torch.device) -> Operations:
             "or set TRITON_INTERPRET=1 before the first call to run the kernels in Triton's interpreter"
         )
     return _launch
+
+
+def small_on_cpu(input: Tensor, target: Tensor) -> bool:
+    """Whether these are class indices for so few logits on the CPU that torch's own operator is the fastest."""
+    return (
+        type(input) is torch.Tensor
+        and input.is_cpu
+        and input.numel() < HAND_OVER
+        and type(target) is torch.Tensor
+        and target.ndim < input.ndim
+        and automatic("cpu") == "torch"
+    )
 
 
 def transformed() -> bool:
@@ -152,19 +164,18 @@ def cross_entropy(
         return overridden(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, backend
         )
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch'; got {backend!r}")
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
+    if backend == "auto" and small_on_cpu(input, target):
+        return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto', 'triton' or 'torch'; got {backend!r}")
     if transformed() or not _check.plain(input, target, weight, ignore_index, reduction, label_smoothing):
         return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     compute = operations(backend, input.device)
-    indices = target.ndim < input.ndim
-    if indices and compute is _torch_path and backend == "auto" and input.numel() < HAND_OVER:
-        return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     dtype = _check.loss_dtype(input, target)
     acc = torch.float64 if dtype is torch.float64 else torch.float32
-    spec = Spec(indices, reduction, ignore_index, max(0.0, label_smoothing), dtype, acc)
+    spec = Spec(target.ndim < input.ndim, reduction, ignore_index, max(0.0, label_smoothing), dtype, acc)
     if input.requires_grad and torch.is_grad_enabled():
         loss: Tensor = CrossEntropy.apply(input, target, weight, spec, compute)
         return loss

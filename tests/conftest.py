@@ -1,0 +1,81 @@
+"""Set-up of the suite: the kernels run in Triton's interpreter where there is no GPU, compiled where there is one."""
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+HAS_GPU = torch.cuda.is_available()
+
+# The interpreter is chosen when the kernels are imported, and asked for again while they run (see `interpreted`). In
+# between the variable is unset, so that backend="auto" and child processes do what they do for users.
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import softmax_fused._launch
+
+    del os.environ["TRITON_INTERPRET"]
+    softmax_fused.functional.automatic("cpu")  # pins the decision
+
+settings.register_profile("default", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("long", settings.get_profile("default"), max_examples=20_000)
+settings.load_profile("default")
+
+
+class Place(NamedTuple):
+    """Where a test computes: a device, and the backend that serves it."""
+
+    device: str
+    backend: str
+
+
+CPU = Place("cpu", "torch")
+INTERPRETER = Place("cpu", "triton")
+GPU = Place("cuda", "triton")
+GPU_TORCH = Place("cuda", "torch")
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let backend="triton" serve CPU tensors, through Triton's interpreter."""
+    if HAS_GPU:
+        pytest.skip("the kernels run compiled on this machine's GPU instead")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def resolve(request: pytest.FixtureRequest) -> Place:
+    if request.param == INTERPRETER:
+        request.getfixturevalue("interpreted")
+    return request.param
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(CPU, id="cpu"),
+        pytest.param(INTERPRETER, id="interpreter"),
+        pytest.param(GPU, id="gpu", marks=gpu),
+        pytest.param(GPU_TORCH, id="gpu-torch", marks=gpu),
+    ]
+)
+def place(request: pytest.FixtureRequest) -> Place:
+    """Every device and backend."""
+    return resolve(request)
+
+
+@pytest.fixture(params=[pytest.param(INTERPRETER, id="interpreter"), pytest.param(GPU, id="gpu", marks=gpu)])
+def kernels(request: pytest.FixtureRequest) -> Place:
+    """The Triton kernels, wherever they can run."""
+    return resolve(request)
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """Fill torch.empty with NaN: memory that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
