@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 if TYPE_CHECKING:
@@ -40,11 +41,13 @@ def plot_curves(title: str, train_loss: Sequence[float], accuracies: dict[str, S
     return figure
 
 
-def draw_lines(axes: "Axes", lines: dict[str, Sequence[float]], epochs: range) -> None:
+def draw_lines(axes: "Axes", lines: Mapping[str, Sequence[float] | Array], epochs: range) -> None:
     """Lines over epochs, distinct in colour, dash and mark."""
     marks = len(epochs) <= 30
-    for (label, values), (colour, dash, mark) in zip(lines.items(), STYLES * len(lines), strict=False):
-        axes.plot(epochs, values, color=colour, linestyle=dash, marker=mark if marks else None, label=label, ms=5)
+    for place, (label, values) in enumerate(lines.items()):
+        colour, dash, mark = STYLES[place % len(STYLES)]
+        size = 8 - 1.5 * (place % len(STYLES))  # so that marks on top of each other are all seen
+        axes.plot(epochs, values, color=colour, linestyle=dash, marker=mark if marks else None, label=label, ms=size)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -59,41 +62,34 @@ def plot_comparison(title: str, losses: Mapping[str, Mapping[str, Any]]) -> Figu
     epochs = range(1, len(next(iter(curve_of.values()))) + 1)
     draw_lines(curves, curve_of, epochs)
     curves.set(title="Training loss", xlabel="epoch", ylabel="mean cross-entropy (nats)")
-    far = {name: loss["largest_difference"] for name, loss in losses.items() if any(loss["largest_difference"] or [])}
-    if far:
-        draw_lines(distances, far, epochs)
-        distances.set(yscale="log", ylabel="nats")
-    else:
-        distances.text(0.5, 0.5, "none", ha="center", va="center", transform=distances.transAxes)
-    distances.set(title="Largest difference of a step's loss from torch's", xlabel="epoch")
+    _draw_distances(distances, losses, epochs)
     _draw_times(times, losses)
     return figure
+
+
+def _draw_distances(axes: "Axes", losses: Mapping[str, Mapping[str, Any]], epochs: range) -> None:
+    """Distances on a log axis, which has no place for zeros: the legend names the losses that are nothing else."""
+    axes.set(title="Largest difference of a step's loss from torch's", xlabel="epoch", ylabel="nats")
+    distances = {name: np.array(loss["largest_difference"] or [], dtype=float) for name, loss in losses.items()}
+    seen = np.concatenate([values[values > 0] for values in distances.values()])
+    if not len(seen):
+        axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes)
+        return
+    labels = {name: name if values.any() else f"{name} (0 throughout)" for name, values in distances.items()}
+    draw_lines(axes, {labels[name]: np.where(values > 0, values, np.nan) for name, values in distances.items()}, epochs)
+    low, high = np.floor(np.log10(seen.min())), np.floor(np.log10(seen.max())) + 1
+    axes.set(yscale="log", ylim=(10.0**low, 10.0**high))
 
 
 def _draw_times(axes: "Axes", losses: Mapping[str, Mapping[str, Any]]) -> None:
     parts = {"loss_us": ("loss, forward + backward", BLUE, ""), "step_us": ("whole step", SKY, "//")}
     for offset, (key, (label, colour, hatch)) in zip((-0.2, 0.2), parts.items(), strict=True):
-        middle = np.array([loss[key]["median"] for loss in losses.values()])
-        spread = np.array(
-            [
-                [loss[key]["median"] - loss[key]["p20"], loss[key]["p80"] - loss[key]["median"]]
-                for loss in losses.values()
-            ]
-        ).T
-        bars = axes.bar(
-            np.arange(len(losses)) + offset,
-            middle,
-            0.36,
-            yerr=spread,
-            capsize=3,
-            label=label,
-            color=colour,
-            hatch=hatch,
-        )
+        medians = [loss[key]["median"] for loss in losses.values()]
+        bars = axes.bar(np.arange(len(losses)) + offset, medians, 0.36, label=label, color=colour, hatch=hatch)
         axes.bar_label(bars, fmt="%.0f", padding=3)
     axes.set_xticks(range(len(losses)), list(losses))
     axes.margins(y=0.25)
-    axes.set(title="Time a step: median, 20th to 80th percentile", xlabel="loss", ylabel="microseconds")
+    axes.set(title="Median time", xlabel="loss", ylabel="microseconds")
     axes.legend(loc="upper center", ncols=2)
 
 
@@ -120,8 +116,11 @@ def plot_predictions(title: str, images: Array, true: Sequence[str], predicted: 
     """A grid of images, eight in a row, framed and marked as right or wrong."""
     columns = 8
     rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(1.75 * columns, 2.35 * rows + 0.7), layout="constrained")
-    figure.suptitle(f"{title}\nblue frame, \N{CHECK MARK}: right    orange dashed frame, \N{BALLOT X}: wrong")
+    figure = Figure(figsize=(1.75 * columns, 2.1 * rows + 0.7), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
+    figure.suptitle(
+        f"{title}\nabove each image its true class, then the predicted one: "
+        "\N{CHECK MARK} right, blue frame; \N{BALLOT X} wrong, dashed orange frame"
+    )
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in panels:
         panel.set_axis_off()
@@ -133,5 +132,5 @@ def plot_predictions(title: str, images: Array, true: Sequence[str], predicted: 
         panel.set(xticks=[], yticks=[])
         for spine in panel.spines.values():
             spine.set(color=colour, linewidth=3, linestyle=dash)
-        panel.set_title(f"true: {name}\n{mark} {guess}", color=colour, fontsize=9)
+        panel.set_title(f"{name}\n{mark} {guess}", color=colour, fontsize=9)
     return figure
