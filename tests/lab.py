@@ -1,0 +1,108 @@
+"""What the tests of the lab share: small runs on digits, a made-up Fashion-MNIST, the command line in this process."""
+
+import gzip
+import hashlib
+import json
+import os
+import struct
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchvision.datasets import FashionMNIST
+
+from softmax_fused.cli import main
+from softmax_fused.training import idx
+from softmax_fused.training.checkpoint import load_checkpoint
+from softmax_fused.training.config import TrainConfig
+from softmax_fused.training.data import ImageData, load_dataset
+from softmax_fused.training.report import Reporter
+
+SMALL = TrainConfig(dataset="digits", loss="torch", epochs=2, device="cpu")
+
+QUIET = Reporter(quiet=True)
+
+real_data = pytest.mark.skipif(
+    not (Path(os.environ.get("SOFTMAX_FUSED_DATA", "/nowhere")) / "FashionMNIST").is_dir(),
+    reason="needs Fashion-MNIST under $SOFTMAX_FUSED_DATA",
+)
+
+
+@cache
+def digits() -> ImageData:
+    return load_dataset("digits", Path())
+
+
+def few_digits() -> ImageData:
+    return digits().head(300, 100)
+
+
+class Outcome:
+    """What a command printed and its exit status."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def error(self) -> str:
+        """The one line of an error."""
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+def run_cli(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return Outcome(int(stop.value.code or 0), *capsys.readouterr())
+
+
+def idx_bytes(array: torch.Tensor) -> bytes:
+    header = struct.pack(f">HBB{array.dim()}I", 0, 8, array.dim(), *array.shape)
+    return header + bytes(array.flatten().tolist())
+
+
+def fake_fashion(folder: Path, monkeypatch: pytest.MonkeyPatch, train: int = 40, test: int = 20) -> Path:
+    """A torchvision root with random images, and torchvision's checksums changed to match; no mirror answers."""
+    generator = torch.Generator().manual_seed(1)
+    raw = folder / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    resources = []
+    for part, size in (("train", train), ("t10k", test)):
+        images = torch.randint(256, (size, 28, 28), generator=generator)
+        for name, array in (
+            (f"{part}-images-idx3-ubyte", images),
+            (f"{part}-labels-idx1-ubyte", torch.arange(size) % 10),
+        ):
+            plain = idx_bytes(array)
+            packed = gzip.compress(plain, mtime=0)
+            (raw / f"{name}.gz").write_bytes(packed)
+            md5 = hashlib.md5(packed, usedforsecurity=False).hexdigest()
+            resources.append((f"{name}.gz", md5))
+            monkeypatch.setitem(idx.UNPACKED, md5, hashlib.md5(plain, usedforsecurity=False).hexdigest())
+    monkeypatch.setattr(FashionMNIST, "resources", resources)
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    return folder
+
+
+def subprocess_arguments(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "softmax_fused", *map(str, arguments)]
+
+
+def subprocess_environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **extra}
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def assert_consistent(folder: Path, epochs: int) -> None:
+    """The checkpoint and metrics.json are those of the same epoch, and nothing half-written lies about."""
+    assert metrics_of(folder) == load_checkpoint(folder)["metrics"]
+    assert len(metrics_of(folder)["train_loss"]) == epochs
+    assert not list(folder.glob(".*"))

@@ -1,0 +1,139 @@
+"""Data sets: found, verified, downloaded, replaced, decoded."""
+
+import gzip
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.datasets import FashionMNIST
+
+from softmax_fused.training.data import data_root, load_dataset
+from softmax_fused.training.errors import LabError, MissingDataError, UsageError
+from softmax_fused.training.idx import decode
+from tests.lab import digits, fake_fashion, idx_bytes, real_data
+
+IMAGES = "FashionMNIST/raw/train-images-idx3-ubyte"
+
+
+def test_idx_files_decode_to_the_array_they_hold() -> None:
+    array = torch.arange(24).view(2, 3, 4)
+    assert torch.equal(decode(idx_bytes(array)), array.to(torch.uint8))
+
+
+def test_packed_files_are_read_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = fake_fashion(tmp_path, monkeypatch)
+    before = sorted(root.rglob("*"))
+    data = load_dataset("fashion-mnist", root)
+    assert data.train.images.shape == (40, 28, 28)
+    assert data.train.images.dtype == torch.uint8
+    assert data.train.labels.tolist() == [i % 10 for i in range(40)]
+    assert len(data.test) == 20
+    assert data.classes[9] == "Ankle boot"
+    assert data.fallback is None
+    assert sorted(root.rglob("*")) == before
+
+
+def test_unpacked_files_do_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = fake_fashion(tmp_path, monkeypatch)
+    packed = load_dataset("fashion-mnist", root)
+    for path in root.rglob("*.gz"):
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    unpacked = load_dataset("fashion-mnist", root)
+    assert torch.equal(unpacked.train.images, packed.train.images)
+    assert torch.equal(unpacked.test.labels, packed.test.labels)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""])
+@pytest.mark.parametrize("damage", ["truncated", "corrupted", "empty"])
+def test_a_damaged_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, damage: str) -> None:
+    root = fake_fashion(tmp_path, monkeypatch)
+    path = root / f"{IMAGES}{suffix}"
+    if not suffix:
+        path.write_bytes(gzip.decompress((root / f"{IMAGES}.gz").read_bytes()))
+        (root / f"{IMAGES}.gz").unlink()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes({"truncated": data[:-7], "corrupted": data, "empty": b""}[damage])
+    with pytest.raises(LabError, match=r"truncated or corrupted\); delete it") as error:
+        load_dataset("fashion-mnist", root, fallback=True)  # damage is never papered over
+    assert str(path) in str(error.value)
+
+
+def test_absent_files_are_listed_with_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = fake_fashion(tmp_path, monkeypatch)
+    (root / f"{IMAGES}.gz").unlink()
+    with pytest.raises(MissingDataError) as error:
+        load_dataset("fashion-mnist", root)
+    message = str(error.value)
+    assert message.startswith(f"expected train-images-idx3-ubyte.gz in {root / 'FashionMNIST' / 'raw'}, got none of")
+    assert "put the files from http://127.0.0.1:9/ there" in message
+    assert "--data-dir" in message
+
+
+def test_digits_stand_in_where_nothing_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_fashion(tmp_path / "elsewhere", monkeypatch)
+    data = load_dataset("fashion-mnist", tmp_path / "empty", fallback=True)
+    assert data.name == "digits"
+    assert "train-images-idx3-ubyte.gz" in str(data.fallback)
+    assert not (tmp_path / "empty").exists()
+
+
+def test_absent_files_are_downloaded_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror = fake_fashion(tmp_path / "mirror", monkeypatch) / "FashionMNIST" / "raw"
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/", f"{mirror.as_uri()}/"])
+    root = tmp_path / "root"
+    data = load_dataset("fashion-mnist", root)
+    assert len(data.train) == 40
+    assert {path.name for path in (root / "FashionMNIST" / "raw").iterdir()} == {path.name for path in mirror.iterdir()}
+    shutil.rmtree(mirror)
+    assert torch.equal(load_dataset("fashion-mnist", root).train.images, data.train.images)
+
+
+def test_a_bad_download_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror = fake_fashion(tmp_path / "mirror", monkeypatch) / "FashionMNIST" / "raw"
+    monkeypatch.setattr(FashionMNIST, "mirrors", [f"{mirror.as_uri()}/"])
+    (mirror / "train-images-idx3-ubyte.gz").write_bytes(b"half a fi")
+    with pytest.raises(MissingDataError, match="truncated or corrupted"):
+        load_dataset("fashion-mnist", tmp_path / "root")
+    assert not list((tmp_path / "root").rglob("*ubyte*"))
+
+
+def test_digits_are_upscaled_whole_and_split_without_overlap() -> None:
+    data = digits()
+    assert (len(data.train), len(data.test)) == (1437, 360)
+    assert data.train.images.shape[1:] == (28, 28)
+    assert int(data.train.images.max()) == 255
+    assert data.train.labels.bincount().min() > 100
+    assert data.test.labels.bincount().min() > 20
+
+
+def test_head_takes_the_first_images() -> None:
+    data = digits().head(7, 3)
+    assert (len(data.train), len(data.test)) == (7, 3)
+    assert torch.equal(data.train.images, digits().train.images[:7])
+    with pytest.raises(UsageError, match="expected a size from 1 to 1437, got 2000"):
+        digits().head(2000, 1)
+
+
+def test_the_root_is_the_option_else_the_variable_else_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOFTMAX_FUSED_DATA", "/variable")
+    assert data_root("option") == tmp_path / "option"
+    assert data_root() == Path("/variable")
+    monkeypatch.delenv("SOFTMAX_FUSED_DATA")
+    assert "softmax-fused" in data_root().parts
+
+
+@real_data
+@pytest.mark.parametrize("name", ["fashion-mnist", "mnist"])
+def test_the_published_files_are_read(name: str) -> None:
+    try:
+        data = load_dataset(name, data_root())
+    except MissingDataError as missing:
+        pytest.skip(str(missing))
+    assert (len(data.train), len(data.test), len(data.classes)) == (60_000, 10_000, 10)
+    assert data.test.images.shape == (10_000, 28, 28)
+    if name == "fashion-mnist":
+        assert data.train.labels.bincount().tolist() == [6000] * 10

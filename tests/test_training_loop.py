@@ -1,0 +1,113 @@
+"""Models, losses and the loop."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from softmax_fused.training.batches import MemoryBatches
+from softmax_fused.training.errors import LabError
+from softmax_fused.training.learner import build_learner
+from softmax_fused.training.loop import confusion_matrix, predict_classes, train_epoch
+from softmax_fused.training.losses import LOSSES, scratch_cross_entropy
+from softmax_fused.training.models import MODELS, build_model
+from tests.lab import few_digits
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_cross_entropy(name: str) -> None:
+    logits = torch.randn(33, 10, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(10, (33,))
+    (upstream,) = torch.randn(1, dtype=torch.float64)
+    loss = LOSSES[name]()(logits, target)
+    (gradient,) = torch.autograd.grad(loss, logits, upstream)
+    probabilities = logits.detach().exp() / logits.detach().exp().sum(1, keepdim=True)
+    torch.testing.assert_close(loss, -probabilities[range(33), target].log().mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, upstream * (probabilities - F.one_hot(target, 10)) / 33)
+
+
+def test_the_textbook_loss_survives_large_logits_but_not_large_differences() -> None:
+    target = torch.tensor([0])
+    assert math.isclose(scratch_cross_entropy(torch.tensor([[1e30, 1e30]]), target).item(), math.log(2), rel_tol=1e-6)
+    assert scratch_cross_entropy(torch.tensor([[0.0, 200.0]]), target).item() == math.inf
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_begin_as_in_the_textbook(name: str) -> None:
+    layers = [layer for layer in build_model(name, 10).modules() if isinstance(layer, nn.Linear)]
+    sizes = {"softmax": [(10, 784)], "mlp": [(256, 784), (10, 256)]}
+    assert [tuple(layer.weight.shape) for layer in layers] == sizes[name]
+    for layer in layers:
+        assert 0.009 < layer.weight.std() < 0.011
+        assert not layer.bias.any()
+    again, other = build_model(name, 10), build_model(name, 10, seed=1)
+    assert torch.equal(next(again.parameters()), layers[0].weight)
+    assert not torch.equal(next(other.parameters()), layers[0].weight)
+
+
+def test_an_epoch_reports_means_over_images_not_over_batches() -> None:
+    split = few_digits().train
+    learner = build_learner(build_model("softmax", 10), nn.CrossEntropyLoss(), lr=1e-12, device=CPU)
+    loss, accuracy = train_epoch(learner, MemoryBatches(split, 299, 0, CPU).epoch(1))
+    with torch.no_grad():
+        logits = learner.model(split.images / 255)
+    assert math.isclose(loss, F.cross_entropy(logits, split.labels).item(), rel_tol=1e-6)
+    assert accuracy == (logits.argmax(1) == split.labels).sum().item() / 300
+
+
+def test_the_confusion_matrix_counts_true_rows_and_predicted_columns() -> None:
+    split = few_digits().test
+    predicted = (split.labels + 1) % 10
+    counts = confusion_matrix(predicted, split, 10)
+    assert counts.sum() == 100
+    assert counts[3, 4] == (split.labels == 3).sum()
+    assert not counts.diagonal().any()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("model", MODELS)
+def test_training_learns(model: str, optimizer: str) -> None:
+    data = few_digits()
+    learner = build_learner(
+        build_model(model, 10),
+        nn.CrossEntropyLoss(),
+        optimizer=optimizer,
+        lr=0.1 if optimizer == "sgd" else 1e-2,
+        device=CPU,
+    )
+    batches = MemoryBatches(data.train, 16, 0, CPU)
+    losses = [train_epoch(learner, batches.epoch(epoch))[0] for epoch in range(1, 16)]
+    assert losses[-1] < 0.5 < losses[0]
+    assert (predict_classes(learner, data.test) == data.test.labels).sum() > 80
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    learner = build_learner(build_model("softmax", 10), scratch_cross_entropy, lr=1e6, device=CPU)
+    with pytest.raises(LabError, match=r"^expected a finite training loss, got .*; choose a smaller --lr"):
+        train_epoch(learner, MemoryBatches(few_digits().train, 16, 0, CPU).epoch(1))
+
+
+def test_mixed_precision_stays_near_full_precision() -> None:
+    losses = {}
+    for amp in (False, True):
+        learner = build_learner(build_model("mlp", 10), nn.CrossEntropyLoss(), device=CPU, amp=amp)
+        assert learner.half is (torch.bfloat16 if amp else None)
+        losses[amp] = train_epoch(learner, MemoryBatches(few_digits().train, 16, 0, CPU).epoch(1))[0]
+    assert losses[True] != losses[False]
+    assert math.isclose(losses[True], losses[False], rel_tol=0.01)
+
+
+def test_a_compiler_that_fails_is_reported_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: nn.Module, **options: object) -> object:
+        def forward(images: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no C++ compiler\nmany details")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(LabError, match=r"^expected torch.compile to work here, got: no C\+\+ compiler; train without"):
+        build_learner(build_model("mlp", 10), nn.CrossEntropyLoss(), device=CPU, compile=True)
