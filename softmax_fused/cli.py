@@ -43,7 +43,8 @@ def _run(arguments: list[str]) -> int:
         from softmax_fused.training.errors import UsageError
 
         message = error.format_message().rstrip(".")
-        raise UsageError(f"{message[:1].lower()}{message[1:]}; see softmax-fused --help") from None
+        command = getattr(getattr(error, "ctx", None), "command_path", "softmax-fused")
+        raise UsageError(f"{message[:1].lower()}{message[1:]}; see {command} --help") from None
 
 
 def _fail(message: str, status: int) -> NoReturn:

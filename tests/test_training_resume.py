@@ -4,7 +4,6 @@ import errno
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,13 @@ from tests.lab import (
     subprocess_arguments,
     subprocess_environment,
 )
+from tests.lab import one_thread as one_thread
 
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than these runs."""
     monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many threads as `subprocess_environment` gives, so that sums are taken in the same order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -183,7 +174,7 @@ def test_a_disk_that_refuses_figures_and_events_leaves_no_traceback(tmp_path: Pa
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-@pytest.mark.usefixtures("no_pictures", "one_thread")
+@pytest.mark.usefixtures("no_pictures")
 def test_a_killed_process_resumes_to_the_same_weights(tmp_path: Path) -> None:
     options = ["--dataset", "digits", "--loss", "torch", "--device", "cpu"]
     command = subprocess_arguments("train", *options, "--epochs", 100_000, "--output", tmp_path / "run")

@@ -8,7 +8,6 @@ import errno
 import io
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise LabError(f"expected a checkpoint in {path}, got {error.strerror or error}; check the path") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except Exception as error:  # the restricted unpickler fails in many ways on other files
         raise LabError(f"expected a checkpoint in {path}, got another or a damaged file; train again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise LabError(f"expected a checkpoint of softmax-fused (format {FORMAT}) in {path}, got another; train again")

@@ -22,6 +22,20 @@ app = typer.Typer(
 DEFAULT = TrainConfig()
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected a whole number, got {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected a number, got {text!r}") from None
+
+
 Dataset = Annotated[str, typer.Option(metavar="|".join(DATASETS), help="Images to train on.")]
 Model = Annotated[
     str, typer.Option(metavar="|".join(MODELS), help="softmax: 784 -> 10; mlp: 784 -> 256 -> ReLU -> 10.")
@@ -32,9 +46,9 @@ LossName = Annotated[
         "--loss", metavar="|".join(LOSSES), help="fused: ours; torch: nn.CrossEntropyLoss; scratch: textbook."
     ),
 ]
-Epochs = Annotated[int, typer.Option(help="Passes over the training set.")]
-BatchSize = Annotated[int, typer.Option(help="Images a step.")]
-Lr = Annotated[float, typer.Option(help="Learning rate.")]
+Epochs = Annotated[int, typer.Option(parser=_whole, metavar="INTEGER", help="Passes over the training set.")]
+BatchSize = Annotated[int, typer.Option(parser=_whole, metavar="INTEGER", help="Images a step.")]
+Lr = Annotated[float, typer.Option(parser=_number, metavar="NUMBER", help="Learning rate.")]
 OptimizerName = Annotated[str, typer.Option("--optimizer", metavar="|".join(OPTIMIZERS), help="Rule of the step.")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="auto: the first GPU, else the CPU.")]
 DataDir = Annotated[
@@ -42,8 +56,17 @@ DataDir = Annotated[
     typer.Option(help="Folder of the data sets, a torchvision root; else $SOFTMAX_FUSED_DATA, else a per-user cache."),
 ]
 Output = Annotated[Path | None, typer.Option(help="Folder for the results; by default a new one under runs/.")]
-Seed = Annotated[int, typer.Option(help="Of the initial weights and the order of the images.")]
-Workers = Annotated[int, typer.Option(help="Processes that read batches; 0 gathers them from memory, which is faster.")]
+Seed = Annotated[
+    int, typer.Option(parser=_whole, metavar="INTEGER", help="Of the initial weights and the order of the images.")
+]
+Workers = Annotated[
+    int,
+    typer.Option(
+        parser=_whole,
+        metavar="INTEGER",
+        help="Processes that read batches; 0 gathers them from memory, which is faster.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the folder of the results, and warnings.")]
 
 
@@ -148,7 +171,7 @@ def predict(
     images: Annotated[
         list[Path] | None, typer.Argument(help="Pictures of any size; none: a gallery of the test set.")
     ] = None,
-    top: Annotated[int, typer.Option(help="Classes to name for each picture.")] = 3,
+    top: Annotated[int, typer.Option(parser=_whole, metavar="INTEGER", help="Classes to name for each picture.")] = 3,
     device: Device = DEFAULT.device,
     data_dir: DataDir = None,
     output: Annotated[

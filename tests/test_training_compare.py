@@ -1,0 +1,79 @@
+"""Losses side by side."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from softmax_fused.training.compare import compare
+from softmax_fused.training.errors import LabError
+from softmax_fused.training.run import train
+from tests.lab import QUIET, SMALL, few_digits, metrics_of, run_cli
+from tests.lab import one_thread as one_thread
+
+
+def comparison(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "compare.json").read_text())
+
+
+def test_the_record_holds_curves_distances_and_times(tmp_path: Path) -> None:
+    compare(["fused", "torch", "scratch"], SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
+    record = comparison(tmp_path)
+    assert list(record["losses"]) == ["fused", "torch", "scratch"]
+    assert "loss" not in record["config"]
+    for loss in record["losses"].values():
+        assert len(loss["train_loss"]) == len(loss["test_accuracy"]) == 2
+        assert max(loss["largest_difference"]) < 1e-4
+        for times in (loss["loss_us"], loss["step_us"]):
+            assert 0 < times["p20"] <= times["median"] <= times["p80"]
+        assert loss["loss_us"]["median"] < loss["step_us"]["median"]
+    assert record["losses"]["torch"]["largest_difference"] == [0, 0]
+    assert max(record["losses"]["scratch"]["largest_difference"]) > 0
+    with Image.open(tmp_path / "compare.png") as picture:
+        assert picture.size[0] > picture.size[1] > 400
+
+
+def test_each_loss_trains_as_it_does_alone(tmp_path: Path) -> None:
+    compare(["scratch", "torch"], SMALL, output=tmp_path / "both", data=few_digits(), reporter=QUIET)
+    alone = train(SMALL, output=tmp_path / "alone", data=few_digits(), reporter=QUIET)
+    together = comparison(tmp_path / "both")["losses"]["torch"]
+    assert together["train_loss"] == pytest.approx(metrics_of(alone)["train_loss"], abs=1e-6)
+    assert together["test_accuracy"] == metrics_of(alone)["test_accuracy"]
+
+
+def test_distances_need_torch_to_take_part(tmp_path: Path) -> None:
+    compare(["scratch"], SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
+    assert comparison(tmp_path)["losses"]["scratch"]["largest_difference"] is None
+
+
+def test_a_comparison_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "compare.json").touch()
+    with pytest.raises(LabError, match="got .* with compare.json; choose another folder"):  # noqa: RUF043
+        compare(["torch"], SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
+
+
+def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--losses", "torch, scratch", "--dataset", "digits", "--epochs", 1, "--output", tmp_path / "out"]
+    outcome = run_cli(capsys, "compare", *options)
+    assert outcome.status == 0
+    for word in ("final loss", "test accuracy", "off torch by", "loss (us)", "step (us)", "scratch", str(tmp_path)):
+        assert word in outcome.out
+    assert outcome.out.splitlines()[-1] == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (
+            "torch,fussed",
+            "error: expected --losses to be one of fused, torch, scratch, got 'fussed'; did you mean fused?",
+        ),
+        ("torch,torch", "error: expected --losses without repetition, got 'torch,torch'; name each loss once"),
+        ("", "error: expected --losses to be one of fused, torch, scratch, got ''; the default is fused"),
+    ],
+)
+def test_wrong_losses(capsys: pytest.CaptureFixture[str], losses: str, message: str) -> None:
+    outcome = run_cli(capsys, "compare", "--losses", losses)
+    assert (outcome.status, outcome.error) == (2, message)
