@@ -3,9 +3,9 @@
 a = w * ((1 - e) t + keep * e / C),  A = sum(a),  m = max z,  s = sum exp(z - m)
 loss = A * log s - <a, z - m>,       d loss / d z = g * (A * softmax(z) - a)
 
-m and log s are kept apart: their sum would lose digits when |z| is large. 0 * (-inf) in <a, z - m> is 0. The true class
-stays out of s until the end: where it is the maximum, log s = log1p(the others), so that confident rows keep all digits.
-TARGET is index_target or probability_target of rows.py; weight, smoothing and most outputs are None where not wanted.
+m and log s are kept apart: their sum would lose digits when |z| is large. 0 * (-inf) in <a, z - m> is 0. The true
+class stays out of s until the end: where it is the maximum, log s = log1p(the others), and confident rows keep all
+their digits. TARGET is index_target or probability_target; weight, smoothing and outputs are None where not wanted.
 """
 
 import triton
@@ -16,7 +16,7 @@ from .rows import class_weight, expm1, log1p, row_offsets, row_tile, smoothing_t
 
 @triton.jit
 def spread(t, keep, on, off, weight_ptr, c, exists, ACC: tl.constexpr):
-    """Return the block of a without the labelled class's share: w * ((1 - e) t + keep * e / C), 0 outside the classes."""
+    """Return the block of a = w * ((1 - e) t + keep * e / C) without the labelled class's t; 0 outside the classes."""
     a = tl.where(exists[None, :], (keep * off)[:, None], 0.0)
     if t is not None:
         a += on * t

@@ -36,7 +36,8 @@ def row_offsets(outer, row, sizes, strides):
 def index_target(target_ptr, rows, c, inside, live, classes, ignore_index, class_stride, ACC: tl.constexpr):
     """Class indices: the label (-1 where there is none), keep, and no dense part.
 
-    An index outside [0, C) that is not ignored makes keep NaN, hence that row's loss and gradient; nothing is read at it.
+    An index outside [0, C) that is not ignored makes keep NaN, hence that row's loss and gradient; nothing is read
+    there.
     """
     label = tl.load(target_ptr + rows, mask=live, other=-1).to(tl.int64)
     known = (label >= 0) & (label < classes)

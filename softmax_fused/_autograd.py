@@ -59,7 +59,7 @@ class CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradient of the logits; under create_graph=True one that can be differentiated again."""
         logits, target, weight, *saved = ctx.saved_tensors
         if torch.is_grad_enabled():

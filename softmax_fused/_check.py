@@ -89,7 +89,9 @@ def describe(value: Any) -> str:
 def explain_input(input: Any) -> str | None:
     """Say what is wrong with the logits."""
     if not isinstance(input, torch.Tensor) or input.ndim == 0 or not input.dtype.is_floating_point:
-        return f"input must be a floating point tensor of shape (C,), (N, C) or (N, C, d1, ..., dk); got {describe(input)}"
+        return (
+            f"input must be a floating point tensor of shape (C,), (N, C) or (N, C, d1, ..., dk); got {describe(input)}"
+        )
     return None
 
 
@@ -110,12 +112,16 @@ def explain_target(input: Tensor, target: Any, ignore_index: Any) -> str | None:
     elif target.dtype is not torch.int64:
         return f"{expected}; got {describe(target)}: convert class indices with target.long()"
     elif target.device.type == "cpu" and target.numel():
-        kept = target[target != ignore_index]
-        if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < input.shape[min(input.ndim - 1, 1)]:
-            wrong = int(kept.min()) if int(kept.min()) < 0 else int(kept.max())
-            classes = input.shape[min(input.ndim - 1, 1)]
-            return f"target must hold class indices from 0 to {classes - 1} or ignore_index ({ignore_index}); got {wrong}"
+        classes = input.shape[min(input.ndim - 1, 1)]
+        wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+        if wrong.numel():
+            return out_of_range(classes, ignore_index, int(wrong[0]))
     return None
+
+
+def out_of_range(classes: int, ignore_index: Any, label: int) -> str:
+    """Say which class index does not exist."""
+    return f"target must hold class indices from 0 to {classes - 1} or ignore_index ({ignore_index}); got {label}"
 
 
 def explain_weight(input: Tensor, weight: Any) -> str | None:

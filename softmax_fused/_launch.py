@@ -36,7 +36,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-# Elements in a tile, by where neighbours in memory lie. Chosen from registers and coalescing; not measured on a GPU yet.
+# Elements in a tile, by where neighbours in memory lie. Chosen from registers and coalescing, not measured on a GPU.
 SMALL_TILE = 4096  # whole rows side by side, 32 elements a thread in 4 warps: a batch of 256 x 10 is one program
 LONG_STEP = 4096  # one row in steps: 16 elements a thread in 8 warps, 16 bytes a load
 STRIDED_CLASSES = 16  # classes apart in memory, rows adjacent: few classes a step, so that loads coalesce along rows
@@ -77,7 +77,7 @@ def merge_rows(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int
 class Rows(NamedTuple):
     """Where rows and classes lie: row sizes (outer..., inner), and strides (outer..., inner, class) of each tensor."""
 
-    count: int
+    number: int
     classes: int
     sizes: tuple[int, ...]
     strides: list[tuple[int, ...]]
@@ -142,7 +142,7 @@ def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save
     row_shape = () if reduced or logits.ndim == 1 else (logits.shape[0], *logits.shape[2:])
     out = logits.new_empty(row_shape, dtype=spec.dtype)
     saved = 2 if spec.indices and weight is None else 3
-    stats = logits.new_empty((rows.count, saved), dtype=spec.acc) if save else None
+    stats = logits.new_empty((rows.number, saved), dtype=spec.acc) if save else None
     sums = logits.new_empty((2, programs), dtype=spec.acc) if reduced and programs > 1 else None
     denominator = logits.new_empty((1,), dtype=spec.acc) if spec.reduction == "mean" else None
     launch(

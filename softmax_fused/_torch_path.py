@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from softmax_fused import _check
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -41,16 +43,15 @@ def class_indices(target: Tensor, classes: int, spec: Spec) -> tuple[Tensor, Ten
         IndexError: For a CPU tensor, if an index that is not ignored lies outside [0, C).
     """
     label = target.long()
-    keep: Tensor | None = label != spec.ignore_index
-    if label.device.type == "cpu" and bool(keep.all()):
-        keep = None
-    else:
-        label = label.masked_fill(~keep, 0)
-    if label.device.type == "cpu":
-        low, high = (int(bound) for bound in label.aminmax())
-        if low < 0 or high >= classes:
-            raise IndexError(f"Target {low if low < 0 else high} is out of bounds.")
-    return label, keep
+    keep = label != spec.ignore_index
+    if not label.is_cpu:
+        return label.masked_fill(~keep, 0), keep
+    every = bool(keep.all())
+    label = label if every else label.masked_fill(~keep, 0)
+    low, high = (int(bound) for bound in label.aminmax())
+    if low < 0 or high >= classes:
+        raise IndexError(_check.out_of_range(classes, spec.ignore_index, low if low < 0 else high))
+    return label, None if every else keep
 
 
 def accumulated(weight: Tensor | None, ndim: int, spec: Spec) -> Tensor | None:
@@ -139,7 +140,7 @@ def gradient(
 
 
 def index_gradient(out: Tensor, g: Tensor, z: Tensor, target: Tensor, w: Tensor | None, spec: Spec) -> None:
-    """Fill `out` with the gradient; the true class gets g * (A - a - A * sum of the others' p): no digit cancels."""
+    """Fill `out` with the gradient; the true class gets g * (A - a - A * (the others' p)): no digit cancels."""
     label, keep = class_indices(target, z.shape[1], spec)
     label = label.unsqueeze(1)
     off = spec.label_smoothing / z.shape[1]
@@ -152,7 +153,7 @@ def index_gradient(out: Tensor, g: Tensor, z: Tensor, target: Tensor, w: Tensor 
         torch.softmax(z[part], 1, dtype=spec.acc, out=p)
         p_true = p.gather(1, label[part])
         p.scatter_(1, label[part], 0)
-        others = p.sum(1, keepdim=True) + (p_true - p_true)  # NaN stays NaN
+        others = torch.where(p_true > 0.5, p.sum(1, keepdim=True), 1 - p_true)  # exact where 1 - p would cancel
         p.mul_(total[part] * g[part])
         if spec.label_smoothing:
             p.sub_(off * g[part] if w is None else off * g[part] * w)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "triton", "torch")
 
 HAND_OVER = 2**19
-"""On the CPU, class indices for fewer logits than this go to torch's own operator: nothing is left to be saved there."""
+"""On the CPU, class indices for fewer logits than this go to torch's own operator: no time is left to save there."""
 
 
 @functools.cache

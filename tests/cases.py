@@ -41,7 +41,9 @@ def assert_right(place: Place, logits: Tensor, target: Tensor, weight: Tensor | 
     eps = ULPS[logits.dtype] * torch.finfo(logits.dtype).eps
     size = truth.grad.nan_to_num().abs().max().item()
     torch.testing.assert_close(loss.double(), truth.loss, rtol=eps, atol=eps, equal_nan=True)
-    torch.testing.assert_close(grad.double(), truth.grad, rtol=eps, atol=eps * size + 1e-7 * (eps > 1e-4), equal_nan=True)
+    torch.testing.assert_close(
+        grad.double(), truth.grad, rtol=eps, atol=eps * size + 1e-7 * (eps > 1e-4), equal_nan=True
+    )
     for tensor, (value, version) in zip(inputs, before, strict=True):
         assert torch.equal(tensor.detach().nan_to_num(), value.nan_to_num()), "an input was written to"
         assert tensor._version == version

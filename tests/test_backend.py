@@ -1,0 +1,144 @@
+"""Who computes: by device, by request, and without Triton."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from softmax_fused import _torch_path, cross_entropy, functional
+from tests.conftest import HAS_GPU
+
+
+def run(program: str, **environment: str) -> str:
+    """Run a program in a fresh Python and return what it printed."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    finished = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=clean | environment, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.strip()
+
+
+def test_import_needs_torch_alone() -> None:
+    loaded = run("import sys, softmax_fused; print(*sys.modules)").split()
+    for name in ("triton", "torchvision", "matplotlib", "sklearn", "typer", "rich", "softmax_fused._launch"):
+        assert name not in loaded or name in run("import sys, torch; print(*sys.modules)").split()
+
+
+WITHOUT_TRITON = """
+import sys
+class Absent:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else found(name, *rest)
+import torch
+from softmax_fused import CrossEntropyLoss, functional
+"""
+
+
+def test_without_triton_the_cpu_path_serves() -> None:
+    program = WITHOUT_TRITON + (
+        "logits = torch.zeros(3, 4, requires_grad=True)\n"
+        "CrossEntropyLoss(backend='torch')(logits, torch.arange(3)).backward()\n"
+        "print(CrossEntropyLoss()(logits, torch.arange(3)).item(), logits.grad[0, 0].item())\n"
+        "print(functional.explain_backend(torch.device('cuda')))"
+    )
+    loss, rest = run(program).split(maxsplit=1)
+    assert float(loss) == pytest.approx(1.3862944)
+    assert "-0.25" in rest
+    assert "('torch', 'Triton is not installed" in rest
+
+
+def test_without_triton_asking_for_kernels_says_how_to_get_them() -> None:
+    program = WITHOUT_TRITON + (
+        "try:\n    CrossEntropyLoss(backend='triton')(torch.zeros(3, 4), torch.arange(3))\n"
+        "except RuntimeError as error:\n    print(error)"
+    )
+    assert run(program).startswith("backend='triton' is not available. Triton is not installed: pip install triton")
+
+
+KERNELS_ON_THE_CPU = """
+import torch
+from softmax_fused import cross_entropy, functional
+try:
+    print(cross_entropy(torch.zeros(3, 4), torch.arange(3), backend=BACKEND).item())
+except RuntimeError as error:
+    print(error)
+print(*functional.explain_backend(torch.device("cpu")))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Triton")
+def test_kernels_for_cpu_tensors_need_the_interpreter() -> None:
+    refused = run(KERNELS_ON_THE_CPU.replace("BACKEND", "'triton'"))
+    assert "needs tensors on a GPU; got CPU tensors" in refused
+    assert "TRITON_INTERPRET=1" in refused
+    served = run(KERNELS_ON_THE_CPU.replace("BACKEND", "'triton'"), TRITON_INTERPRET="1").split("\n")
+    assert float(served[0]) == pytest.approx(1.3862944)
+    assert served[1].startswith("triton TRITON_INTERPRET=1")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Triton")
+def test_auto_means_kernels_under_the_interpreter() -> None:
+    program = (
+        "import torch\nfrom softmax_fused import cross_entropy, _launch\n"
+        "launch, names = _launch.launch, []\n"
+        "_launch.launch = lambda kernel, *rest: (names.append(kernel.fn.__name__), launch(kernel, *rest))\n"
+        "logits = torch.zeros(3, 4, requires_grad=True)\n"
+        "cross_entropy(logits, torch.arange(3)).backward()\nprint(*names)"
+    )
+    assert run(program, TRITON_INTERPRET="1") == "cross_entropy_forward cross_entropy_backward"
+
+
+def test_auto_on_the_cpu_hands_small_inputs_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(_torch_path, "loss", lambda *args, **options: (calls.append(args), (None, []))[1])
+    cross_entropy(torch.zeros(256, 10), torch.zeros(256, dtype=torch.long))
+    assert not calls
+    cross_entropy(torch.zeros(functional.HAND_OVER // 8, 8), torch.zeros(functional.HAND_OVER // 8, dtype=torch.long))
+    assert len(calls) == 1
+    cross_entropy(torch.zeros(256, 10), torch.zeros(256, 10))
+    assert len(calls) == 2
+
+
+@pytest.mark.skipif(HAS_GPU, reason="asks for the answer without a GPU")
+def test_explanations() -> None:
+    assert functional.explain_backend(torch.device("cuda"))[0] in ("triton", "torch")
+    assert functional.explain_backend(torch.device("cpu"))[0] == "torch"
+    assert "meta" in functional.explain_backend(torch.device("meta"))[1]
+
+
+def test_meta_and_fake_tensors_have_shapes() -> None:
+    loss = cross_entropy(torch.zeros(8, 10, device="meta"), torch.zeros(8, dtype=torch.long, device="meta"))
+    assert (loss.shape, loss.device.type) == ((), "meta")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert cross_entropy(torch.zeros(8, 10), torch.zeros(8, dtype=torch.long), reduction="none").shape == (8,)
+
+
+def test_torch_function_modes_and_subclasses() -> None:
+    seen = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        loss = cross_entropy(torch.zeros(3, 4), torch.arange(3))
+    assert cross_entropy in seen
+    assert loss.item() == pytest.approx(1.3862944)
+
+    class Own(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            return function
+
+    assert cross_entropy(torch.zeros(3, 4).as_subclass(Own), torch.arange(3)) is torch.nn.functional.cross_entropy

@@ -1,0 +1,124 @@
+"""The kernels' host side: layouts, tiles, and how often something is launched."""
+
+import pytest
+import torch
+
+from softmax_fused import _launch, cross_entropy
+from tests.cases import make_indices, make_logits
+from tests.conftest import Place
+
+
+def test_merge_rows() -> None:
+    assert _launch.merge_rows((4, 6), (6, 1)) == ((24,), [(1,)])
+    assert _launch.merge_rows((4, 6), (12, 1)) == ((4, 6), [(12, 1)])
+    assert _launch.merge_rows((4, 6), (12, 2), (6, 1)) == ((24,), [(2,), (1,)])
+    assert _launch.merge_rows((4, 6), (12, 2), (1, 4)) == ((4, 6), [(12, 2), (1, 4)])
+    assert _launch.merge_rows((4, 1, 6), (6, 99, 1)) == ((24,), [(1,)])
+    assert _launch.merge_rows((4, 6), (0, 0)) == ((24,), [(0,)])
+    assert _launch.merge_rows((1, 1), (5, 7)) == ((1,), [(0,)])
+    assert _launch.merge_rows((), ()) == ((1,), [(0,)])
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 1000, 2048, 2049, 4096, 4097, 50257, 128256])
+@pytest.mark.parametrize("inner", [1, 3, 256, 60_000])
+@pytest.mark.parametrize("adjacent", [True, False])
+@pytest.mark.parametrize("itemsize", [4, 8])
+def test_tiles_are_powers_of_two_that_fit_registers(classes: int, inner: int, adjacent: bool, itemsize: int) -> None:
+    rows, step, warps = _launch.choose_tile(classes, inner, adjacent, itemsize)
+    for number in (rows, step, warps):
+        assert number > 0
+        assert number & (number - 1) == 0
+    assert rows * step * itemsize / (warps * 32) <= 128  # bytes a thread, of 255 registers
+    assert step < 2 * classes
+    assert rows < 2 * inner
+
+
+def test_floats_reach_kernels_in_double_precision() -> None:
+    for value in (0.1, 1 / 3, 1e-3, 1.0):
+        high, low = _launch.split(value)
+        assert abs(high + float(torch.tensor(low, dtype=torch.float32)) - value) <= 1e-15 * value
+        assert float(torch.tensor(high, dtype=torch.float32)) == high
+    assert _launch.split(0.0) is None
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+    real = _launch.launch
+    monkeypatch.setattr(
+        _launch, "launch", lambda kernel, *rest: (names.append(kernel.fn.__name__), real(kernel, *rest))
+    )
+    return names
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("shape", "programs"), [((256, 10), 1), ((600, 10), 3), ((5, 5000), 5), ((2, 4, 5, 5), 2)])
+def test_at_most_two_launches_forward_and_one_backward(
+    kernels: Place, launches: list[str], shape: tuple[int, ...], programs: int, reduction: str
+) -> None:
+    logits, target = make_logits(shape, torch.float32, kernels.device), make_indices(shape, kernels.device)
+    loss = cross_entropy(logits, target, reduction=reduction, backend="triton")
+    second = ["cross_entropy_reduce"] if programs > 1 and reduction != "none" else []
+    assert launches == ["cross_entropy_forward", *second]
+    launches.clear()
+    torch.autograd.grad(loss, logits, torch.ones_like(loss))
+    assert launches == ["cross_entropy_backward"]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_nothing_is_saved_that_nobody_needs(kernels: Place, monkeypatch: pytest.MonkeyPatch, grad: bool) -> None:
+    kept = []
+    real = _launch.loss
+    monkeypatch.setattr(_launch, "loss", lambda *args, **options: (kept.append(real(*args, **options)), kept[-1])[1])
+    logits = make_logits((8, 10), torch.float32, kernels.device)
+    cross_entropy(logits if grad else logits.detach(), make_indices((8, 10), kernels.device), backend="triton")
+    assert [tuple(tensor.shape) for tensor in kept[0][1]] == ([(8, 2), (1,)] if grad else [(1,)])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestOnGpu:
+    def test_no_host_synchronisation(self) -> None:
+        logits, target = make_logits((64, 1000), torch.float32, "cuda"), make_indices((64, 1000), "cuda")
+        cross_entropy(logits, target).backward()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            cross_entropy(logits, target, torch.ones(1000, device="cuda"), label_smoothing=0.1).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("shape", [(256, 10), (600, 10), (64, 32_000), (4, 19, 64, 64)])
+    def test_cuda_graph_replays_what_eager_computes(self, shape: tuple[int, ...]) -> None:
+        logits, target = make_logits(shape, torch.float32, "cuda"), make_indices(shape, "cuda")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.autograd.grad(cross_entropy(logits, target), logits)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = cross_entropy(logits, target)
+            (grad,) = torch.autograd.grad(loss, logits)
+        with torch.no_grad():
+            logits.copy_(torch.randn_like(logits))
+        graph.replay()
+        expected = cross_entropy(logits, target)
+        assert torch.equal(loss, expected)
+        assert torch.equal(grad, torch.autograd.grad(expected, logits)[0])
+
+    def test_more_than_2_to_the_31_elements(self) -> None:
+        rows, classes = 17_000, 128_256
+        if torch.cuda.mem_get_info()[0] < 12e9:
+            pytest.skip("needs 12 GB of free GPU memory")
+        logits = torch.zeros(rows, classes, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        with torch.no_grad():
+            logits[-1, 7] = 20
+        target = torch.full((rows,), 7, device="cuda")
+        loss = cross_entropy(logits, target, reduction="none")
+        (grad,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
+        uniform = torch.tensor(float(classes)).log().bfloat16()
+        assert (loss[:-1].cpu() == uniform).all()
+        assert loss[-1] < 1e-3
+        assert grad[-2, 7] == -1
+        assert grad[-1, 7].abs() < 1e-3
