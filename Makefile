@@ -34,11 +34,11 @@ check: $(VENV)/.dev ## formatting, lint, types, and the package as users get it
 	$(BIN)/python -m pytest -q tests/test_package.py
 
 bench: $(VENV)/.bench ## benchmarks on the CPU
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
 bench-gpu: ## GPU tests, then GPU benchmarks, under any python with torch and triton: no installs, no network
 	$(PYTHON) -m pytest -m gpu -q tests
-	$(PYTHON) -m pytest -m gpu bench --benchmark-only $(ARGS)
+	$(PYTHON) -m pytest -m gpu -q bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
 clean: ## remove what the targets made, except runs/
 	rm -rf $(VENV) build dist *.egg-info .*_cache .benchmarks .hypothesis

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "triton", "torch")
 
-HAND_OVER = 2**19
+HAND_OVER = 2**20
 """On the CPU, class indices for fewer logits than this go to torch's own operator: no time is left to save there."""
 
 
