@@ -136,7 +136,7 @@ def test_a_data_set_asked_for_is_not_replaced(
     [
         (
             ["train", *DIGITS, "--output", "{file}/run"],
-            "expected to make folder {file}/run, got Not a directory; choose",
+            "expected to write {file}/run, got Not a directory; choose",
         ),
         (["train", "--resume", "{file}"], "expected a checkpoint in {file}/checkpoint.pt, got Not a directory; check"),
         (["train", "--resume", "{absent}"], "expected a checkpoint in {absent}/checkpoint.pt, got No such file"),

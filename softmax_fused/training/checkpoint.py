@@ -36,7 +36,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         side.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise WriteError(f"expected to write {path}, got {error.strerror}; {_advice(error)}") from error
+        raise write_error(path, error) from error
     finally:
         side.unlink(missing_ok=True)
 
@@ -51,7 +51,7 @@ def create_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         held = sorted(child.name for child in path.iterdir() if child.name in (CHECKPOINT, METRICS, COMPARISON))
     except OSError as error:
-        raise WriteError(f"expected to make folder {path}, got {error.strerror}; {_advice(error)}") from error
+        raise write_error(path, error) from error
     if held:
         go_on = f"continue that run with --resume {path}, or " if CHECKPOINT in held else ""
         raise LabError(f"expected --output to be a new folder, got {path} with {held[0]}; {go_on}choose another folder")
@@ -112,7 +112,8 @@ def _sync_folder(path: Path) -> None:
             os.close(descriptor)
 
 
-def _advice(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "free some disk space"
-    return "choose a folder that you may write to"
+def write_error(path: Path, error: OSError) -> WriteError:
+    """What to tell somebody whose disk, or permissions, refused `path`."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "free some disk space" if full else "choose a folder that you may write to"
+    return WriteError(f"expected to write {path}, got {error.strerror or error}; {advice}")

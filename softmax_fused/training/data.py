@@ -76,7 +76,7 @@ def to_input(images: Tensor) -> Tensor:
 
 def fashion_mnist(root: Path) -> ImageData:
     """Fashion-MNIST, 60,000 + 10,000 articles of clothing (Xiao, Rasul, Vollgraf 2017)."""
-    from torchvision.datasets import FashionMNIST  # type: ignore[import-untyped]
+    from torchvision.datasets import FashionMNIST
 
     return _mnist_family("fashion-mnist", root, FashionMNIST, tuple(FashionMNIST.classes))
 
@@ -90,7 +90,7 @@ def mnist(root: Path) -> ImageData:
 
 def digits(root: Path) -> ImageData:  # noqa: ARG001 - the files come with scikit-learn
     """scikit-learn's bundled digits: 1,797 images of 8x8 in 17 greys, upscaled; their split is drawn with seed 0."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     bunch = load_digits()
     small = torch.from_numpy(bunch.images).float().unsqueeze(1) * (255 / 16)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from softmax_fused.training.checkpoint import write_error
+from softmax_fused.training.record import Metrics
+
 NAMES = {
     "train_loss": "loss/train",
     "train_accuracy": "accuracy/train",
@@ -15,30 +18,47 @@ NAMES = {
 }
 
 
-@contextmanager
-def event_writer(folder: Path, epochs_done: int) -> Iterator[SummaryWriter]:
-    """Opens the run's events; those of later epochs, left by a run that was cut off, are purged.
+class EventWriter:
+    """TensorBoard's writer, with its errors turned into ours."""
 
-    The writer's own thread meets a full disk first and would print a traceback; the error is raised again here by the
-    next flush, which is enough.
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        self.folder = folder
+        with self._explained():
+            self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def add_epoch(self, metrics: Metrics) -> None:
+        """Adds the last epoch of a record and hands it to the system."""
+        with self._explained():
+            for curve, name in NAMES.items():
+                self.writer.add_scalar(name, metrics[curve][-1], len(metrics[curve]))
+            self.writer.flush()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise write_error(self.folder, error) from error
+
+
+@contextmanager
+def event_writer(folder: Path, metrics: Metrics) -> Iterator[EventWriter]:
+    """Opens the events of a run that stands where `metrics` does.
+
+    The last epoch is written again: a run that was cut off may have lost it. The writer's own thread meets a full disk
+    first and would print a traceback; the next flush raises the same error here, which is enough.
     """
+    epochs = len(metrics["train_loss"])
     hook = threading.excepthook
     threading.excepthook = lambda thread: None if issubclass(thread.exc_type, OSError) else hook(thread)
     try:
-        writer = SummaryWriter(str(folder), purge_step=epochs_done + 1 if epochs_done else None)
+        events = EventWriter(folder, purge_step=epochs or None)
         try:
-            yield writer
-        except BaseException:
-            with suppress(OSError):  # the first error is the one to report
-                writer.close()
-            raise
-        writer.close()
+            if epochs:
+                events.add_epoch(metrics)
+            yield events
+        finally:
+            with suppress(OSError):  # every epoch was flushed; an earlier error is the one to report
+                events.writer.close()
     finally:
         threading.excepthook = hook
-
-
-def add_epoch(writer: SummaryWriter, epoch: int, results: dict[str, float]) -> None:
-    """Adds one epoch and hands it to the system."""
-    for name, value in results.items():
-        writer.add_scalar(NAMES[name], value, epoch)
-    writer.flush()

@@ -16,7 +16,7 @@ from softmax_fused.training.checkpoint import CHECKPOINT, create_folder, load_ch
 from softmax_fused.training.config import TrainConfig, check_changes, pick_device
 from softmax_fused.training.data import ImageData, data_root, load_dataset
 from softmax_fused.training.errors import LabError, Stopped, WriteError
-from softmax_fused.training.events import add_epoch, event_writer
+from softmax_fused.training.events import event_writer
 from softmax_fused.training.figures import draw_figures
 from softmax_fused.training.learner import Learner, learner_for
 from softmax_fused.training.loop import confusion_matrix, predict_classes, train_epoch
@@ -128,7 +128,7 @@ def _finish(run: Run, reporter: Reporter) -> None:
     """Trains the epochs that are left, draws the pictures, says where everything is."""
     config, device = run.config, run.learner.device
     batches = make_batches(run.data.train, config.batch_size, config.seed, device, config.workers)
-    with event_writer(run.folder, run.epochs_done) as events:
+    with event_writer(run.folder, run.metrics) as events:
         for number in range(run.epochs_done + 1, config.epochs + 1):
             with reporter.epoch(number, config.epochs) as report:
                 results, counts = _epoch(run, report.track(batches.epoch(number), len(batches)))
@@ -136,7 +136,7 @@ def _finish(run: Run, reporter: Reporter) -> None:
             with signals_held():
                 add_results(run.metrics, results, counts)
                 run.save()
-                add_epoch(events, number, results)
+                events.add_epoch(run.metrics)
     draw_figures(run.folder, run.metrics, run.data.test, predict_classes(run.learner, run.data.test))
     reporter.result(str(run.folder))
 
@@ -182,7 +182,7 @@ def _saying_how_to_resume(run: Run) -> Iterator[None]:
     except (KeyboardInterrupt, Stopped) as stop:
         kept = f"{run.folder} keeps {run.epochs_done} of {run.config.epochs} epochs"
         raise Stopped(f"stopped; {kept}; resume with: {command}", getattr(stop, "status", 130)) from None
-    except (WriteError, OSError) as error:
+    except WriteError as error:
         if not (run.folder / CHECKPOINT).exists():
             raise
         raise LabError(f"{error}, then resume with: {command}") from error
