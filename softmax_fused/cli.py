@@ -8,7 +8,7 @@ EXTRA = ("matplotlib", "numpy", "platformdirs", "rich", "sklearn", "tensorboard"
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Runs ``softmax-fused`` and exits: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
+    """Run ``softmax-fused`` and exits: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
         argv: The arguments; by default those of the process.
@@ -16,6 +16,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
         _fail(f"softmax-fused needs {', '.join(missing)}; run: pip install 'softmax-fused[train]'", 1)
+    import torch
+
     from softmax_fused.training.errors import LabError, Stopped, UsageError
     from softmax_fused.training.signals import signals_raise
 
@@ -26,6 +28,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _fail(str(stop), stop.status)
     except (LabError, UsageError) as error:
         _fail(f"error: {error}", error.status)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        _fail(f"error: expected a batch to fit into the GPU's memory, got: {reason}; choose a smaller --batch-size", 1)
     except OSError as error:
         _fail(f"error: expected to read and write files, got {error}; check that path and its permissions", 1)
     sys.exit(status)

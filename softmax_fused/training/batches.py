@@ -17,16 +17,16 @@ class Batches(Protocol):
     """The training set, epoch by epoch, as (images float32 of shape (B, 28, 28), labels) on the device."""
 
     def __len__(self) -> int:
-        """Batches in an epoch; the last may be smaller."""
+        """Return the number of batches in an epoch; the last may be smaller."""
         ...
 
     def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of epoch `number`, the first being 1."""
+        """Yield the batches of epoch `number`, the first being 1."""
         ...
 
 
 def shuffled(size: int, seed: int, epoch: int) -> Tensor:
-    """The order of the images in an epoch: a function of (seed, epoch), so that resuming needs no sampler state."""
+    """Return the order of the images, a function of (seed, epoch): resuming needs no state of a sampler."""
     # torch's CPU generator keeps 32 bits of its seed; an odd factor gives each of 2^32 seeds its own.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32)
     return torch.randperm(size, generator=generator)
@@ -102,7 +102,7 @@ def _leave_interrupts_to_the_parent(worker: int) -> None:  # noqa: ARG001 - Data
 
 
 def make_batches(split: Split, batch_size: int, seed: int, device: torch.device, workers: int = 0) -> Batches:
-    """Batches from memory, or from `workers` processes if there are to be any."""
+    """Return batches from memory, or from `workers` processes if there are to be any."""
     if workers:
         return LoaderBatches(split, batch_size, seed, device, workers)
     return MemoryBatches(split, batch_size, seed, device)

@@ -26,7 +26,7 @@ Checkpoint = dict[str, Any]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that it has its old or its new content at every moment, a power cut included."""
+    """Write a file so that it has its old or its new content at every moment, a power cut included."""
     side = path.with_name(f".{path.name}.tmp")
     try:
         with side.open("wb") as file:
@@ -42,7 +42,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def create_folder(path: Path) -> Path:
-    """Makes the folder of a new run.
+    """Make the folder of a new run.
 
     Raises:
         LabError: if it holds a run already or cannot be made.
@@ -59,7 +59,7 @@ def create_folder(path: Path) -> Path:
 
 
 def save_run(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes checkpoint.pt and metrics.json; Ctrl-C and SIGTERM wait until both are there."""
+    """Write checkpoint.pt and metrics.json; Ctrl-C and SIGTERM wait until both are there."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **checkpoint}, buffer)
     with signals_held():
@@ -68,18 +68,18 @@ def save_run(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON that any parser reads: no NaN."""
+    """Write JSON that any parser reads: no NaN."""
     write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def remove_figures(folder: Path) -> None:
-    """Removes pictures of an earlier state, so that those in a run folder always show its last epoch."""
+    """Remove pictures of an earlier state, so that those in a run folder always show its last epoch."""
     for name in FIGURES:
         (folder / name).unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint without running any code in it.
+    """Read a checkpoint without running any code in it.
 
     Args:
         path: The file, or the folder of a run.
@@ -103,7 +103,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _sync_folder(path: Path) -> None:
-    """Makes a rename durable, where the system can open folders."""
+    """Make a rename durable, where the system can open folders."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -113,7 +113,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def write_error(path: Path, error: OSError) -> WriteError:
-    """What to tell somebody whose disk, or permissions, refused `path`."""
+    """Return what to tell somebody whose disk, or permissions, refused `path`."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     advice = "free some disk space" if full else "choose a folder that you may write to"
     return WriteError(f"expected to write {path}, got {error.strerror or error}; {advice}")

@@ -94,7 +94,7 @@ def train(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Trains a classifier and leaves metrics, curves, pictures and a checkpoint in a run folder.
+    """Train a classifier and leave metrics, curves, pictures and a checkpoint in a run folder.
 
     Without --dataset, scikit-learn's digits stand in for Fashion-MNIST where it cannot be downloaded.
     """
@@ -142,7 +142,7 @@ def compare(
     seed: Seed = DEFAULT.seed,
     quiet: Quiet = False,
 ) -> None:
-    """Trains with several losses side by side, from the same weights on the same batches, and times them."""
+    """Train with several losses side by side, from the same weights on the same batches, and time them."""
     from softmax_fused.training.compare import compare
     from softmax_fused.training.report import Reporter
 
@@ -178,7 +178,7 @@ def predict(
         Path | None, typer.Option(help="The gallery's PNG file; by default beside the checkpoint.")
     ] = None,
 ) -> None:
-    """Names what is in your own pictures, or draws the test set with right and wrong predictions."""
+    """Name what is in your own pictures, or draw the test set with right and wrong predictions."""
     from softmax_fused.training.predict import classify, draw_gallery, load_trained, read_picture
 
     check_range("top", top, 1, 1000)
@@ -196,7 +196,7 @@ def predict(
 
 @app.command()
 def info() -> None:
-    """Prints versions, devices, and which backend computes the losses on each."""
+    """Print versions, devices, and which backend computes the losses on each."""
     from softmax_fused.training.info import describe_installation
 
     for line in describe_installation():
@@ -204,11 +204,11 @@ def info() -> None:
 
 
 def _given(context: typer.Context, name: str) -> bool:
-    """Whether an option was on the command line, be it with its default."""
+    """Return whether an option was on the command line, be it with its default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
 
 def _absolute(folder: Path | None) -> str | None:
-    """As text, and true from any working directory."""
+    """Return it as text, and true from any working directory."""
     return None if folder is None else str(folder.expanduser().absolute())

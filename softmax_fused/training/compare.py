@@ -44,7 +44,7 @@ def compare(
     fallback: bool = False,
     reporter: Reporter | None = None,
 ) -> Path:
-    """Trains one model per loss, in lockstep.
+    """Train one model per loss, in lockstep.
 
     Args:
         losses: Names in `LOSSES`.
@@ -83,7 +83,7 @@ def compare(
 
 
 def _epoch(contenders: dict[str, Contender], data: ImageData, batches: Iterable[Batch]) -> None:
-    """Trains every contender on each batch before the next batch; who goes first changes from step to step."""
+    """Train every contender on each batch before the next batch; who goes first changes from step to step."""
     names = list(contenders)
     losses: dict[str, list[Tensor]] = {name: [] for name in names}
     sizes = []
@@ -102,7 +102,7 @@ def _epoch(contenders: dict[str, Contender], data: ImageData, batches: Iterable[
 
 
 def _step(contender: Contender, images: Tensor, labels: Tensor) -> Tensor:
-    """One step; the loss works on a leaf that holds the logits, so that its own time can be told from the model's."""
+    """Take one step; the loss works on a copy of the logits, so that its time can be told from the model's."""
     learner = contender.learner
     start = _now(learner.device)
     logits = learner.logits(images)
@@ -140,7 +140,7 @@ def _summaries(contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
 
 
 def _differences(contender: Contender, reference: Contender | None) -> list[float] | None:
-    """For each epoch the largest distance between a step's losses; None where torch's loss did not take part."""
+    """Return the largest distance between a step's losses in each epoch; None where torch's loss did not take part."""
     if reference is None:
         return None
     pairs = zip(contender.step_losses, reference.step_losses, strict=True)

@@ -52,12 +52,12 @@ class TrainConfig:
             raise UsageError(f"expected --lr to be a finite number above 0, got {self.lr}; the default is 0.1")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as checkpoints and metrics.json hold them."""
+        """Return plain values, as checkpoints and metrics.json hold them."""
         return asdict(self)
 
 
 def check_changes(config: TrainConfig, changes: dict[str, Any], *, epochs_done: int) -> TrainConfig:
-    """The settings of a run that is resumed with `changes`.
+    """Return the settings of a run that is resumed with `changes`.
 
     Raises:
         UsageError: if they would make it another run, or one shorter than it is.
@@ -77,7 +77,7 @@ def check_changes(config: TrainConfig, changes: dict[str, Any], *, epochs_done: 
 
 
 def check_name(option: str, name: str, known: Iterable[str]) -> None:
-    """Raises `UsageError` unless `name` is one of `known`."""
+    """Raise `UsageError` unless `name` is one of `known`."""
     names = list(known)
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
@@ -86,13 +86,13 @@ def check_name(option: str, name: str, known: Iterable[str]) -> None:
 
 
 def check_range(option: str, value: int, low: int, high: int) -> None:
-    """Raises `UsageError` unless `value` is from `low` to `high`."""
+    """Raise `UsageError` unless `value` is from `low` to `high`."""
     if not low <= value <= high:
         raise UsageError(f"expected --{option} to be from {low} to {high}, got {value}; choose a value in that range")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; ``auto`` is the first CUDA (or ROCm) device, else the CPU.
+    """Return the device called `name`; ``auto`` is the first CUDA (or ROCm) device, else the CPU.
 
     Raises:
         UsageError: if torch knows no such device.

@@ -28,11 +28,11 @@ class Split:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Split":
-        """The same split on `device`."""
+        """Return the same split on `device`."""
         return Split(self.images.to(device), self.labels.to(device))
 
     def head(self, size: int) -> "Split":
-        """The first `size` images."""
+        """Return the first `size` images."""
         if not 0 < size <= len(self):
             raise UsageError(f"expected a size from 1 to {len(self)}, got {size}")
         return Split(self.images[:size], self.labels[:size])
@@ -50,15 +50,15 @@ class ImageData:
     fallback: str | None = None
 
     def to(self, device: torch.device) -> "ImageData":
-        """The same data on `device`."""
+        """Return the same data on `device`."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     def head(self, train: int, test: int) -> "ImageData":
-        """The first `train` training and `test` test images: for short runs."""
+        """Return the first `train` training and `test` test images: for short runs."""
         return replace(self, train=self.train.head(train), test=self.test.head(test))
 
     def describe(self) -> dict[str, Any]:
-        """What a run's record says about its data."""
+        """Return what a run's record says about its data."""
         return {
             "name": self.name,
             "classes": list(self.classes),
@@ -70,26 +70,26 @@ class ImageData:
 
 
 def to_input(images: Tensor) -> Tensor:
-    """Pixels as the models take them: float32 from 0 to 1."""
+    """Return pixels as the models take them: float32 from 0 to 1."""
     return images.to(torch.float32).div_(255)
 
 
 def fashion_mnist(root: Path) -> ImageData:
-    """Fashion-MNIST, 60,000 + 10,000 articles of clothing (Xiao, Rasul, Vollgraf 2017)."""
+    """Load Fashion-MNIST, 60,000 + 10,000 articles of clothing (Xiao, Rasul, Vollgraf 2017)."""
     from torchvision.datasets import FashionMNIST
 
     return _mnist_family("fashion-mnist", root, FashionMNIST, tuple(FashionMNIST.classes))
 
 
 def mnist(root: Path) -> ImageData:
-    """MNIST, 60,000 + 10,000 handwritten digits (LeCun et al. 1998)."""
+    """Load MNIST, 60,000 + 10,000 handwritten digits (LeCun et al. 1998)."""
     from torchvision.datasets import MNIST
 
     return _mnist_family("mnist", root, MNIST, tuple("0123456789"))
 
 
 def digits(root: Path) -> ImageData:  # noqa: ARG001 - the files come with scikit-learn
-    """scikit-learn's bundled digits: 1,797 images of 8x8 in 17 greys, upscaled; their split is drawn with seed 0."""
+    """Load scikit-learn's digits: 1,797 images of 8x8 in 17 greys, upscaled; their split is drawn with seed 0."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -119,7 +119,7 @@ DATASETS: dict[str, Callable[[Path], ImageData]] = {
 
 
 def data_root(folder: str | Path | None = None) -> Path:
-    """`folder`, else ``$SOFTMAX_FUSED_DATA``, else this user's cache; absolute, so that a record of it stays true."""
+    """Return `folder`, else ``$SOFTMAX_FUSED_DATA``, else this user's cache; absolute, as it is recorded."""
     from platformdirs import user_cache_path
 
     return (
@@ -128,7 +128,7 @@ def data_root(folder: str | Path | None = None) -> Path:
 
 
 def load_dataset(name: str, root: Path, *, fallback: bool = False) -> ImageData:
-    """Loads a data set, or with `fallback` scikit-learn's digits where its files cannot be had.
+    """Load a data set, or with `fallback` scikit-learn's digits where its files cannot be had.
 
     Files that are there but wrong are an error all the same: training on something else would hide them.
     """

@@ -27,7 +27,7 @@ class EventWriter:
             self.writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def add_epoch(self, metrics: Metrics) -> None:
-        """Adds the last epoch of a record and hands it to the system."""
+        """Add the last epoch of a record and hand it to the system."""
         with self._explained():
             for curve, name in NAMES.items():
                 self.writer.add_scalar(name, metrics[curve][-1], len(metrics[curve]))
@@ -43,7 +43,7 @@ class EventWriter:
 
 @contextmanager
 def event_writer(folder: Path, metrics: Metrics) -> Iterator[EventWriter]:
-    """Opens the events of a run that stands where `metrics` does.
+    """Open the events of a run that stands where `metrics` does.
 
     The last epoch is written again: a run that was cut off may have lost it. The writer's own thread meets a full disk
     first and would print a traceback; the next flush raises the same error here, which is enough.

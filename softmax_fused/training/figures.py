@@ -15,7 +15,7 @@ SHOWN = 16  # right ones and as many wrong ones
 
 
 def draw_figures(folder: Path, metrics: Metrics, test: Split, predicted: Tensor) -> None:
-    """Writes curves.png, confusion.png and predictions.png."""
+    """Write curves.png, confusion.png and predictions.png."""
     title = run_title(metrics)
     accuracies = {
         "training set, during the epoch": metrics["train_accuracy"],
@@ -32,7 +32,7 @@ def draw_figures(folder: Path, metrics: Metrics, test: Split, predicted: Tensor)
 
 
 def write_gallery(path: Path, title: str, classes: list[str], test: Split, predicted: Tensor) -> None:
-    """Draws the first test images that were classified right, then the first that were not."""
+    """Draw the first test images that were classified right, then the first that were not."""
     right = predicted == test.labels
     rows = torch.cat([right.nonzero().flatten()[:SHOWN], (~right).nonzero().flatten()[:SHOWN]])
     true = [classes[i] for i in test.labels[rows].tolist()]
@@ -41,7 +41,7 @@ def write_gallery(path: Path, title: str, classes: list[str], test: Split, predi
 
 
 def run_title(metrics: Metrics) -> str:
-    """What was trained on what, in one line."""
+    """Return what was trained on what, in one line."""
     config, data = metrics["config"], metrics["dataset"]
     stand_in = " (stand-in: the data set asked for was not available)" if data["fallback"] else ""
     return (

@@ -37,7 +37,7 @@ UNPACKED = {
 
 
 def read_folder(root: Path, family: Any) -> "dict[str, Tensor]":
-    """Reads the four files of a data set.
+    """Read the four files of a data set.
 
     Args:
         root: A torchvision root: the files are in ``root/<class name>/raw``.
@@ -59,7 +59,7 @@ def read_folder(root: Path, family: Any) -> "dict[str, Tensor]":
 
 
 def decode(data: bytes) -> "Tensor":
-    """The uint8 array in an IDX file's bytes: two zero bytes, type 8, rank, big-endian sizes, elements."""
+    """Return the uint8 array in an IDX file's bytes: two zero bytes, type 8, rank, big-endian sizes, elements."""
     sizes = struct.unpack_from(f">{data[3]}I", data, 4)
     start = 4 + 4 * data[3]
     return torch.frombuffer(bytearray(data[start : start + math.prod(sizes)]), dtype=torch.uint8).view(sizes)
@@ -98,7 +98,7 @@ def _download(folder: Path, files: dict[str, str], mirrors: list[str]) -> None:
 
 
 def _download_one(path: Path, md5: str, mirrors: list[str]) -> None:
-    """Fetches to a side file first: a download that is cut off must not look like a corrupted data set."""
+    """Fetch to a side file first: a download that is cut off must not look like a corrupted data set."""
     partial = path.with_name(f".{path.name}.part")
     for mirror in mirrors:
         try:

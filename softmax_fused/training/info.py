@@ -7,7 +7,7 @@ from softmax_fused.training.record import device_name, versions
 
 
 def describe_installation() -> list[str]:
-    """Versions, devices and backends, a line each."""
+    """Return versions, devices and backends, a line each."""
     table = {name: version or "not installed" for name, version in versions().items() if name not in ("cuda", "hip")}
     table["built for"] = _runtime()
     for device in devices():
@@ -19,7 +19,7 @@ def describe_installation() -> list[str]:
 
 
 def devices() -> list[torch.device]:
-    """The CPU and every GPU that torch sees."""
+    """Return the CPU and every GPU that torch sees."""
     return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
 
 

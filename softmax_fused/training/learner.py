@@ -36,18 +36,18 @@ class Learner:
     forward: Callable[[Tensor], Tensor]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision if the run asks for it."""
+        """Return a context of mixed precision, if the run asks for it."""
         if self.half is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.half)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Scores of shape (N, C), in float32: that is where autocast computes torch's loss, so all losses get it."""
+        """Return scores (N, C) in float32, in which autocast computes torch's loss; so all losses get it."""
         with self.autocast():
             return self.forward(images).float()
 
     def update(self, loss: Tensor) -> None:
-        """Backpropagates and changes the weights."""
+        """Backpropagate and change the weights."""
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
@@ -64,7 +64,7 @@ def build_learner(
     amp: bool = False,
     compile: bool = False,
 ) -> Learner:
-    """Puts the model on the device; float16, where bfloat16 is not supported, gets a gradient scaler."""
+    """Put the model on the device; float16, where bfloat16 is not supported, gets a gradient scaler."""
     model = model.to(device)
     half = _half_type(device) if amp else None
     scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
@@ -76,7 +76,7 @@ def build_learner(
 
 
 def learner_for(config: "TrainConfig", classes: int, device: torch.device) -> Learner:
-    """The learner that a run's settings describe, with its initial weights."""
+    """Return the learner that a run's settings describe, with its initial weights."""
     return build_learner(
         build_model(config.model, classes, config.seed),
         LOSSES[config.loss](),
@@ -89,14 +89,14 @@ def learner_for(config: "TrainConfig", classes: int, device: torch.device) -> Le
 
 
 def _half_type(device: torch.device) -> torch.dtype:
-    """bfloat16, except on GPUs without it."""
+    """Return bfloat16, except on GPUs without it."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
 
 
 def _compile_now(learner: Learner) -> None:
-    """Compiles on one image, so that a missing compiler is reported here and epochs are timed without it."""
+    """Compile on one image, so that a missing compiler is reported here and epochs are timed without it."""
     images = torch.zeros(2, 28, 28, device=learner.device)
     try:
         learner.logits(images).sum().backward()  # type: ignore[no-untyped-call]

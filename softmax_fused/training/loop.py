@@ -15,7 +15,7 @@ EVALUATION_BATCH = 2000  # rows whose float32 pixels, 6 MB, stay in a core's cac
 
 
 def train_epoch(learner: Learner, batches: Iterable[Batch]) -> tuple[float, float]:
-    """Trains on every batch once.
+    """Train on every batch once.
 
     Returns:
         The mean loss over the epoch's images and the share of them classified correctly, each at its own step.
@@ -36,7 +36,7 @@ def train_epoch(learner: Learner, batches: Iterable[Batch]) -> tuple[float, floa
 
 
 def mean_loss(losses: list[Tensor], sizes: list[int]) -> float:
-    """The mean over images of batches' mean losses, summed in float64.
+    """Return the mean over images of batches' mean losses, summed in float64.
 
     Raises:
         LabError: if it is not finite.
@@ -49,7 +49,7 @@ def mean_loss(losses: list[Tensor], sizes: list[int]) -> float:
 
 @torch.no_grad()
 def predict_classes(learner: Learner, split: Split) -> Tensor:
-    """The class index of every image of a split on the learner's device."""
+    """Return the class index of every image of a split on the learner's device."""
     learner.model.eval()
     slices = torch.split(split.images, EVALUATION_BATCH)
     with learner.autocast():
@@ -57,5 +57,5 @@ def predict_classes(learner: Learner, split: Split) -> Tensor:
 
 
 def confusion_matrix(predicted: Tensor, split: Split, classes: int) -> Tensor:
-    """Counts of shape (true class, predicted class)."""
+    """Return counts of shape (true class, predicted class)."""
     return torch.bincount(split.labels * classes + predicted, minlength=classes**2).view(classes, classes)

@@ -9,7 +9,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def scratch_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    r"""Cross-entropy as the textbook writes it: softmax, then minus the log of the true class's probability.
+    r"""Return cross-entropy as the textbook writes it: softmax, then minus the log of the true class's probability.
 
     .. math::
         p = \frac{\exp(z - \max z)}{\sum \exp(z - \max z)}, \qquad \ell = -\log p_t

@@ -11,12 +11,12 @@ STD = 0.01
 
 
 def softmax_regression(classes: int) -> nn.Module:
-    """784 -> classes."""
+    """Return 784 -> classes."""
     return nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, classes))
 
 
 def mlp(classes: int) -> nn.Module:
-    """784 -> 256 -> ReLU -> classes."""
+    """Return 784 -> 256 -> ReLU -> classes."""
     return nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, classes))
 
 
@@ -27,7 +27,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def build_model(name: str, classes: int, seed: int = 0) -> nn.Module:
-    """A model with weights drawn from N(0, 0.01), the same for the same seed on every device, and biases 0."""
+    """Return a model with weights drawn from N(0, 0.01), the same for the same seed on every device, and biases 0."""
     model = MODELS[name](classes)
     generator = torch.Generator().manual_seed(seed)
     for layer in model.modules():

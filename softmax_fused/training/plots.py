@@ -21,14 +21,14 @@ Array = npt.NDArray[np.generic]
 
 
 def to_png(figure: Figure, dpi: int = 120) -> bytes:
-    """The figure as the bytes of a PNG file."""
+    """Return the figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
 def plot_curves(title: str, train_loss: Sequence[float], accuracies: dict[str, Sequence[float]]) -> Figure:
-    """Training loss, and accuracy on each set, over epochs."""
+    """Draw training loss, and accuracy on each set, over epochs."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
@@ -42,7 +42,7 @@ def plot_curves(title: str, train_loss: Sequence[float], accuracies: dict[str, S
 
 
 def draw_lines(axes: "Axes", lines: Mapping[str, Sequence[float] | Array], epochs: range) -> None:
-    """Lines over epochs, distinct in colour, dash and mark."""
+    """Draw lines over epochs, distinct in colour, dash and mark."""
     marks = len(epochs) <= 30
     for place, (label, values) in enumerate(lines.items()):
         colour, dash, mark = STYLES[place % len(STYLES)]
@@ -54,7 +54,7 @@ def draw_lines(axes: "Axes", lines: Mapping[str, Sequence[float] | Array], epoch
 
 
 def plot_comparison(title: str, losses: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Loss curves, their distance from torch's, and microseconds, of losses trained side by side."""
+    """Draw loss curves, their distance from torch's, and microseconds, of losses trained side by side."""
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     figure.suptitle(title)
     curves, distances, times = figure.subplots(1, 3)
@@ -68,7 +68,7 @@ def plot_comparison(title: str, losses: Mapping[str, Mapping[str, Any]]) -> Figu
 
 
 def _draw_distances(axes: "Axes", losses: Mapping[str, Mapping[str, Any]], epochs: range) -> None:
-    """Distances on a log axis, which has no place for zeros: the legend names the losses that are nothing else."""
+    """Draw distances on a log axis, which has no place for zeros: the legend names the losses that are nothing else."""
     axes.set(title="Largest difference of a step's loss from torch's", xlabel="epoch", ylabel="nats")
     distances = {name: np.array(loss["largest_difference"] or [], dtype=float) for name, loss in losses.items()}
     seen = np.concatenate([values[values > 0] for values in distances.values()])
@@ -94,7 +94,7 @@ def _draw_times(axes: "Axes", losses: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def plot_confusion(title: str, counts: Array, classes: Sequence[str]) -> Figure:
-    """Counts of (true, predicted) class, shaded by the share of the true class."""
+    """Draw counts of (true, predicted) class, shaded by the share of the true class."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(8.6, 7.6), layout="constrained")
     axes = figure.subplots()
@@ -113,7 +113,7 @@ def plot_confusion(title: str, counts: Array, classes: Sequence[str]) -> Figure:
 
 
 def plot_predictions(title: str, images: Array, true: Sequence[str], predicted: Sequence[str]) -> Figure:
-    """A grid of images, eight in a row, framed and marked as right or wrong."""
+    """Draw a grid of images, eight in a row, framed and marked as right or wrong."""
     columns = 8
     rows = max(1, -(-len(images) // columns))
     figure = Figure(figsize=(1.75 * columns, 2.1 * rows + 0.7), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))

@@ -31,7 +31,7 @@ class Trained:
 
     @property
     def classes(self) -> list[str]:
-        """The names of the classes."""
+        """Return the names of the classes."""
         names: list[str] = self.metrics["dataset"]["classes"]
         return names
 
@@ -46,7 +46,7 @@ class Picture:
 
 
 def load_trained(path: Path, device: str = "auto") -> Trained:
-    """Loads a checkpoint, or that of a run folder.
+    """Load a checkpoint, or that of a run folder.
 
     Raises:
         LabError: if it cannot be read.
@@ -60,7 +60,7 @@ def load_trained(path: Path, device: str = "auto") -> Trained:
 
 
 def read_picture(path: Path) -> Picture:
-    """Reads any image: grey, background dark as in the training sets, padded to a square, 28x28.
+    """Read any image: grey, background dark as in the training sets, padded to a square, 28x28.
 
     Raises:
         LabError: if it cannot be read.
@@ -83,14 +83,14 @@ def read_picture(path: Path) -> Picture:
 
 @torch.no_grad()
 def classify(trained: Trained, picture: Picture, top: int) -> list[tuple[str, float]]:
-    """The `top` likeliest classes with their probabilities, likeliest first."""
+    """Return the `top` likeliest classes with their probabilities, likeliest first."""
     images = to_input(picture.pixels.unsqueeze(0).to(trained.learner.device))
     probabilities, classes = trained.learner.logits(images).softmax(dim=1)[0].topk(min(top, len(trained.classes)))
     return [(trained.classes[i], share) for i, share in zip(classes.tolist(), probabilities.tolist(), strict=True)]
 
 
 def draw_gallery(trained: Trained, path: Path, data_dir: str | None = None) -> Path:
-    """Draws right and wrong predictions of the test set that belongs to a checkpoint."""
+    """Draw right and wrong predictions of the test set that belongs to a checkpoint."""
     data = load_dataset(trained.config.dataset, data_root(data_dir or trained.config.data_dir))
     test = data.test.to(trained.learner.device)
     write_gallery(
@@ -100,7 +100,7 @@ def draw_gallery(trained: Trained, path: Path, data_dir: str | None = None) -> P
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
-    """8-bit grey; what is transparent becomes white, and 16-bit greys are scaled rather than cut off."""
+    """Return 8-bit grey; what is transparent becomes white, and 16-bit greys are scaled rather than cut off."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         scale = 255 / LARGEST_16_BIT if values.max(initial=0) > 255 else 1.0

@@ -18,7 +18,7 @@ Metrics = dict[str, Any]
 
 
 def new_metrics(config: TrainConfig, data: ImageData, device: torch.device) -> Metrics:
-    """The record of a run that has not trained yet."""
+    """Return the record of a run that has not trained yet."""
     return {
         **surroundings(config, device),
         "dataset": data.describe(),
@@ -29,7 +29,7 @@ def new_metrics(config: TrainConfig, data: ImageData, device: torch.device) -> M
 
 
 def surroundings(config: TrainConfig, device: torch.device) -> Metrics:
-    """Settings, versions and device: what may change when a run is resumed."""
+    """Return settings, versions and device: what may change when a run is resumed."""
     return {
         "config": config.as_dict(),
         "versions": versions(),
@@ -39,7 +39,7 @@ def surroundings(config: TrainConfig, device: torch.device) -> Metrics:
 
 
 def add_results(metrics: Metrics, results: dict[str, float], counts: Tensor) -> None:
-    """Appends an epoch; `counts` is the test set's confusion matrix, rows being true classes."""
+    """Append an epoch; `counts` is the test set's confusion matrix, rows being true classes."""
     for name in CURVES:
         metrics[name].append(results[name])
     shares = (counts.diagonal().double() / counts.sum(dim=1).clamp(min=1)).tolist()
@@ -48,7 +48,7 @@ def add_results(metrics: Metrics, results: dict[str, float], counts: Tensor) -> 
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what the numbers depend on; None for what is not installed."""
+    """Return versions of what the numbers depend on; None for what is not installed."""
     packages = ("softmax-fused", "torch", "triton", "torchvision", "scikit-learn", "numpy")
     return {
         "python": platform.python_version(),
@@ -67,7 +67,7 @@ def _version(package: str) -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's architecture and the number of threads torch uses."""
+    """Return the GPU's name, or the CPU's architecture and the number of threads torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -76,7 +76,7 @@ def device_name(device: torch.device) -> str:
 
 
 def default_folder(label: str) -> Path:
-    """``runs/<date-time>-<label>``, with a number where two runs start in the same second."""
+    """Return ``runs/<date-time>-<label>``, with a number where two runs start in the same second."""
     name = f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{label}"
     taken = 1
     folder = Path("runs", name)

@@ -1,4 +1,4 @@
-"""What a run says while it runs: a bar an epoch on a terminal, a line an epoch elsewhere, the folder at the end."""
+"""What a run says while it runs: a bar on a terminal, then a line, for each epoch, the folder at the end."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,23 +21,23 @@ TABLE_NOTE = (
 
 
 class Reporter:
-    """Writes to standard output; warnings go to standard error, and are never silenced."""
+    """Progress on standard output; warnings go to standard error, and are never silenced."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self.console = Console(highlight=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
-        """One line, unless quiet."""
+        """Print one line, unless quiet."""
         if not self.quiet:
             self.console.print(text, markup=False)
 
     def result(self, text: str) -> None:
-        """One line, always."""
+        """Print one line, always."""
         self.console.print(text, markup=False)
 
     def fallback(self, wanted: str, data: ImageData) -> None:
-        """A framed warning that other data stand in for those that were wanted."""
+        """Print a framed warning that other data stand in for those that were wanted."""
         text = (
             f"NOT {wanted}: this run uses {data.source}'s small {data.name} instead "
             f"({len(data.train):,} + {len(data.test):,} images). Its results say nothing about {wanted}.\n\n"
@@ -49,7 +49,7 @@ class Reporter:
         Console(stderr=True, highlight=False).print(panel)
 
     def comparison(self, losses: dict[str, dict[str, Any]]) -> None:
-        """A table of losses trained side by side."""
+        """Print a table of losses trained side by side."""
         if self.quiet:
             return
         table = Table(caption=TABLE_NOTE)
@@ -62,7 +62,7 @@ class Reporter:
         self.console.print(table)
 
     def epoch(self, number: int, epochs: int) -> "EpochReport":
-        """A context for one epoch."""
+        """Return a context for one epoch."""
         label = f"epoch {number:{len(str(epochs))}}/{epochs}"
         live = self.console.is_terminal and not self.quiet
         return EpochReport(self, label, _bar(self.console, label) if live else None)
@@ -84,7 +84,7 @@ class EpochReport:
             self.bar.stop()
 
     def track(self, batches: Iterable[Batch], steps: int) -> Iterator[Batch]:
-        """The same batches, counted by the bar."""
+        """Yield the same batches, counted by the bar."""
         if not self.bar:
             yield from batches
             return
@@ -96,15 +96,14 @@ class EpochReport:
                 self.bar.update(self.bar.task_ids[0], completed=step)
 
     def finish(self, text: str) -> None:
-        """Shows the results of the epoch."""
+        """Put the results of the epoch in the place of its bar."""
         if self.bar:
-            self.bar.update(self.bar.task_ids[0], results=text)
-        else:
-            self.reporter.line(f"{self.label}  {text}")
+            self.bar.stop()
+        self.reporter.line(f"{self.label}  {text}")
 
 
 def describe(results: dict[str, float], images: int) -> str:
-    """One epoch in one line, units included."""
+    """Return one epoch in one line, units included."""
     seconds = results["epoch_seconds"]
     return (
         f"train loss {results['train_loss']:.4f}  accuracy train {results['train_accuracy']:.4f} "
@@ -113,7 +112,7 @@ def describe(results: dict[str, float], images: int) -> str:
 
 
 def _bar(console: Console, label: str) -> Progress:
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn()]
-    progress = Progress(*columns, TextColumn("{task.fields[results]}"), console=console)
-    progress.add_task(label, total=None, results="")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps")
+    progress = Progress(*columns, console=console, transient=True)
+    progress.add_task(label, total=None)
     return progress

@@ -37,11 +37,11 @@ class Run:
 
     @property
     def epochs_done(self) -> int:
-        """Epochs whose results are in `metrics`."""
+        """Return the number of epochs whose results are in `metrics`."""
         return len(self.metrics["train_loss"])
 
     def save(self) -> None:
-        """Writes checkpoint.pt and metrics.json."""
+        """Write checkpoint.pt and metrics.json."""
         state = {
             "config": self.config.as_dict(),
             "metrics": self.metrics,
@@ -61,7 +61,7 @@ def train(
     fallback: bool = False,
     reporter: Reporter | None = None,
 ) -> Path:
-    """Trains from the beginning.
+    """Train from the beginning.
 
     Args:
         config: What to train.
@@ -92,7 +92,7 @@ def train(
 def resume(
     folder: Path, changes: dict[str, Any], *, data: ImageData | None = None, reporter: Reporter | None = None
 ) -> Path:
-    """Continues a run; it ends with the same weights as one that never stopped.
+    """Continue a run; it ends with the same weights as one that never stopped.
 
     Args:
         folder: The run folder.
@@ -125,7 +125,7 @@ def resume(
 
 
 def _finish(run: Run, reporter: Reporter) -> None:
-    """Trains the epochs that are left, draws the pictures, says where everything is."""
+    """Train the epochs that are left, draw the pictures, say where everything is."""
     config, device = run.config, run.learner.device
     batches = make_batches(run.data.train, config.batch_size, config.seed, device, config.workers)
     with event_writer(run.folder, run.metrics) as events:
@@ -142,7 +142,7 @@ def _finish(run: Run, reporter: Reporter) -> None:
 
 
 def _epoch(run: Run, batches: Any) -> tuple[dict[str, float], Tensor]:
-    """Trains one epoch and counts the test set; the seconds are those of both."""
+    """Train one epoch and count the test set; the seconds are those of both."""
     test = run.data.test
     start = perf_counter()
     loss, accuracy = train_epoch(run.learner, batches)
@@ -161,7 +161,7 @@ def _same_data(metrics: Metrics, data: ImageData) -> ImageData:
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
-    """States of torch's global generators; models of this lab do not draw from them, others may."""
+    """Return the states of torch's global generators; models of this lab do not draw from them, others may."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)

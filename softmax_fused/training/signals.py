@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Turns both signals into `Stopped`; one that is ignored on entry, as under nohup, stays ignored."""
+    """Turn both signals into `Stopped`; one that is ignored on entry, as under nohup, stays ignored."""
 
     def stop(signum: int, _: FrameType | None) -> None:
         raise Stopped(status=128 + signum)
@@ -24,7 +24,7 @@ def signals_raise() -> Iterator[None]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Delays both signals until the block is done."""
+    """Delay both signals until the block is done."""
     arrived: list[int] = []
     with _handler(lambda signum, _: arrived.append(signum)):
         yield
