@@ -15,10 +15,10 @@ from .rows import class_weight, expm1, log1p, row_offsets, row_tile, smoothing_t
 
 
 @triton.jit
-def spread(t, keep, on, off, weight_ptr, c, exists, ACC: tl.constexpr):
+def spread(t, keep, on, off, weight_ptr, c, exists, DENSE: tl.constexpr, ACC: tl.constexpr):
     """Return the block of a = w * ((1 - e) t + keep * e / C) without the labelled class's t; 0 outside the classes."""
     a = tl.where(exists[None, :], (keep * off)[:, None], 0.0)
-    if t is not None:
+    if DENSE:
         a += on * t
     return a * class_weight(weight_ptr, c, exists, ACC)[None, :]
 
@@ -54,7 +54,9 @@ def cross_entropy_forward(
     on, off = smoothing_terms(smoothing, classes, ACC)
     lanes = tl.arange(0, CLASSES)
     first = live[:, None] & (lanes < classes)[None, :]
-    label, keep, t = TARGET(target_ptr, t_rows, lanes, first, live, classes, ignore_index, t_step, ACC)
+    label, keep, _ = TARGET(target_ptr, t_rows, lanes, first, live, classes, ignore_index, t_step, ACC)
+    dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()  # else t is the label alone
+    saved: tl.constexpr = 3 if dense or weight_ptr is not None else 2
 
     m = tl.full((ROWS,), float("-inf"), ACC)  # running maximum
     shift = tl.zeros((ROWS,), ACC)  # m, or 0 as long as every logit is -inf
@@ -73,9 +75,9 @@ def cross_entropy_forward(
         others = tl.where(c[None, :] == label[:, None], 0.0, tl.exp(z))
         s = s * tl.exp(m - shift) + tl.sum(others, axis=1)
         m = m_new
-        if t is not None or smoothing is not None:
-            _, _, block = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)
-            a = spread(block, keep, on, off, weight_ptr, c, exists, ACC)
+        if dense or smoothing is not None:
+            t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
+            a = spread(t, keep, on, off, weight_ptr, c, exists, dense, ACC)
             dot += total * (old - shift) + tl.sum(tl.where(a == 0.0, 0.0, a * z), axis=1)
             total += tl.sum(a, axis=1)
 
@@ -89,7 +91,6 @@ def cross_entropy_forward(
     loss = total * log_s - dot - tl.where(a_true == 0.0, 0.0, a_true * z_true)
     loss = tl.where(live & (keep != 0.0), loss, 0.0)
 
-    saved: tl.constexpr = 3 if t is not None or weight_ptr is not None else 2
     if stats_ptr is not None:
         tl.store(stats_ptr + number * saved, shift, mask=live)
         tl.store(stats_ptr + number * saved + 1, log_s, mask=live)
@@ -141,9 +142,10 @@ def cross_entropy_backward(
     on, off = smoothing_terms(smoothing, classes, ACC)
     lanes = tl.arange(0, CLASSES)
     first = live[:, None] & (lanes < classes)[None, :]
-    label, keep, t = TARGET(target_ptr, t_rows, lanes, first, live, classes, ignore_index, t_step, ACC)
+    label, keep, _ = TARGET(target_ptr, t_rows, lanes, first, live, classes, ignore_index, t_step, ACC)
+    dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()  # else t is the label alone
+    saved: tl.constexpr = 3 if dense or weight_ptr is not None else 2
 
-    saved: tl.constexpr = 3 if t is not None or weight_ptr is not None else 2
     shift = tl.load(stats_ptr + number * saved, mask=live, other=0.0)
     log_s = tl.load(stats_ptr + number * saved + 1, mask=live, other=0.0)
     total = keep
@@ -165,9 +167,9 @@ def cross_entropy_backward(
         steps = c.to(tl.int64)[None, :]
         z = tl.load(z_rows[:, None] + steps * z_step, mask=inside, other=float("-inf")).to(ACC)
         grad = scale[:, None] * tl.exp((z - shift[:, None]) - log_s[:, None])
-        if t is not None or smoothing is not None:
-            _, _, block = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)
-            grad -= g[:, None] * spread(block, keep, on, off, weight_ptr, c, exists, ACC)
+        if dense or smoothing is not None:
+            t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
+            grad -= g[:, None] * spread(t, keep, on, off, weight_ptr, c, exists, dense, ACC)
         grad = tl.where(c[None, :] == label[:, None], g_true[:, None], grad)
         grad = tl.where(keep[:, None] == 0.0, 0.0, grad)
         tl.store(out_rows[:, None] + steps * out_step, grad.to(grad_ptr.dtype.element_ty), mask=inside)

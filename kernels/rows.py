@@ -34,7 +34,7 @@ def row_offsets(outer, row, sizes, strides):
 
 @triton.jit
 def index_target(target_ptr, rows, c, inside, live, classes, ignore_index, class_stride, ACC: tl.constexpr):
-    """Class indices: the label (-1 where there is none), keep, and no dense part.
+    """Class indices: the label (-1 where there is none), keep, and a t that nobody reads: it is the label alone.
 
     An index outside [0, C) that is not ignored makes keep NaN, hence that row's loss and gradient; nothing is read
     there.
@@ -42,7 +42,7 @@ def index_target(target_ptr, rows, c, inside, live, classes, ignore_index, class
     label = tl.load(target_ptr + rows, mask=live, other=-1).to(tl.int64)
     known = (label >= 0) & (label < classes)
     keep = tl.where(label == ignore_index, 0.0, tl.where(known, 1.0, float("nan"))).to(ACC)
-    return tl.where(keep == 1.0, label, -1), keep, None
+    return tl.where(keep == 1.0, label, -1), keep, keep
 
 
 @triton.jit
