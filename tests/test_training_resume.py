@@ -72,6 +72,15 @@ def test_resuming_a_finished_run_draws_its_pictures_again(tmp_path: Path) -> Non
     assert_consistent(folder, 2)
 
 
+def test_pictures_of_an_earlier_state_do_not_outlive_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = train(SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
+    assert list(folder.glob("*.png"))
+    interrupt_in_epoch(monkeypatch, 1, KeyboardInterrupt())
+    with pytest.raises(Stopped):
+        resume(folder, {"epochs": 3}, data=few_digits(), reporter=QUIET)
+    assert not list(folder.glob("*.png"))
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_only_some_settings_may_change_on_resuming(tmp_path: Path) -> None:
     folder = train(SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)

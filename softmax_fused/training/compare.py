@@ -13,6 +13,7 @@ from softmax_fused.training.batches import Batch, make_batches
 from softmax_fused.training.checkpoint import COMPARISON, create_folder, write_atomically, write_json
 from softmax_fused.training.config import TrainConfig, pick_device
 from softmax_fused.training.data import ImageData, data_root, load_dataset
+from softmax_fused.training.figures import run_title
 from softmax_fused.training.learner import Learner, learner_for
 from softmax_fused.training.loop import mean_loss, predict_classes
 from softmax_fused.training.plots import plot_comparison, to_png
@@ -75,8 +76,9 @@ def compare(
             report.finish("  ".join(f"{name} {contender.train_loss[-1]:.6f}" for name, contender in contenders.items()))
     record = {**surroundings(config, device), "dataset": data.describe(), "losses": _summaries(contenders)}
     del record["config"]["loss"]
+    title = f"{run_title(record)}, {record['device_name']}"
     write_json(folder / COMPARISON, record)
-    write_atomically(folder / "compare.png", to_png(plot_comparison(_title(record), record["losses"])))
+    write_atomically(folder / "compare.png", to_png(plot_comparison(title, record["losses"])))
     reporter.comparison(record["losses"])
     reporter.result(str(folder))
     return folder
@@ -151,11 +153,3 @@ def _microseconds(seconds: list[float]) -> dict[str, float]:
     times = torch.tensor(seconds[WARM_UP:] or seconds, dtype=torch.float64) * 1e6
     p20, middle, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     return {"p20": p20, "median": middle, "p80": p80}
-
-
-def _title(record: dict[str, Any]) -> str:
-    config = record["config"]
-    return (
-        f"{config['model']} on {record['dataset']['name']}, {config['optimizer']}, lr {config['lr']:g}, "
-        f"batch {config['batch_size']}, {record['device_name']}"
-    )

@@ -41,10 +41,11 @@ def write_gallery(path: Path, title: str, classes: list[str], test: Split, predi
 
 
 def run_title(metrics: Metrics) -> str:
-    """Return what was trained on what, in one line."""
+    """Return what was trained on what; a line above it warns of stand-in data."""
     config, data = metrics["config"], metrics["dataset"]
-    stand_in = " (stand-in: the data set asked for was not available)" if data["fallback"] else ""
+    warning = "STAND-IN DATA: those asked for were not available\n" if data["fallback"] else ""
+    loss = f"{config['loss']} loss, " if "loss" in config else ""
     return (
-        f"{config['model']} on {data['name']}{stand_in}, {config['loss']} loss, {config['optimizer']}, "
+        f"{warning}{config['model']} on {data['name']}, {loss}{config['optimizer']}, "
         f"lr {config['lr']:g}, batch {config['batch_size']}"
     )

@@ -100,7 +100,10 @@ def plot_confusion(title: str, counts: Array, classes: Sequence[str]) -> Figure:
     axes = figure.subplots()
     shades = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(classes))
-    axes.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
+    slanted: dict[str, Any] = (
+        {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, classes)) > 3 else {}
+    )
+    axes.set_xticks(ticks, classes, **slanted)
     axes.set_yticks(ticks, classes)
     axes.set(title=title, xlabel="predicted class", ylabel="true class")
     for row in ticks:
