@@ -19,6 +19,10 @@ if not HAS_GPU:
     del os.environ["TRITON_INTERPRET"]
     softmax_fused.functional.automatic("cpu")  # pins the decision
 
+# Test processes run side by side, and sums of child processes must come out the same: one thread each.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 settings.register_profile("default", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("long", settings.get_profile("default"), max_examples=20_000)
 settings.load_profile("default")

@@ -6,7 +6,6 @@ import json
 import os
 import struct
 import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,12 +106,3 @@ def assert_consistent(folder: Path, epochs: int) -> None:
     assert metrics_of(folder) == load_checkpoint(folder)["metrics"]
     assert len(metrics_of(folder)["train_loss"]) == epochs
     assert not list(folder.glob(".*"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """In modules that import it: sums in the order of `subprocess_environment`, no fight with other test processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -12,7 +12,6 @@ from softmax_fused.training import run as run_module
 from softmax_fused.training.errors import Stopped
 from softmax_fused.training.signals import signals_held, signals_raise
 from tests.lab import fake_fashion, run_cli, subprocess_arguments, subprocess_environment
-from tests.lab import one_thread as one_thread
 
 DIGITS = ["--dataset", "digits", "--loss", "torch", "--device", "cpu", "--epochs", "1"]
 

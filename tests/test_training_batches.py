@@ -5,7 +5,6 @@ import torch
 
 from softmax_fused.training.batches import LoaderBatches, MemoryBatches, make_batches, shuffled
 from tests.lab import few_digits
-from tests.lab import one_thread as one_thread
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,6 @@ from softmax_fused.training.compare import compare
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, run_cli
-from tests.lab import one_thread as one_thread
 
 
 def comparison(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from softmax_fused.training.data import data_root, load_dataset
 from softmax_fused.training.errors import LabError, MissingDataError, UsageError
 from softmax_fused.training.idx import decode
 from tests.lab import digits, fake_fashion, idx_bytes, real_data
-from tests.lab import one_thread as one_thread
 
 IMAGES = "FashionMNIST/raw/train-images-idx3-ubyte"
 

@@ -11,7 +11,6 @@ from softmax_fused.training.loop import train_epoch
 from softmax_fused.training.models import build_model
 from tests.conftest import Place
 from tests.lab import digits, real_data
-from tests.lab import one_thread as one_thread
 
 
 def loss_curve(place: Place, backend: str, data: object) -> torch.Tensor:

@@ -14,7 +14,6 @@ from softmax_fused.training.loop import confusion_matrix, predict_classes, train
 from softmax_fused.training.losses import LOSSES, scratch_cross_entropy
 from softmax_fused.training.models import MODELS, build_model
 from tests.lab import few_digits
-from tests.lab import one_thread as one_thread
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,6 @@ from softmax_fused.training.errors import LabError
 from softmax_fused.training.predict import load_trained, read_picture
 from softmax_fused.training.run import train
 from tests.lab import QUIET, SMALL, digits, run_cli
-from tests.lab import one_thread as one_thread
 
 
 @pytest.fixture(scope="module")

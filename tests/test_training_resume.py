@@ -26,7 +26,6 @@ from tests.lab import (
     subprocess_arguments,
     subprocess_environment,
 )
-from tests.lab import one_thread as one_thread
 
 
 @pytest.fixture

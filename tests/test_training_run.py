@@ -15,7 +15,6 @@ from softmax_fused.training.errors import LabError
 from softmax_fused.training.record import CURVES, default_folder
 from softmax_fused.training.run import train
 from tests.lab import QUIET, SMALL, assert_consistent, few_digits, metrics_of
-from tests.lab import one_thread as one_thread
 
 
 def test_a_run_folder_holds_everything(tmp_path: Path) -> None:
