@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,18 @@ def test_a_process_without_the_extra_says_so_too() -> None:
     assert result.stderr == "softmax-fused needs typer; run: pip install 'softmax-fused[train]'\n"
 
 
+@pytest.fixture
+def signals_arrive() -> Iterator[None]:
+    """Signals do what they do in the foreground; a shell's background jobs ignore SIGINT from birth."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_arrive")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_before_a_run_exists(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, status: int
@@ -193,6 +206,7 @@ def test_signals_before_a_run_exists(
     assert (outcome.status, outcome.error) == (status, "stopped before anything was written")
 
 
+@pytest.mark.usefixtures("signals_arrive")
 def test_signals_wait_for_the_end_of_a_write() -> None:
     steps = []
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
