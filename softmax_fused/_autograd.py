@@ -25,6 +25,14 @@ class Spec(NamedTuple):
     acc: torch.dtype  # arithmetic: float32, or float64 where a tensor is float64
 
 
+def make_spec(
+    input: Tensor, target: Tensor, reduction: str, ignore_index: int, label_smoothing: float, dtype: torch.dtype
+) -> Spec:
+    """Tell class indices from probabilities by their rank; a negative or NaN smoothing is none, as in torch."""
+    acc = torch.float64 if dtype is torch.float64 else torch.float32
+    return Spec(target.ndim < input.ndim, reduction, ignore_index, max(0.0, label_smoothing), dtype, acc)
+
+
 class Operations(Protocol):
     """What a backend provides; the modules `_launch` and `_torch_path` do."""
 
@@ -32,6 +40,9 @@ class Operations(Protocol):
         self, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """Compute the loss and, with `save`, what `gradient` needs."""
+
+    def saved_shapes(self, logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:
+        """Return the shapes of what `loss` saves."""
 
     def gradient(
         self,
@@ -43,6 +54,15 @@ class Operations(Protocol):
         spec: Spec,
     ) -> Tensor:
         """Compute the gradient of the logits."""
+
+
+BATCHED = tuple(torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorchBatched"))
+
+
+def batched(tensor: Tensor) -> bool:
+    """Whether vmap is at work: torch.func.vmap, or torch.autograd.grad(..., is_grads_batched=True)."""
+    keys = torch._C._dispatch_keys(tensor)
+    return any(keys.has(key) for key in BATCHED)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -60,9 +80,9 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradient of the logits; under create_graph=True one that can be differentiated again."""
+        """Compute the gradient of the logits; where it will be differentiated or is batched, in torch operations."""
         logits, target, weight, *saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(upstream):
             grad = _torch_path.differentiable_gradient(upstream, logits, target, weight, ctx.spec)
         else:
             grad = ctx.operations.gradient(upstream, logits, target, weight, saved, ctx.spec)

@@ -133,6 +133,13 @@ def split(value: float) -> tuple[float, float] | None:
     return high, value - high
 
 
+def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:
+    """Return the shapes of what `loss` saves: (m, log s[, A]) of each row, and the denominator of a mean."""
+    rows = logits.numel() // logits.shape[min(logits.ndim - 1, 1)]
+    stats = (rows, 2 if spec.indices and weight is None else 3)
+    return [stats, (1,)] if spec.reduction == "mean" else [stats]
+
+
 def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save: bool) -> tuple[Tensor, list[Tensor]]:
     """Compute the loss; with `save` also what `gradient` needs: row statistics, and the denominator of a mean."""
     rows = describe(logits, target)

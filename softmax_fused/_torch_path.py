@@ -101,6 +101,11 @@ def probability_losses(z: Tensor, t: Tensor, w: Tensor | None, spec: Spec) -> Te
     return losses
 
 
+def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:  # noqa: ARG001
+    """Return the shapes of what `loss` saves: the denominator of a mean."""
+    return [()] if spec.reduction == "mean" else []
+
+
 def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save: bool) -> tuple[Tensor, list[Tensor]]:
     """Compute the loss; with `save` also what `gradient` needs: the denominator of a mean."""
     z, t = batched(logits, target)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from softmax_fused import _check, _torch_path
-from softmax_fused._autograd import CrossEntropy, Operations, Spec
+from softmax_fused import _check, _ops, _torch_path
+from softmax_fused._autograd import CrossEntropy, Operations, make_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,10 +92,9 @@ def small_on_cpu(input: Tensor, target: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether something beyond plain eager autograd is watching: torch.compile, torch.func, forward mode, tracing."""
+    """Whether something beyond plain autograd is watching: torch.func, forward mode, tracing, fake tensors."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
@@ -166,6 +165,8 @@ def cross_entropy(
         )
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
+    if torch.compiler.is_compiling():
+        return compiled(input, target, weight, ignore_index, reduction, label_smoothing, backend)
     if backend == "auto" and small_on_cpu(input, target):
         return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     if backend not in BACKENDS:
@@ -173,13 +174,34 @@ def cross_entropy(
     if transformed() or not _check.plain(input, target, weight, ignore_index, reduction, label_smoothing):
         return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     compute = operations(backend, input.device)
-    dtype = _check.loss_dtype(input, target)
-    acc = torch.float64 if dtype is torch.float64 else torch.float32
-    spec = Spec(target.ndim < input.ndim, reduction, ignore_index, max(0.0, label_smoothing), dtype, acc)
+    spec = make_spec(input, target, reduction, ignore_index, label_smoothing, _check.loss_dtype(input, target))
     if input.requires_grad and torch.is_grad_enabled():
         loss: Tensor = CrossEntropy.apply(input, target, weight, spec, compute)
         return loss
     return compute.loss(input, target, weight, spec, save=False)[0]
+
+
+def compiled(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    backend: str,
+) -> Tensor:
+    """Leave an operator of ours in the graph, or torch's where the compiler can do better: indices on the CPU."""
+    if (
+        (backend == "auto" and input.device.type == "cpu" and target.ndim < input.ndim)
+        or torch._C._are_functorch_transforms_active()
+        or not _check.plain(input, target, weight, ignore_index, reduction, label_smoothing)
+    ):
+        return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    dtype = _check.loss_dtype(input, target)
+    loss: Tensor = _ops.cross_entropy(
+        input, target, weight, reduction, ignore_index, max(0.0, label_smoothing), dtype, backend
+    )[0]
+    return loss
 
 
 def torch_cross_entropy(

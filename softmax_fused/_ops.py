@@ -1,0 +1,91 @@
+"""The loss as operators that torch.compile takes as they are; eager code never comes here.
+
+`softmax_fused::cross_entropy` returns the loss and two tensors that its backward needs, empty where it needs fewer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softmax_fused._autograd import Operations, make_spec
+
+OPTIONS = "Tensor? weight, str reduction, SymInt ignore_index, float label_smoothing, ScalarType dtype, str backend"
+
+
+def implementation(backend: str, device: torch.device) -> Operations:
+    """Return the module that computes; asked for when a graph runs, or is shaped."""
+    from softmax_fused.functional import operations
+
+    return operations(backend, device)
+
+
+def padded(loss: Tensor, saved: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three tensors in any case: an operator's outputs cannot vary in number."""
+    first, second, *_ = (*saved, loss.new_empty(0), loss.new_empty(0))
+    return loss, first, second
+
+
+@torch.library.custom_op(
+    "softmax_fused::cross_entropy",
+    mutates_args=(),
+    schema=f"(Tensor input, Tensor target, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+def cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the loss and what its backward needs."""
+    *rest, backend = options
+    spec = make_spec(logits, target, *rest)
+    return padded(*implementation(backend, logits.device).loss(logits, target, weight, spec, save=True))
+
+
+@cross_entropy.register_fake
+def _(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, backend = options
+    spec = make_spec(logits, target, *rest)
+    shapes = implementation(backend, logits.device).saved_shapes(logits, weight, spec)
+    rows = (*logits.shape[:1], *logits.shape[2:]) if logits.ndim > 1 else ()
+    loss = logits.new_empty(rows if spec.reduction == "none" else (), dtype=spec.dtype)
+    return padded(loss, [logits.new_empty(shape, dtype=spec.acc) for shape in shapes])
+
+
+@torch.library.custom_op(
+    "softmax_fused::cross_entropy_backward",
+    mutates_args=(),
+    schema=f"(Tensor upstream, Tensor input, Tensor target, Tensor[] saved, {OPTIONS}) -> Tensor",
+)
+def cross_entropy_backward(
+    upstream: Tensor, logits: Tensor, target: Tensor, saved: list[Tensor], weight: Tensor | None, *options: Any
+) -> Tensor:
+    """Compute the gradient of the logits."""
+    *rest, backend = options
+    spec = make_spec(logits, target, *rest)
+    kept = [tensor for tensor in saved if tensor.numel()]
+    return implementation(backend, logits.device).gradient(upstream, logits, target, weight, kept, spec)
+
+
+@cross_entropy_backward.register_fake
+def _(_upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep what backward needs."""
+    logits, target, weight, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, weight, *output[1:])
+
+
+def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Return the gradient of the logits, and none for the other arguments."""
+    logits, target, weight, *saved = ctx.saved_tensors
+    grad = None
+    if upstream is not None:
+        grad = torch.ops.softmax_fused.cross_entropy_backward(upstream, logits, target, saved, weight, *ctx.options)
+    return grad, *[None] * (2 + len(ctx.options))
+
+
+cross_entropy.register_autograd(backward, setup_context=setup_context)

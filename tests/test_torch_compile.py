@@ -1,0 +1,155 @@
+"""Under torch.compile, torch.export and make_fx: one graph, and what eager computes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from softmax_fused import CrossEntropyLoss, _ops, cross_entropy
+from tests.cases import make_indices, make_logits, make_probabilities
+from tests.conftest import Place
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",  # torch's compiler stack raises its own
+    "ignore::FutureWarning",
+    "ignore::UserWarning",
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch.use_deterministic_algorithms(False)  # Inductor and the NaN filling of memory do not go together
+    torch._dynamo.reset()
+
+
+def counted(function: Callable[..., Tensor], dynamic: bool | None = None, backend: str = "inductor") -> tuple[Any, Any]:
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic), counter
+
+
+def loss_and_gradient(function: Callable[..., Tensor], logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    loss = function(logits, *rest)
+    torch.manual_seed(0)
+    return loss, torch.autograd.grad(loss, logits, torch.randn_like(loss))[0]
+
+
+@pytest.mark.parametrize("backend", ["auto", "as placed"])
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_equals_eager(place: Place, reduction: str, probabilities: bool, backend: str) -> None:
+    chosen = place.backend if backend == "as placed" else backend
+
+    def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        return cross_entropy(logits, target, weight, reduction=reduction, label_smoothing=0.1, backend=chosen)
+
+    compiled, counter = counted(loss, dynamic=True)
+    for rows in (8, 9, 30):
+        shape = (rows, 11)
+        logits = make_logits(shape, torch.float32, place.device)
+        make = make_probabilities(shape, torch.float32, place.device)
+        target = make if probabilities else make_indices(shape, place.device)
+        weight = torch.rand(11, device=place.device)
+        eager = loss_and_gradient(loss, logits, target, weight)
+        torch.testing.assert_close(loss_and_gradient(compiled, logits, target, weight), eager)
+    assert counter.frame_count == 1
+
+
+def test_the_better_limit_survives_compilation(place: Place) -> None:
+    logits, target = make_logits((4, 6), torch.float32, place.device), torch.zeros(4, 6, device=place.device)
+    with torch.no_grad():
+        logits[:, 3:] = -torch.inf
+        target[:, 0] = 1
+    compiled, _ = counted(lambda z, t: cross_entropy(z, t, backend=place.backend))
+    assert compiled(logits, target).isfinite()
+
+
+def test_module_and_autocast(place: Place) -> None:
+    criterion = CrossEntropyLoss(torch.rand(5, device=place.device), backend=place.backend)
+    layer = torch.nn.Linear(7, 5, device=place.device)
+    target = torch.arange(5, device=place.device)
+
+    def step(x: Tensor) -> Tensor:
+        with torch.autocast(place.device, dtype=torch.bfloat16):
+            return criterion(layer(x), target)
+
+    compiled, counter = counted(step)
+    x = torch.randn(5, 7, device=place.device)
+    loss = compiled(x)
+    assert loss.dtype is torch.float32
+    torch.testing.assert_close(loss, step(x), rtol=0.01, atol=0.01)
+    loss.backward()
+    assert layer.weight.grad.isfinite().all()
+    assert counter.frame_count == 1
+
+
+def test_values_recompile_no_more_often_than_torchs_own() -> None:
+    """torch.compile itself makes a constant of a float argument; ignore_index becomes dynamic at its second value."""
+
+    def recompilations(function: Callable[..., Tensor], **options: Any) -> int:
+        torch._dynamo.reset()
+        compiled, counter = counted(
+            lambda z, t, e, i: function(z, t, label_smoothing=e, ignore_index=i, **options), backend="eager"
+        )
+        logits, target = make_logits((8, 10), torch.float32, "cpu"), make_indices((8, 10), "cpu")
+        for smoothing, ignore_index in ((0.1, -100), (0.2, -100), (0.2, 3), (0.2, 4), (0.2, 5)):
+            compiled(logits, target, smoothing, ignore_index)
+        return counter.frame_count
+
+    for backend in ("auto", "torch"):
+        assert recompilations(cross_entropy, backend=backend) <= recompilations(F.cross_entropy)
+
+
+def test_operators_pass_opcheck(place: Place) -> None:
+    for target in (make_indices((8, 10), place.device), make_probabilities((8, 10), torch.float32, place.device)):
+        for reduction in ("mean", "sum", "none"):
+            logits = make_logits((8, 10), torch.float32, place.device)
+            options = (None, reduction, -100, 0.1, torch.float32, place.backend)
+            torch.library.opcheck(_ops.cross_entropy, (logits, target, *options))
+            loss, *saved = _ops.cross_entropy(logits, target, *options)
+            upstream = torch.randn_like(loss)
+            torch.library.opcheck(
+                _ops.cross_entropy_backward, (upstream, logits.detach(), target, [s.detach() for s in saved], *options)
+            )
+
+
+def test_export(place: Place) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(7, 5)
+            self.criterion = CrossEntropyLoss(label_smoothing=0.1)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.criterion(self.layer(x), y)
+
+    model = Model().to(place.device)
+    x, y = torch.randn(6, 7, device=place.device), torch.arange(6, device=place.device) % 5
+    exported = torch.export.export(model, (x, y))
+    torch.testing.assert_close(exported.module()(x, y), model(x, y))
+
+
+def test_make_fx(place: Place) -> None:
+    logits, target = make_logits((6, 5), torch.float32, place.device), make_indices((6, 5), place.device)
+
+    def gradient(z: Tensor, t: Tensor) -> Tensor:
+        return torch.autograd.grad(cross_entropy(z, t, backend=place.backend), z)[0]
+
+    for mode in ("real", "fake", "symbolic"):
+        traced = make_fx(gradient, tracing_mode=mode)(logits, target)
+        torch.testing.assert_close(traced(logits, target), gradient(logits, target))
+
+
+def test_transforms_inside_a_compiled_function(place: Place) -> None:
+    target = make_indices((6, 5), place.device)
+
+    def gradient(z: Tensor) -> Tensor:
+        return torch.func.grad(lambda z: cross_entropy(z, target, backend=place.backend))(z)
+
+    logits = make_logits((6, 5), torch.float32, place.device).detach()
+    compiled, _ = counted(gradient)
+    torch.testing.assert_close(compiled(logits), gradient(logits))
