@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EXTRAS := train test bench dev
 STAMPS := $(EXTRAS:%=$(VENV)/.%)
 
-.PHONY: help train test check bench bench-gpu clean
+.PHONY: help train test check mutants bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -32,6 +32,9 @@ check: $(VENV)/.dev ## formatting, lint, types, and the package as users get it
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_package.py
+
+mutants: $(VENV)/.test ## plant bugs, one at a time, and see a test catch each (half an hour)
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 bench: $(VENV)/.bench ## benchmarks on the CPU
 	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)

@@ -55,6 +55,19 @@ def test_volumes_that_merge_nowhere(place: Place) -> None:
     assert_right(place, logits.requires_grad_(), target, reduction="none")
 
 
+def test_offsets_beyond_32_bits(place: Place) -> None:
+    """Rows 2**30 elements apart: 4 GiB of addresses, of which only what is used is ever touched."""
+    torch.use_deterministic_algorithms(False)  # it would fill all of it
+    stride = 2**30 + 8
+    memory = torch.empty(2 * stride + 10, dtype=torch.bfloat16, device=place.device)
+    logits = memory.as_strided((3, 10), (stride, 1))
+    logits.copy_(torch.randn(3, 10))
+    target = make_indices((3, 10), place.device)
+    assert_right(place, logits.requires_grad_(), target, reduction="none")
+    sideways = memory.as_strided((10, 3), (1, stride)).detach()
+    assert_right(place, sideways.requires_grad_(), target.new_tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0]), reduction="none")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_probabilities_weights_and_upstream(place: Place, layout: object) -> None:
     logits = make_logits((33, 17), torch.float32, place.device)
