@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "triton", "torch")
 
 HAND_OVER = 2**20
-"""On the CPU, class indices for fewer logits than this go to torch's own operator: no time is left to save there."""
+"""On the CPU, fewer logits than this go to torch's own operator: no time is left to save there."""
 
 
 @functools.cache
@@ -79,16 +79,16 @@ def operations(backend: str, device: torch.device) -> Operations:
     return _launch
 
 
-def small_on_cpu(input: Tensor, target: Tensor) -> bool:
-    """Whether these are class indices for so few logits on the CPU that torch's own operator is the fastest."""
-    return (
-        type(input) is torch.Tensor
-        and input.is_cpu
-        and input.numel() < HAND_OVER
-        and type(target) is torch.Tensor
-        and target.ndim < input.ndim
-        and automatic("cpu") == "torch"
-    )
+def small_on_cpu(input: Tensor) -> bool:
+    """Whether there are so few logits, on the CPU, that torch's own operator is the fastest."""
+    return type(input) is torch.Tensor and input.is_cpu and input.numel() < HAND_OVER and automatic("cpu") == "torch"
+
+
+def zero_times_infinity(input: Tensor, target: Tensor, weight: Tensor | None, loss: Tensor) -> bool:
+    """Whether torch's loss on the CPU may be NaN where a weight or probability of 0 met a log-probability of -inf."""
+    if weight is None and (type(target) is not torch.Tensor or target.ndim < input.ndim):
+        return False
+    return type(loss) is torch.Tensor and not transformed() and bool(loss.isnan().any())
 
 
 def transformed() -> bool:
@@ -167,8 +167,10 @@ def cross_entropy(
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     if torch.compiler.is_compiling():
         return compiled(input, target, weight, ignore_index, reduction, label_smoothing, backend)
-    if backend == "auto" and small_on_cpu(input, target):
-        return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    if backend == "auto" and small_on_cpu(input):
+        loss = torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        if not zero_times_infinity(input, target, weight, loss):
+            return loss
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch'; got {backend!r}")
     if transformed() or not _check.plain(input, target, weight, ignore_index, reduction, label_smoothing):
@@ -176,8 +178,8 @@ def cross_entropy(
     compute = operations(backend, input.device)
     spec = make_spec(input, target, reduction, ignore_index, label_smoothing, _check.loss_dtype(input, target))
     if input.requires_grad and torch.is_grad_enabled():
-        loss: Tensor = CrossEntropy.apply(input, target, weight, spec, compute)
-        return loss
+        differentiable: Tensor = CrossEntropy.apply(input, target, weight, spec, compute)
+        return differentiable
     return compute.loss(input, target, weight, spec, save=False)[0]
 
 
@@ -190,9 +192,9 @@ def compiled(
     label_smoothing: float,
     backend: str,
 ) -> Tensor:
-    """Leave an operator of ours in the graph, or torch's where the compiler can do better: indices on the CPU."""
+    """Leave an operator of ours in the graph, or torch's where Inductor does better: plain indices on the CPU."""
     if (
-        (backend == "auto" and input.device.type == "cpu" and target.ndim < input.ndim)
+        (backend == "auto" and input.device.type == "cpu" and target.ndim < input.ndim and weight is None)
         or torch._C._are_functorch_transforms_active()
         or not _check.plain(input, target, weight, ignore_index, reduction, label_smoothing)
     ):

@@ -49,6 +49,14 @@ def test_module_copies_and_pickles() -> None:
         twin.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
 
 
+def test_module_without_storage() -> None:
+    """Big models are built on the meta device and get their memory later."""
+    with torch.device("meta"):
+        criterion = CrossEntropyLoss(torch.ones(3))
+    assert criterion.weight.is_meta
+    assert criterion.to_empty(device="cpu").weight.shape == (3,)
+
+
 def test_repr_shows_what_differs_from_torch() -> None:
     assert repr(CrossEntropyLoss()) == "CrossEntropyLoss()"
     assert repr(CrossEntropyLoss(backend="torch")) == "CrossEntropyLoss(backend='torch')"
