@@ -84,7 +84,7 @@ def index_losses(z: Tensor, target: Tensor, w: Tensor | None, spec: Spec) -> tup
         dot = true if w is None else product(weights[part], true)
         if smoothing:
             spread = log_p.sum(1) if w is None else product(w.expand_as(log_p), log_p).sum(1)
-            dot = (1 - smoothing) * dot + smoothing / z.shape[1] * spread
+            dot = smoothing / z.shape[1] * spread + (0 if smoothing == 1 else (1 - smoothing) * dot)
         torch.neg(dot, out=losses[part])
     if keep is not None:
         losses.masked_fill_(~keep, 0)

@@ -26,6 +26,11 @@ BAD = {
     "bool input": ((Z > 0, Y), {}, "input must be a floating point tensor.*bool"),
     "complex input": ((Z.to(torch.complex64), Y), {}, "input must be a floating point tensor.*complex64"),
     "int32 target": ((Z, Y.int()), {}, r"target\.long\(\)"),
+    "uint8 target of images": (
+        (torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.uint8)),
+        {},
+        r"target\.long\(\)",
+    ),
     "float target": ((Z, Y.float()), {}, r"target\.long\(\)"),
     "bool target": ((Z, Y > 3), {}, r"target\.long\(\)"),
     "integer probabilities": ((Z, torch.ones(8, 10, dtype=torch.long)), {}, "must be floating point"),
