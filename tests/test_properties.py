@@ -33,7 +33,7 @@ def scattered(draw: st.DrawFn, x: Tensor) -> Tensor:
 
 @st.composite
 def calls(draw: st.DrawFn, extreme: bool = False) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Logits, target and options in any combination and layout, ignored rows included; `extreme` adds -inf and offsets."""
+    """Logits, target and options in any combination and layout, with ignored rows; `extreme` adds -inf and offsets."""
     shape = draw(shapes)
     classes = shape[min(len(shape) - 1, 1)]
     torch.manual_seed(draw(st.integers(0, 2**31)))
