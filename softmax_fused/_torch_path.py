@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from softmax_fused._autograd import Spec
 
 CHUNK = 2**20
-"""Elements in a chunk: 4 MiB of float32. They stay in the last-level cache, and chunks are few: each operation on one is
-a parallel region, which on a busy machine waits for its turn."""
+"""Elements in a chunk: 4 MiB of float32. They stay in the last-level cache, and chunks are few: each operation on one
+is a parallel region, which on a busy machine waits for its turn."""
 
 
 def chunks(z: Tensor) -> Iterator[slice]:
