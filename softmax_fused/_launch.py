@@ -77,7 +77,6 @@ def merge_rows(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int
 class Rows(NamedTuple):
     """Where rows and classes lie: row sizes (outer..., inner), and strides (outer..., inner, class) of each tensor."""
 
-    number: int
     classes: int
     sizes: tuple[int, ...]
     strides: list[tuple[int, ...]]
@@ -96,7 +95,7 @@ def describe(logits: Tensor, *others: Tensor) -> Rows:
         class_strides.append(stride[class_dim] if whole else 0)
     sizes, merged = merge_rows(shape, *row_strides)
     strides = [(*rows, step) for rows, step in zip(merged, class_strides, strict=True)]
-    return Rows(logits.numel() // classes, classes, sizes, strides)
+    return Rows(classes, sizes, strides)
 
 
 def launch(kernel: Any, programs: int, warps: int, device: torch.device, *args: Any) -> None:
@@ -148,8 +147,7 @@ def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save
     reduced = spec.reduction != "none"
     row_shape = () if reduced or logits.ndim == 1 else (logits.shape[0], *logits.shape[2:])
     out = logits.new_empty(row_shape, dtype=spec.dtype)
-    saved = 2 if spec.indices and weight is None else 3
-    stats = logits.new_empty((rows.number, saved), dtype=spec.acc) if save else None
+    stats = logits.new_empty(saved_shapes(logits, weight, spec)[0], dtype=spec.acc) if save else None
     sums = logits.new_empty((2, programs), dtype=spec.acc) if reduced and programs > 1 else None
     denominator = logits.new_empty((1,), dtype=spec.acc) if spec.reduction == "mean" else None
     launch(

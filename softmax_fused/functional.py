@@ -165,14 +165,14 @@ def cross_entropy(
         )
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto', 'triton' or 'torch'; got {backend!r}")
     if torch.compiler.is_compiling():
         return compiled(input, target, weight, ignore_index, reduction, label_smoothing, backend)
     if backend == "auto" and small_on_cpu(input):
         loss = torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
         if not zero_times_infinity(input, target, weight, loss):
             return loss
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch'; got {backend!r}")
     if transformed() or not _check.plain(input, target, weight, ignore_index, reduction, label_smoothing):
         return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     compute = operations(backend, input.device)
@@ -201,7 +201,7 @@ def compiled(
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     dtype = _check.loss_dtype(input, target)
     loss: Tensor = _ops.cross_entropy(
-        input, target, weight, reduction, ignore_index, max(0.0, label_smoothing), dtype, backend
+        input, target, weight, reduction, ignore_index, float(label_smoothing), dtype, backend
     )[0]
     return loss
 
