@@ -1,8 +1,8 @@
 """What every row-wise kernel needs: where a tile of rows lies, what its target is, and logarithms that lose no digits.
 
-Rows are the logits' dimensions without the class dimension, merged where memory allows: sizes = (outer..., inner). One
-program takes a tile of up to ROWS neighbours along the inner dimension; the outer dimensions, of any number, are
-decoded once a program from its number. A tensor is a pointer and a tuple of strides (outer..., inner, class), so every
+Rows are the logits' dimensions without the class dimension, merged where memory allows: sizes = (outer..., inner). A
+tile is up to ROWS neighbours along the inner dimension; the outer dimensions, of any number, are decoded once a program
+from the tile's number. A tensor is a pointer and a tuple of strides (outer..., inner, class), so every
 layout is read where it lies.
 
 Legend: z logits, t target row, w class weights, e label smoothing, C classes, keep 1 or 0 (ignored) or NaN (no class).
@@ -13,12 +13,12 @@ import triton.language as tl
 
 
 @triton.jit
-def row_tile(sizes, ROWS: tl.constexpr):
-    """Return this program's outer index, its rows along the inner dimension, which of them exist, and their numbers."""
+def row_tile(tile, sizes, ROWS: tl.constexpr):
+    """Return a tile's outer index, its rows along the inner dimension, which of them exist, and their numbers."""
     inner = sizes[len(sizes) - 1]
     tiles = tl.cdiv(inner, ROWS)
-    outer = tl.program_id(0) // tiles
-    row = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    outer = tile // tiles
+    row = (tile % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     return outer, row, row < inner, outer.to(tl.int64) * inner + row
 
 
@@ -33,6 +33,19 @@ def row_offsets(outer, row, sizes, strides):
 
 
 @triton.jit
+def class_step(stride, CLASSES: tl.constexpr):
+    """Return the classes' stride; for whole rows of few classes so that the compiler cannot know when it is 1.
+
+    It then gives each row to one thread, rather than to several that exchange their shares and each do all of the work
+    on rows. The loads' sectors come through the L1 cache; stores, whose stride is known, are rearranged.
+    """
+    step = stride
+    if CLASSES > 4 and CLASSES <= 32:
+        step += tl.program_id(1)  # 0
+    return step
+
+
+@triton.jit
 def index_target(target_ptr, rows, c, inside, live, classes, ignore_index, class_stride, ACC: tl.constexpr):
     """Class indices: the label (-1 where there is none), keep, and a t that nobody reads: it is the label alone.
 
@@ -42,14 +55,14 @@ def index_target(target_ptr, rows, c, inside, live, classes, ignore_index, class
     label = tl.load(target_ptr + rows, mask=live, other=-1).to(tl.int64)
     known = (label >= 0) & (label < classes)
     keep = tl.where(label == ignore_index, 0.0, tl.where(known, 1.0, float("nan"))).to(ACC)
-    return tl.where(keep == 1.0, label, -1), keep, keep
+    return tl.where(keep == 1.0, label, -1).to(tl.int32), keep, keep
 
 
 @triton.jit
 def probability_target(target_ptr, rows, c, inside, live, classes, ignore_index, class_stride, ACC: tl.constexpr):
     """Class probabilities: no label, every row kept, and the block of t."""
-    t = tl.load(target_ptr + rows[:, None] + c.to(tl.int64)[None, :] * class_stride, mask=inside, other=0.0)
-    return tl.full(rows.shape, -1, tl.int64), tl.where(live, 1.0, 0.0).to(ACC), t.to(ACC)
+    t = tl.load(target_ptr + c.to(tl.int64)[:, None] * class_stride + rows[None, :], mask=inside, other=0.0)
+    return tl.full(rows.shape, -1, tl.int32), tl.where(live, 1.0, 0.0).to(ACC), t.to(ACC)
 
 
 @triton.jit
@@ -88,3 +101,68 @@ def expm1(x):
     for i in tl.static_range(17, 1, -1):
         series = 1.0 + x * series * (1.0 / i)
     return tl.where(x >= -0.7, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def exponential(x):
+    """exp(x): in float32 one multiplication and one EX2, subnormal results flushed to 0; float64 in full precision."""
+    if x.dtype == tl.float64:
+        y = tl.exp(x)
+    else:
+        y = tl.exp2(x * 1.4426950408889634)
+    return y
+
+
+@triton.jit
+def lowest(SIZE: tl.constexpr, ACC: tl.constexpr):
+    """Return a vector of the lowest finite number, where a running maximum starts."""
+    if ACC == tl.float64:
+        m = tl.full((SIZE,), -1.7976931348623157e308, ACC)
+    else:
+        m = tl.full((SIZE,), -3.4028234663852886e38, ACC)
+    return m
+
+
+@triton.jit
+def lane_max(z):
+    """Maximum over a lane's share of a block: (share, lanes), or (repeats, lanes, share) that one thread holds."""
+    if len(z.shape) == 3:
+        y = tl.max(tl.max(z, axis=2), axis=0)
+    else:
+        y = tl.max(z, axis=0)
+    return y
+
+
+@triton.jit
+def lane_sum(z):
+    """Sum over a lane's share of a block."""
+    if len(z.shape) == 3:
+        y = tl.sum(tl.sum(z, axis=2), axis=0)
+    else:
+        y = tl.sum(z, axis=0)
+    return y
+
+
+@triton.jit
+def along(x, z):
+    """A value a lane, shaped to broadcast against the block z."""
+    if len(z.shape) == 3:
+        y = x[None, :, None]
+    else:
+        y = x[None, :]
+    return y
+
+
+@triton.jit
+def absorb(z, others, a, m, s, total, dot, SPREAD: tl.constexpr):
+    """Add a block to the running maximum m of z, s of `others` and, with SPREAD, to sum a and <a, z - m>.
+
+    m starts at the lowest finite number: a block of -inf needs no test, exp(-inf - m) is 0.
+    """
+    m_new = tl.maximum(m, lane_max(z))
+    s = s * exponential(m - m_new) + lane_sum(exponential(others - along(m_new, others)))
+    if SPREAD:
+        dot += tl.where(total == 0.0, 0.0, total * (m - m_new))
+        dot += lane_sum(tl.where(a == 0.0, 0.0, a * (z - along(m_new, z))))
+        total += lane_sum(a)
+    return m_new, s, total, dot

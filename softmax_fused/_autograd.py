@@ -52,8 +52,26 @@ class Operations(Protocol):
         weight: Tensor | None,
         saved: Sequence[Tensor],
         spec: Spec,
+        grad: Tensor | None = None,
     ) -> Tensor:
-        """Compute the gradient of the logits."""
+        """Compute the gradient of the logits, into `grad` where given, which may be the logits themselves."""
+
+    def loss_and_gradient(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """Compute the loss, what `gradient` needs, and the gradient for an upstream gradient of 1, if that pays."""
+
+    def unless_one(
+        self,
+        upstream: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        saved: Sequence[Tensor],
+        spec: Spec,
+        grad: Tensor,
+    ) -> Tensor:
+        """Bring `grad`, the gradient for an upstream gradient of 1, to another, without asking the device."""
 
 
 BATCHED = tuple(torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorchBatched"))
@@ -66,24 +84,39 @@ def batched(tensor: Tensor) -> bool:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Saves the logits and two or three numbers a row; the softmax is computed again in backward, never stored."""
+    """Saves the logits and two or three numbers a row; the softmax is computed again in backward, never stored.
+
+    `when` says where the gradient comes from: "backward" computes it into a new tensor, "in place" over the logits, and
+    "forward" with the loss, for an upstream gradient of 1; backward then only corrects it where it is not 1.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, operations: Operations
+        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, operations: Operations, when: str
     ) -> Tensor:
         """Compute the loss."""
-        loss, saved = operations.loss(logits, target, weight, spec, save=True)
+        ctx.ready = None
+        if when == "forward":
+            loss, saved, ctx.ready = operations.loss_and_gradient(logits, target, weight, spec)
+        else:
+            loss, saved = operations.loss(logits, target, weight, spec, save=True)
         ctx.save_for_backward(logits, target, weight, *saved)
-        ctx.spec, ctx.operations = spec, operations
+        ctx.spec, ctx.operations, ctx.when = spec, operations, when
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradient of the logits; where it will be differentiated or is batched, in torch operations."""
         logits, target, weight, *saved = ctx.saved_tensors
+        arguments = (upstream, logits, target, weight, saved, ctx.spec)
         if torch.is_grad_enabled() or batched(upstream):
             grad = _torch_path.differentiable_gradient(upstream, logits, target, weight, ctx.spec)
+        elif ctx.when == "in place":
+            grad = ctx.operations.gradient(*arguments, grad=logits.detach())
+            torch.autograd.graph.increment_version(logits)  # whoever still wants the logits gets autograd's error
+        elif ctx.ready is not None:
+            grad, ctx.ready = ctx.ready, None  # given away once: a second backward computes its own
+            grad = ctx.operations.unless_one(*arguments, grad)
         else:
-            grad = ctx.operations.gradient(upstream, logits, target, weight, saved, ctx.spec)
-        return grad, None, None, None, None
+            grad = ctx.operations.gradient(*arguments)
+        return grad, None, None, None, None, None

@@ -79,6 +79,23 @@ def plain_weight(input: Tensor, target: Tensor, weight: Any) -> bool:
     )
 
 
+def writable(input: Tensor) -> None:
+    """Refuse logits that no gradient may be written over.
+
+    Raises:
+        RuntimeError: If they are a leaf that requires grad, or several of their elements share memory.
+    """
+    if input.is_leaf:
+        raise RuntimeError(
+            "inplace_backward must not overwrite a leaf tensor that requires grad; got logits that no operation made"
+        )
+    if torch._debug_has_internal_overlap(input) == 1:
+        raise RuntimeError(
+            "inplace_backward needs logits whose elements do not share memory; "
+            f"got strides {input.stride()} for shape {tuple(input.shape)}: call .contiguous() first"
+        )
+
+
 def describe(value: Any) -> str:
     """Say what came."""
     if isinstance(value, torch.Tensor):

@@ -11,7 +11,19 @@ import torch
 import triton
 import triton.language as tl
 
-from softmax_fused.kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward, cross_entropy_reduce
+from softmax_fused.kernels.cross_entropy import (
+    cross_entropy_backward,
+    cross_entropy_both,
+    cross_entropy_forward,
+    cross_entropy_reduce,
+    cross_entropy_weights,
+)
+from softmax_fused.kernels.long_rows import (
+    cross_entropy_combine,
+    cross_entropy_long_backward,
+    cross_entropy_long_both,
+    cross_entropy_long_forward,
+)
 from softmax_fused.kernels.rows import index_target, probability_target
 
 if TYPE_CHECKING:
@@ -29,26 +41,63 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 class Tile(NamedTuple):
-    """What one program takes at a time: ROWS rows, all their classes in steps of CLASSES."""
+    """What one program takes at a time: ROWS rows, their classes in steps of CLASSES.
+
+    Long rows go one a program (or less, see `split_rows`): `lanes` threads take `vector` neighbouring classes each, as
+    many times as a step needs. Tiles of several rows have no lanes.
+    """
 
     rows: int
     classes: int
     warps: int
+    lanes: int = 0
+    vector: int = 0
 
 
-# Elements in a tile, by where neighbours in memory lie. Chosen from registers and coalescing, not measured on a GPU.
-SMALL_TILE = 4096  # whole rows side by side, 32 elements a thread in 4 warps: a batch of 256 x 10 is one program
-LONG_STEP = 4096  # one row in steps: 16 elements a thread in 8 warps, 16 bytes a load
-STRIDED_CLASSES = 16  # classes apart in memory, rows adjacent: few classes a step, so that loads coalesce along rows
+WARP = 64 if torch.version.hip else 32
+LONG = 256  # rows of more classes are long: a vector for every thread of a warp, so that its main loop needs no mask
+VECTOR_BYTES = 16  # the widest load
+WHOLE = 4096  # elements of a tile of whole rows, 32 a thread: a batch of 256 x 10 is one program, hence one launch
+SHARED = 2048  # the same where it takes several programs anyway: more of them keep more SMs busy
+APART = 4  # classes a step where classes lie apart in memory: a thread has its pixels' classes to itself, no shuffles
+PROGRAMS = 512  # programs that keep every SM of the largest GPUs busy; below, tiles shrink and rows are split
+
+# Long rows: up to so many bytes, so many warps, and vectors of 16 bytes a thread in a step. Two hide the latency, and
+# the running maximum costs one EX2 for both; short rows take one. Few threads a row: short masked heads and tails.
+FORWARD_WARPS = ((4096, 1, 1), (8192, 1, 2), (32768, 2, 2), (math.inf, 4, 2))
+# Loss and gradient in one launch read a row twice, the second time from the L2 cache: the longer the rows, the fewer
+# may be under way at once, so the more threads work on each: beyond 128 KiB at most two rows an SM.
+BOTH_WARPS = ((4096, 1, 1), (8192, 1, 2), (32768, 4, 2), (65536, 8, 2), (131072, 16, 2), (math.inf, 32, 2))
+WEIGHT_PROGRAMS = 128  # programs that sum a mean's denominator, each a part
 
 
-def choose_tile(classes: int, inner: int, classes_adjacent: bool, itemsize: int) -> Tile:
-    """Return the tile for rows of `classes` logits of which `inner` follow one another."""
-    budget = SMALL_TILE * 4 // max(4, itemsize)
-    step = min(triton.next_power_of_2(classes), budget if classes_adjacent else STRIDED_CLASSES)
-    if classes_adjacent and step > budget // 2:
-        return Tile(1, min(step, LONG_STEP * 4 // max(4, itemsize)), 8)
-    return Tile(min(triton.next_power_of_2(inner), budget // step), step, 4)
+def long_tile(classes: int, itemsize: int, table: Sequence[tuple[float, int, int]]) -> Tile:
+    """Return the tile for one long row."""
+    warps, vectors = next(entry[1:] for entry in table if classes * itemsize <= entry[0])
+    vector = VECTOR_BYTES // itemsize
+    return Tile(1, vectors * vector * WARP * warps, warps, WARP * warps, vector)
+
+
+def choose_tile(classes: int, sizes: Sequence[int], classes_adjacent: bool, itemsize: int) -> Tile:
+    """Return the tile for rows of `sizes` (outer..., inner), not long ones."""
+    rows, inner = math.prod(sizes), sizes[-1]
+    wide = max(1, itemsize // 4)  # float64 takes two registers
+    widest = triton.next_power_of_2(inner)
+    if classes_adjacent:
+        step = triton.next_power_of_2(classes)
+        whole = max(1, WHOLE // step // wide)
+        if rows > whole or len(sizes) > 1:
+            whole = max(1, SHARED // step // wide)
+        return Tile(min(widest, whole), step, 4)
+    warps, pixels = 4, VECTOR_BYTES // itemsize * WARP
+    while warps > 1 and rows < PROGRAMS * pixels * warps:
+        warps //= 2
+    return Tile(min(widest, pixels * warps), min(APART, triton.next_power_of_2(classes)), warps)
+
+
+def split_rows(rows: int, classes: int, step: int) -> int:
+    """Return over how many programs to split each long row: more than one where rows are few and steps many."""
+    return max(1, min(PROGRAMS // rows, classes // (2 * step)))
 
 
 def merge_rows(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
@@ -104,11 +153,13 @@ def launch(kernel: Any, programs: int, warps: int, device: torch.device, *args: 
         kernel[(programs,)](*args, num_warps=warps, **OPTIONS)
 
 
-def plan(rows: Rows, acc: torch.dtype) -> tuple[Tile, int]:
-    """Return the tile and the number of programs."""
-    inner = rows.sizes[-1]
-    tile = choose_tile(rows.classes, inner, rows.strides[0][-1] == 1 or rows.classes == 1, acc.itemsize)
-    return tile, math.prod(rows.sizes[:-1]) * -(-inner // tile.rows)
+def plan(rows: Rows, itemsize: int, table: Sequence[tuple[float, int, int]]) -> tuple[Tile, int]:
+    """Return the tile and the number of programs, before long rows are split."""
+    adjacent = rows.strides[0][-1] == 1 or rows.classes == 1
+    if adjacent and rows.classes > LONG:
+        return long_tile(rows.classes, itemsize, table), math.prod(rows.sizes)
+    tile = choose_tile(rows.classes, rows.sizes, adjacent, itemsize)
+    return tile, math.prod(rows.sizes[:-1]) * -(-rows.sizes[-1] // tile.rows)
 
 
 def constants(spec: Spec) -> tuple[Any, Any]:
@@ -139,45 +190,169 @@ def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tupl
     return [stats, (1,)] if spec.reduction == "mean" else [stats]
 
 
+class Outputs(NamedTuple):
+    """What a loss kernel fills, None where nobody asks for it."""
+
+    loss: Tensor
+    stats: Tensor | None
+    sums: Tensor | None
+    denominator: Tensor | None
+
+    def saved(self) -> list[Tensor]:
+        """Return what `gradient` needs."""
+        return [tensor for tensor in (self.stats, self.denominator) if tensor is not None]
+
+
+def outputs(logits: Tensor, weight: Tensor | None, spec: Spec, programs: int, save: bool) -> Outputs:
+    """Allocate; partial sums only where several programs compute a mean or a sum."""
+    reduced = spec.reduction != "none"
+    row_shape = () if reduced or logits.ndim == 1 else (logits.shape[0], *logits.shape[2:])
+    return Outputs(
+        logits.new_empty(row_shape, dtype=spec.dtype),
+        logits.new_empty(saved_shapes(logits, weight, spec)[0], dtype=spec.acc) if save else None,
+        logits.new_empty((2, programs), dtype=spec.acc) if reduced and programs > 1 else None,
+        logits.new_empty((1,), dtype=spec.acc) if spec.reduction == "mean" else None,
+    )
+
+
 def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save: bool) -> tuple[Tensor, list[Tensor]]:
     """Compute the loss; with `save` also what `gradient` needs: row statistics, and the denominator of a mean."""
     rows = describe(logits, target)
-    tile, programs = plan(rows, spec.acc)
+    tile, programs = plan(rows, logits.itemsize, FORWARD_WARPS)
+    parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
+    out = outputs(logits, weight, spec, 1 if parts > 1 else programs, save)
     helper, acc = constants(spec)
-    reduced = spec.reduction != "none"
-    row_shape = () if reduced or logits.ndim == 1 else (logits.shape[0], *logits.shape[2:])
-    out = logits.new_empty(row_shape, dtype=spec.dtype)
-    stats = logits.new_empty(saved_shapes(logits, weight, spec)[0], dtype=spec.acc) if save else None
-    sums = logits.new_empty((2, programs), dtype=spec.acc) if reduced and programs > 1 else None
-    denominator = logits.new_empty((1,), dtype=spec.acc) if spec.reduction == "mean" else None
-    launch(
-        cross_entropy_forward, programs, tile.warps, logits.device,
-        out, stats, sums, denominator, logits, target, packed(weight),
-        rows.sizes, *rows.strides, rows.classes, spec.ignore_index, split(spec.label_smoothing),
-        helper, spec.reduction, acc, tile.rows, tile.classes,
-    )  # fmt: skip
-    if sums is not None:
+    weight = packed(weight)
+    inputs = (logits, target, weight, rows.sizes, *rows.strides, rows.classes)
+    options = (spec.ignore_index, split(spec.label_smoothing), helper, spec.reduction, acc)
+    device = logits.device
+    if not tile.lanes:
+        launch(
+            cross_entropy_forward, programs, tile.warps, device,
+            out.loss, out.stats, out.sums, out.denominator, *inputs, *options, tile.rows, tile.classes,
+        )  # fmt: skip
+    else:
+        pieces = logits.new_empty((4, programs, parts), dtype=spec.acc) if parts > 1 else None
+        launch(
+            cross_entropy_long_forward, programs * parts, tile.warps, device,
+            out.loss, out.stats, out.sums, out.denominator, pieces, *inputs, parts, *options,
+            tile.classes, tile.lanes, tile.vector,
+        )  # fmt: skip
+        if pieces is not None:
+            launch(
+                cross_entropy_combine, 1, 4, device,
+                out.loss, out.stats, out.denominator, pieces, *inputs, parts, *options,
+                triton.next_power_of_2(programs), triton.next_power_of_2(parts),
+            )  # fmt: skip
+    if out.sums is not None:
         block = min(1024, triton.next_power_of_2(programs))
-        launch(cross_entropy_reduce, 1, 4, logits.device, out, denominator, sums, programs, block)
-    return out, [tensor for tensor in (stats, denominator) if tensor is not None]
+        launch(cross_entropy_reduce, 1, 4, device, out.loss, out.denominator, out.sums, programs, block)
+    return out.loss, out.saved()
 
 
 def gradient(
-    upstream: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, saved: Sequence[Tensor], spec: Spec
+    upstream: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    saved: Sequence[Tensor],
+    spec: Spec,
+    grad: Tensor | None = None,
 ) -> Tensor:
-    """Compute the gradient of the logits from what `loss` saved; `upstream` is a scalar or has the rows' shape."""
+    """Compute the gradient of the logits from what `loss` saved; `upstream` is a scalar or has the rows' shape.
+
+    It is written to `grad` where given, which may be the logits themselves.
+    """
+    grad = torch.empty_like(logits) if grad is None else grad
+    return fill_gradient(upstream, logits, target, weight, saved, spec, grad, "all")
+
+
+def unless_one(
+    upstream: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    saved: Sequence[Tensor],
+    spec: Spec,
+    grad: Tensor,
+) -> Tensor:
+    """Bring `grad`, the gradient for an upstream gradient of 1, to another: rows where it is 1 are not touched."""
+    return fill_gradient(upstream, logits, target, weight, saved, spec, grad, "not one")
+
+
+def fill_gradient(
+    upstream: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    saved: Sequence[Tensor],
+    spec: Spec,
+    grad: Tensor,
+    wanted: str,
+) -> Tensor:
+    """Launch the backward kernel for all rows, or for those whose upstream gradient is not 1."""
     stats, denominator = saved if spec.reduction == "mean" else (saved[0], None)
-    grad = torch.empty_like(logits)
     if spec.reduction != "none":
         upstream = upstream.expand((*logits.shape[: min(logits.ndim - 1, 1)], *logits.shape[2:]))
     rows = describe(logits, target, grad, upstream)
     logits_strides, target_strides, grad_strides, upstream_strides = rows.strides
-    tile, programs = plan(rows, spec.acc)
+    tile, programs = plan(rows, logits.itemsize, FORWARD_WARPS)
     helper, acc = constants(spec)
+    tensors = (grad, stats, upstream, denominator, logits, target, packed(weight), rows.sizes)
+    options = (spec.ignore_index, split(spec.label_smoothing), wanted == "not one", helper, acc)
+    if not tile.lanes:
+        launch(
+            cross_entropy_backward, programs, tile.warps, logits.device,
+            *tensors, grad_strides, upstream_strides, logits_strides, target_strides,
+            rows.classes, *options, tile.rows, tile.classes,
+        )  # fmt: skip
+        return grad
+    parts = split_rows(programs, rows.classes, tile.classes)
     launch(
-        cross_entropy_backward, programs, tile.warps, logits.device,
-        grad, stats, upstream, denominator, logits, target, packed(weight),
-        rows.sizes, grad_strides, upstream_strides, logits_strides, target_strides,
-        rows.classes, spec.ignore_index, split(spec.label_smoothing), helper, acc, tile.rows, tile.classes,
+        cross_entropy_long_backward, programs * parts, tile.warps, logits.device,
+        *tensors, None if grad_strides == logits_strides else grad_strides, upstream_strides, logits_strides,
+        target_strides, rows.classes, parts, *options, tile.classes, tile.lanes, tile.vector,
     )  # fmt: skip
     return grad
+
+
+def loss_and_gradient(
+    logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """Compute the loss, what `gradient` needs, and the gradient for an upstream gradient of 1.
+
+    No gradient where rows are few and long: splitting them over programs, as `loss` does, is faster.
+    """
+    grad = torch.empty_like(logits)
+    rows = describe(logits, target, grad)
+    tile, programs = plan(rows, logits.itemsize, BOTH_WARPS)
+    if tile.lanes and split_rows(programs, rows.classes, tile.classes) > 1:
+        return *loss(logits, target, weight, spec, save=True), None
+    out = outputs(logits, weight, spec, programs, True)
+    helper, acc = constants(spec)
+    logits_strides, target_strides, grad_strides = rows.strides
+    options = (spec.ignore_index, split(spec.label_smoothing))
+    weight, ticket, weights = packed(weight), None, None
+    if out.sums is not None:
+        ticket = logits.new_empty((1,), dtype=torch.int32)
+        if spec.reduction == "mean" and spec.indices:
+            weights = logits.new_empty((WEIGHT_PROGRAMS,), dtype=torch.float64)
+            launch(
+                cross_entropy_weights, WEIGHT_PROGRAMS, 4, logits.device,
+                weights, ticket, target, weight, rows.sizes, target_strides, rows.classes, spec.ignore_index, acc, 1024,
+            )  # fmt: skip
+        else:
+            ticket.zero_()
+    if tile.lanes:
+        kernel: Any = cross_entropy_long_both
+        steps: tuple[int, ...] = (tile.classes, tile.lanes, tile.vector)
+        out_strides = None if grad_strides == logits_strides else grad_strides
+    else:
+        kernel, steps, out_strides = cross_entropy_both, (tile.rows, tile.classes), grad_strides
+    launch(
+        kernel, programs, tile.warps, logits.device,
+        out.loss, grad, out.stats, out.sums, ticket, weights, out.denominator, logits, target, weight,
+        rows.sizes, out_strides, logits_strides, target_strides, rows.classes, *options, math.prod(rows.sizes),
+        helper, spec.reduction, acc, *steps,
+    )  # fmt: skip
+    return out.loss, out.saved(), grad

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,8 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     backend: str = "auto",
+    grad_in_forward: bool = False,
+    inplace_backward: bool = False,
 ) -> Tensor:
     r"""Cross-entropy between logits and class indices or class probabilities, softmax included.
 
@@ -132,6 +134,13 @@ def cross_entropy(
         reduction: "mean", "sum" or "none".
         label_smoothing: Share e of the target spread evenly over the classes, at most 1.
         backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        grad_in_forward: Compute the gradient with the loss, in one launch that reads the logits from memory once; right
+            for every upstream gradient, fastest for 1. Holds a logits-sized buffer between forward and backward.
+        inplace_backward: Write the gradient over the logits: no further logits-sized buffer. The logits are lost with
+            the backward pass, and autograd refuses operations that still need them.
+
+    Both options are for training large classifiers; they change nothing where torch's own operator computes or under
+    torch.compile, and do not combine.
 
     Returns:
         A scalar, or with reduction "none" a tensor of the input's shape without C; of the input's dtype (promoted with
@@ -139,8 +148,9 @@ def cross_entropy(
 
     Raises:
         IndexError: A class index lies outside [0, C), on the CPU; on a GPU that row's loss and gradient are NaN.
-        ValueError: Unknown reduction or backend, or batch sizes that differ.
-        RuntimeError: Shapes or dtypes that do not fit, label_smoothing above 1, kernels asked for where none can run.
+        ValueError: Unknown reduction or backend, batch sizes that differ, or both gradient options at once.
+        RuntimeError: Shapes or dtypes that do not fit, label_smoothing above 1, kernels asked for where none can run,
+            inplace_backward for a leaf that requires grad or for logits that overlap in memory.
         TypeError: An argument of the wrong type.
 
     Example:
@@ -160,13 +170,16 @@ def cross_entropy(
         softmax, 2018 (one pass for maximum and sum).
     """
     if has_torch_function_variadic(input, target, weight):
+        options = {"backend": backend, "grad_in_forward": grad_in_forward, "inplace_backward": inplace_backward}
         return overridden(
-            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, backend
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, options
         )
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch'; got {backend!r}")
+    if grad_in_forward and inplace_backward:
+        raise ValueError("grad_in_forward and inplace_backward exclude each other; got True for both")
     if torch.compiler.is_compiling():
         return compiled(input, target, weight, ignore_index, reduction, label_smoothing, backend)
     if backend == "auto" and small_on_cpu(input):
@@ -178,7 +191,10 @@ def cross_entropy(
     compute = operations(backend, input.device)
     spec = make_spec(input, target, reduction, ignore_index, label_smoothing, _check.loss_dtype(input, target))
     if input.requires_grad and torch.is_grad_enabled():
-        differentiable: Tensor = CrossEntropy.apply(input, target, weight, spec, compute)
+        if inplace_backward:
+            _check.writable(input)
+        when = "forward" if grad_in_forward else "in place" if inplace_backward else "backward"
+        differentiable: Tensor = CrossEntropy.apply(input, target, weight, spec, compute, when)
         return differentiable
     return compute.loss(input, target, weight, spec, save=False)[0]
 
@@ -228,7 +244,7 @@ def overridden(
     reduce: bool | None,
     reduction: str,
     label_smoothing: float,
-    backend: str,
+    options: dict[str, Any],
 ) -> Tensor:
     """Serve __torch_function__: tensor subclasses see torch's function, which they know; modes see ours."""
     tensors = (input, target, weight)
@@ -245,6 +261,6 @@ def overridden(
         reduce,
         reduction,
         label_smoothing,
-        backend=backend,
+        **options,
     )
     return loss

@@ -26,6 +26,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         reduction: "mean", "sum" or "none".
         label_smoothing: Share of the target spread evenly over the classes, at most 1.
         backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        grad_in_forward: Compute the gradient with the loss, in one launch.
+        inplace_backward: Write the gradient over the logits.
 
     Example:
         >>> import torch
@@ -35,6 +37,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """
 
     backend: str
+    grad_in_forward: bool = False
+    inplace_backward: bool = False
 
     def __init__(
         self,
@@ -46,9 +50,13 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
         *,
         backend: str = "auto",
+        grad_in_forward: bool = False,
+        inplace_backward: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.backend = backend
+        self.grad_in_forward = grad_in_forward
+        self.inplace_backward = inplace_backward
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Compute the loss of logits `input` against `target`."""
@@ -60,8 +68,16 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             backend=self.backend,
+            grad_in_forward=self.grad_in_forward,
+            inplace_backward=self.inplace_backward,
         )
 
     def extra_repr(self) -> str:
         """Show what differs from torch's module."""
-        return "" if self.backend == "auto" else f"backend={self.backend!r}"
+        shown = {
+            "backend": self.backend,
+            "grad_in_forward": self.grad_in_forward,
+            "inplace_backward": self.inplace_backward,
+        }
+        usual = ("auto", False)
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value not in usual)

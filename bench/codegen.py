@@ -1,0 +1,212 @@
+"""What the compiler makes of the kernels, without a GPU: registers, stack, instructions and EX2 an element, load widths.
+
+Usage: python bench/codegen.py [--targets sm_90 sm_80 sm_100 gfx942] [--dtypes bfloat16 float32 ...] [--json FILE]
+
+Calls of the loss are made on tensors without memory; their launches are compiled for a GPU that need not be there, by a
+driver that only names it. The machine code's inner loops are then counted, and the time that bytes, issue slots and
+EX2 allow on an H200 is predicted, the longest of the three. NVIDIA machine code only: for gfx942 it says that it
+compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine_code import Loop, inspect
+
+from softmax_fused import _launch
+from softmax_fused._autograd import make_spec
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+# An H200: a copy measured at 4.3 TB/s; 132 SMs at 1.98 GHz, each issuing to 128 lanes and starting 16 EX2 a cycle.
+BYTES_PER_US = 4.3e6
+ISSUE_PER_US = 132 * 128 * 1.98e3
+EX2_PER_US = 132 * 16 * 1.98e3
+PASSES = {"forward": 1, "backward": 2, "both": 2}  # of the logits' bytes through memory; probabilities are one more
+
+
+class NamedDriver:
+    """A Triton driver without a device: it tells the compiler the target, and nothing is ever launched."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Case(NamedTuple):
+    """A call of the loss."""
+
+    shape: tuple[int, ...]
+    kind: str = "indices"  # or "probabilities", "weights and smoothing"
+    misaligned: bool = False
+
+
+CASES = [
+    Case((256, 10)),
+    Case((60_000, 10)),
+    Case((4096, 1000)),
+    Case((8192, 4096)),
+    Case((8192, 16_384)),
+    Case((8192, 32_000)),
+    Case((8192, 50_257)),
+    Case((8192, 128_256)),
+    Case((4, 128_256)),
+    Case((16, 19, 512, 1024)),
+    Case((2, 5, 6, 7, 3)),
+    Case((8192, 32_000), "probabilities"),
+    Case((8192, 32_000), "weights and smoothing"),
+    Case((60_000, 10), "weights and smoothing"),
+]
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def make_calls(case: Case, dtype: torch.dtype) -> None:
+    """Do what forward, backward and grad_in_forward do, on tensors without memory."""
+    logits = meta(case.shape, dtype)
+    indices = case.kind != "probabilities"
+    target = meta(case.shape[:1] + case.shape[2:], torch.int64) if indices else logits
+    general = case.kind == "weights and smoothing"
+    weight = meta(case.shape[1:2], dtype) if general else None
+    spec = make_spec(logits, target, "mean", -100, 0.1 if general else 0.0, dtype)
+    loss, saved = _launch.loss(logits, target, weight, spec, save=True)
+    _launch.gradient(loss, logits, target, weight, saved, spec)
+    _launch.loss_and_gradient(logits, target, weight, spec)
+
+
+def useful(case: Case, constants: dict[str, Any]) -> float:
+    """Share of a tile's elements that exist: rows of few classes are padded to a power of two, or to whole steps."""
+    if "LANES" in constants or "CLASSES" not in constants:
+        return 1.0
+    classes, step = case.shape[1], constants["CLASSES"]
+    return classes / (math.ceil(classes / step) * step)
+
+
+def per_element(loops: list[Loop], count: str, elements: list[float]) -> float:
+    return sum(getattr(loop, count) / size for loop, size in zip(loops, elements, strict=True))
+
+
+def describe(case: Case, dtype: str, name: str, compiled: Any, constants: dict[str, Any], warps: int) -> dict[str, Any]:
+    """Count one kernel's machine code."""
+    code = inspect(compiled.asm["cubin"])
+    itemsize = getattr(torch, dtype).itemsize
+    mode = next((mode for mode in PASSES if name.endswith(mode)), None)
+    loops = code.element_loops()
+    if mode is None:
+        loops = []  # nothing there goes over the logits
+    plain = case.kind == "indices"
+    tile = constants.get("ROWS", 1) * constants.get("CLASSES", 0) / (32 * warps)
+    share = useful(case, constants)
+    elements = [(loop.load_bits / 8 / itemsize if plain else tile) * share for loop in loops]
+    record: dict[str, Any] = {
+        "registers": code.registers,
+        "stack_bytes": code.stack,
+        "local_accesses": code.local_accesses,
+        "instructions_per_element": round(per_element(loops, "instructions", elements), 2),
+        "ex2_per_element": round(per_element(loops, "ex2", elements), 3),
+        "shuffles_per_element": round(per_element(loops, "shuffles", elements), 3),
+        "barriers_in_loops": sum(loop.barriers for loop in loops),
+        "bulk_access_bits": min((bits for loop in loops for bits in loop.widths), default=None),
+    }
+    if mode and loops:
+        logits = math.prod(case.shape)
+        microseconds = {
+            "bytes": (PASSES[mode] + (case.kind == "probabilities")) * itemsize * logits / BYTES_PER_US,
+            "issue": record["instructions_per_element"] * logits / ISSUE_PER_US,
+            "EX2": record["ex2_per_element"] * logits / EX2_PER_US,
+        }
+        bound = max(microseconds, key=lambda limit: microseconds[limit])
+        record |= {"mode": mode, "predicted_us": round(microseconds[bound], 2), "bound": bound}
+    return record
+
+
+def compile_all(targets: list[str], dtypes: list[str], cases: list[Case]) -> list[dict[str, Any]]:
+    """Compile every launch of every call for every target; print a line a kernel."""
+    records: list[dict[str, Any]] = []
+    current: dict[str, Any] = {}
+    case = cases[0]
+
+    def compile_only(kernel: Any, programs: int, warps: int, device: torch.device, *args: Any) -> None:
+        compiled = kernel.warmup(*args, grid=(programs,), num_warps=warps, **_launch.OPTIONS)
+        constants = {
+            name: args[i] for i, name in enumerate(kernel.arg_names) if name.isupper() and not callable(args[i])
+        }
+        name = kernel.fn.__name__
+        record = {"kernel": name, **current, "programs": programs, "warps": warps}
+        if "cubin" in compiled.asm:
+            record |= describe(case, current["dtype"], name, compiled, constants, warps)
+        records.append(record | {"outputs": sorted(compiled.asm)})
+        print(line(records[-1]), flush=True)
+
+    _launch.launch = compile_only
+    for target in targets:
+        triton.runtime.driver.set_active(NamedDriver(TARGETS[target]))
+        for dtype in dtypes:
+            for case in cases:  # noqa: B007 - read by compile_only
+                current.update(target=target, dtype=dtype, shape=case.shape, classes=case.shape[1], kind=case.kind)
+                make_calls(case, getattr(torch, dtype))
+    return records
+
+
+def line(record: dict[str, Any]) -> str:
+    """One kernel in one line."""
+    head = f"{record['target']:6} {record['dtype']:8} {record['shape']!s:20} {record['kernel']:28}"
+    if "registers" not in record:
+        return f"{head} compiled"
+    counts = (
+        f"{record['registers']:3} reg {record['stack_bytes']:3} stack  {record['instructions_per_element']:6.2f} instr "
+        f"{record['ex2_per_element']:5.2f} EX2 an element, {record['bulk_access_bits']} bits"
+    )
+    time = f"  {record['predicted_us']:10,.1f} us ({record['bound']})" if "predicted_us" in record else ""
+    kind = "" if record["kind"] == "indices" else f"  {record['kind']}"
+    return f"{head} {counts}{time}{kind}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--classes", nargs="+", type=int, help="only calls with so many classes")
+    parser.add_argument("--json", type=Path, help="write the list of records here")
+    options = parser.parse_args()
+    cases = [case for case in CASES if not options.classes or case.shape[1] in options.classes]
+    records = compile_all(options.targets, options.dtypes, cases)
+    if options.json:
+        partial = options.json.with_suffix(".partial")
+        partial.write_text(json.dumps(records, indent=1) + "\n")
+        partial.replace(options.json)
+
+
+if __name__ == "__main__":
+    main()
