@@ -1,0 +1,104 @@
+"""Rows of many classes: blocks, their ends, the labelled class anywhere, rows that begin anywhere, rows in parts."""
+
+import pytest
+import torch
+
+from softmax_fused import _launch, cross_entropy
+from tests.cases import assert_right, make_indices, make_logits, make_probabilities
+from tests.conftest import Place
+
+EDGE = 128  # float32, one warp: what a masked step takes
+CLASSES = [257, EDGE * 3 - 1, EDGE * 3, EDGE * 3 + 1, EDGE * 9 - 1, EDGE * 9, EDGE * 9 + 1, 2055]
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_around_block_ends(kernels: Place, classes: int) -> None:
+    logits, target = (
+        make_logits((5, classes), torch.float32, kernels.device),
+        make_indices((5, classes), kernels.device),
+    )
+    assert_right(kernels, logits, target, reduction="none")
+    assert_right(kernels, logits, target, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("classes", [384, 387])
+def test_the_labelled_class_anywhere(kernels: Place, classes: int) -> None:
+    ends = [i * EDGE + j for i in range(4) for j in (-2, -1, 0, 1, 2)]
+    target = torch.tensor([label for label in ends if 0 <= label < classes] + [classes - 1], device=kernels.device)
+    logits = make_logits((len(target), classes), torch.float32, kernels.device)
+    assert_right(kernels, logits, target, reduction="none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 3, 8])
+def test_rows_that_begin_anywhere(kernels: Place, dtype: torch.dtype, offset: int) -> None:
+    base = make_logits((4, 1033), dtype, kernels.device)
+    logits = base.detach()[:, offset : offset + 1021].requires_grad_()
+    assert_right(kernels, logits, make_indices((4, 1021), kernels.device), reduction="none")
+
+
+@pytest.mark.parametrize("programs", [1, 8, 64])
+def test_rows_in_parts(kernels: Place, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+    monkeypatch.setattr(_launch, "PROGRAMS", programs)
+    for classes in (3071, 4096):
+        logits = make_logits((3, classes), torch.float32, kernels.device)
+        target = make_indices((3, classes), kernels.device)
+        weight = torch.rand(classes, device=kernels.device)
+        assert_right(kernels, logits, target, reduction="none")
+        assert_right(kernels, logits, target, weight, label_smoothing=0.1)
+        assert_right(kernels, logits, make_probabilities((3, classes), torch.float32, kernels.device))
+        target[1] = -100
+        assert_right(kernels, logits, target)
+
+
+@pytest.mark.parametrize("programs", [1, 8])
+def test_confident_rows_keep_their_digits(kernels: Place, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+    monkeypatch.setattr(_launch, "PROGRAMS", programs)
+    for label in (0, 700, 2047):
+        logits = torch.zeros(1, 2048, device=kernels.device)
+        logits[0, label] = 30.0
+        logits.requires_grad_()
+        target = torch.tensor([label], device=kernels.device)
+        loss = cross_entropy(logits, target, backend="triton")
+        (grad,) = torch.autograd.grad(loss, logits)
+        others = 2047 * torch.tensor(-30.0, dtype=torch.float64).exp()
+        torch.testing.assert_close(loss.double().cpu(), others.log1p(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(grad[0, label].double().cpu(), -others / (1 + others), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("programs", [1, 8])
+def test_minus_infinity_and_the_lowest_numbers(kernels: Place, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+    monkeypatch.setattr(_launch, "PROGRAMS", programs)
+    lowest = torch.finfo(torch.float32).min
+    logits = make_logits((7, 1500), torch.float32, kernels.device).detach()
+    logits[0, :1400] = -torch.inf  # whole blocks
+    logits[1, 100:] = -torch.inf
+    logits[2] = lowest  # uniform, as torch has it
+    logits[3, ::2] = lowest
+    logits[4] = -lowest
+    logits[5] = -torch.inf  # NaN
+    logits[6, 3] = torch.inf  # NaN
+    target = torch.tensor([1450, 50, 7, 1, 9, 3, 3], device=kernels.device)
+    assert_right(kernels, logits.requires_grad_(), target, reduction="none")
+
+
+def test_ignored_rows_are_not_read(kernels: Place) -> None:
+    logits = make_logits((4, 1501), torch.float32, kernels.device).detach()
+    logits[1:3] = torch.nan
+    target = torch.tensor([5, -100, -100, 1500], device=kernels.device)
+    loss = cross_entropy(logits.requires_grad_(), target, backend="triton")
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert loss.isfinite()
+    assert (grad[1:3] == 0).all()
+    assert (grad[[0, 3]] != 0).all()
+
+
+def test_nothing_is_written_around_a_row(kernels: Place) -> None:
+    base = torch.zeros(3, 1600, device=kernels.device).requires_grad_()
+    made = base * 1
+    cross_entropy(
+        made[:, 37:1538], make_indices((3, 1501), kernels.device), backend="triton", inplace_backward=True
+    ).backward()
+    assert (made[:, :37] == 0).all()
+    assert (made[:, 1538:] == 0).all()
+    assert (made[:, 37:1538] != 0).all()
