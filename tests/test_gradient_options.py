@@ -179,7 +179,7 @@ def test_the_torch_function_protocol_sees_them() -> None:
     seen: dict[str, object] = {}
 
     class Mode(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        def __torch_function__(self, func, types, args=(), kwargs=None):
             if func is functional.cross_entropy:
                 seen.update(kwargs or {})
             return func(*args, **(kwargs or {}))
