@@ -1,42 +1,52 @@
-"""Peak memory of forward + backward beyond logits and target, ours against torch's, each in a process of its own.
+"""Peak memory of forward and backward on the CPU, beyond logits and target, each provider in a process of its own.
 
-Usage: python bench/memory.py [ROWS CLASSES]
+Usage: python -m bench.memory PROVIDER SHAPE DTYPE (32x1000 float32), prints bytes. bench.cpu calls it.
+torch.compile is left out: what its compiler needs would hide what its code needs.
 """
 
 import resource
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-import softmax_fused
+from bench.cases import Case, Inputs, both_job
+from bench.providers import PROVIDERS
 
-LOSSES = {"ours": softmax_fused.cross_entropy, "torch": F.cross_entropy}
-
-
-def growth(provider: str, rows: int, classes: int) -> float:
-    """Peak resident memory in units of the logits' size, growth over what was there before the call."""
-    logits = torch.randn(rows, classes, requires_grad=True)
-    target = torch.randint(0, classes, (rows,))
-    small = logits[:8].detach().requires_grad_()
-    LOSSES[provider](small, target[:8]).backward()  # libraries and threads are there
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    LOSSES[provider](logits, target).backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / logits.nbytes
+ROOT = Path(__file__).parents[1]
+MEASURED = ("ours", "ours, grad_in_forward", "ours, inplace_backward", "torch")
 
 
-def main(rows: int, classes: int) -> None:
-    """Print a line a provider; a peak can only grow, hence the processes."""
-    print(f"forward + backward of ({rows}, {classes}) float32, torch {torch.__version__}")
-    for provider in LOSSES:
-        command = [sys.executable, __file__, provider, str(rows), str(classes)]
-        line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        print(f"{provider:6} {line} logits-sized buffers")
+def resident_peak() -> int:
+    """Bytes; a peak can only grow, hence the processes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def growth(name: str, case: Case) -> int:
+    """Peak of the call over the peak of what was there before it."""
+    provider = PROVIDERS[name]
+    small = Inputs(Case((8, *case.shape[1:]), case.dtype), "cpu")
+    both_job(provider.build(small.case, "cpu"), small, overwrites=False).call()  # libraries and threads are there
+    inputs = Inputs(case, "cpu")
+    job = both_job(provider.build(case, "cpu"), inputs, overwrites=False)  # no copy: this process ends here
+    before = resident_peak()
+    job.call()
+    return resident_peak() - before
+
+
+def fill_peaks(points: list[dict[str, Any]], case: Case) -> None:
+    """Ask a process a provider, and add the answer to the provider's point of the case."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    for point in points:
+        found = point["mode"], point["dtype"], tuple(point["shape"]), point["provider"] in MEASURED
+        if found == ("both", dtype, case.shape, True):
+            command = [sys.executable, "-m", "bench.memory", point["provider"], "x".join(map(str, case.shape)), dtype]
+            answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+            point["peak_bytes"] = int(answer.stdout)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in LOSSES:
-        print(f"{growth(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])):.2f}")
-    else:
-        main(*(map(int, sys.argv[1:]) if len(sys.argv) > 1 else (256, 128_256)))
+    provider, shape, dtype = sys.argv[1:]
+    print(growth(provider, Case(tuple(map(int, shape.split("x"))), getattr(torch, dtype))))

@@ -1,0 +1,142 @@
+"""A case measured: providers take turns within each round, A B C, C B A, so that a drifting machine drifts for all."""
+
+from collections.abc import Callable, Iterable
+from statistics import median
+from time import monotonic
+from typing import Any, NamedTuple
+
+from bench.cases import JOBS, Case, Inputs, Job, Loss
+from bench.clocks import Clock
+from bench.formulas import gb_per_s, minimal_bytes, ratios, spread
+from bench.providers import BASE, PROVIDERS, Unavailable
+
+LEAST_ROUNDS, MOST_ROUNDS = 5, 100
+SMALL = 2**23
+"""Below this many logits the time on the host counts, and a call is too short to be timed once a round."""
+
+
+class Result(NamedTuple):
+    """What was measured, and what was not and why."""
+
+    points: list[dict[str, Any]]
+    skipped: list[dict[str, str]]
+
+
+def attempt(result: Result, case: Case, provider: str, act: Callable[[], Any]) -> Any:
+    """Do it; what cannot be done becomes a reason, and the other providers go on."""
+    try:
+        return act()
+    except Exception as error:  # out of memory, a compiler that fails: rivals raise anything
+        reason = str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"
+        result.skipped.append({"provider": provider, "case": str(case), "reason": reason[:200]})
+        return None
+
+
+def warm_up(job: Job) -> Job:
+    """Compile, fill caches, start threads."""
+    for _ in range(3):
+        job.prepare()
+        job.call()
+    return job
+
+
+def time_once(job: Job, clock: Clock, calls: int) -> float:
+    times = []
+    for _ in range(calls):
+        job.prepare()
+        clock.flush()
+        times.append(clock.microseconds(job.call))
+    return median(times)
+
+
+def time_in_turns(jobs: dict[str, Job], clock: Clock, calls: int, until: float) -> dict[str, list[float]]:
+    """Microseconds by provider and round, for as many rounds as fit in the time, within limits."""
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(MOST_ROUNDS):
+        if number >= LEAST_ROUNDS and monotonic() > until:
+            break
+        for name in list(jobs)[:: -1 if number % 2 else 1]:
+            times[name].append(time_once(jobs[name], clock, calls))
+    return times
+
+
+def timing(times: list[float], base: list[float] | None) -> dict[str, Any]:
+    """Percentiles in microseconds and, where torch eager was measured in the same rounds, its time over this one's."""
+    names = ("p20", "p50", "p80")
+    figures: dict[str, Any] = {"rounds": len(times)}
+    figures |= {f"{name}_us": round(value, 2) for name, value in zip(names, spread(times), strict=True)}
+    if base:
+        figures |= {
+            f"ratio_{name}": round(value, 4) for name, value in zip(names, spread(ratios(base, times)), strict=True)
+        }
+    return figures
+
+
+def rates(case: Case, mode: str, p50_us: float, copy_gb_per_s: float | None) -> dict[str, Any]:
+    count = minimal_bytes(mode, case.shape, case.dtype.itemsize)
+    if count is None:
+        return {"bytes": None, "gb_per_s": None, "percent_of_copy": None}
+    rate = gb_per_s(count, p50_us)
+    percent = round(100 * rate / copy_gb_per_s, 1) if copy_gb_per_s else None
+    return {"bytes": count, "gb_per_s": round(rate, 1), "percent_of_copy": percent}
+
+
+def counts(job: Job, case: Case, mode: str, clock: Clock) -> dict[str, Any]:
+    """Memory, launches, host time: of the modes and shapes where they say something."""
+    small = case.logits < SMALL
+    return {
+        "peak_bytes": clock.peak_bytes(job) if mode in ("forward", "both") else None,
+        "host_us": clock.host_microseconds(job) if small else None,
+        "launches": clock.launches(job) if mode in ("both", "step") else None,
+    }
+
+
+def build(case: Case, clock: Clock, result: Result, providers: Iterable[str]) -> dict[str, Loss]:
+    losses = {
+        name: attempt(result, case, name, lambda name=name: PROVIDERS[name].build(case, clock.device))
+        for name in providers
+    }
+    return {name: loss for name, loss in losses.items() if loss is not None}
+
+
+def measure_mode(
+    mode: str, losses: dict[str, Loss], inputs: Inputs, clock: Clock, until: float, copy_gb_per_s: float | None
+) -> Result:
+    """Every provider's point of one mode."""
+    case, result, jobs = inputs.case, Result([], []), {}
+    for name, loss in losses.items():
+        if mode in PROVIDERS[name].modes:
+            jobs[name] = attempt(
+                result,
+                case,
+                name,
+                lambda name=name, loss=loss: warm_up(JOBS[mode](loss, inputs, PROVIDERS[name].overwrites)),
+            )
+    jobs = {name: job for name, job in jobs.items() if job}
+    calls = min(20, max(1, 200_000 // case.logits))
+    times = time_in_turns(jobs, clock, calls, until)
+    for name, job in jobs.items():
+        point = {"provider": name, "mode": mode, "dtype": str(case.dtype)[6:], "shape": list(case.shape)}
+        point |= {"device": clock.device} | timing(times[name], times.get(BASE))
+        point |= rates(case, mode, point["p50_us"], copy_gb_per_s)
+        point |= attempt(result, case, name, lambda job=job: counts(job, case, mode, clock)) or {}
+        result.points.append(point)
+    return result
+
+
+def measure_case(
+    case: Case,
+    clock: Clock,
+    seconds: float,
+    copy_gb_per_s: float | None = None,
+    providers: Iterable[str] = tuple(PROVIDERS),
+) -> Result:
+    """Every mode and provider of a case in about the time given; its tensors are freed on return."""
+    end, result, inputs = monotonic() + seconds, Result([], []), Inputs(case, clock.device)
+    losses = build(case, clock, result, providers)
+    for number, mode in enumerate(case.modes):
+        until = monotonic() + (end - monotonic()) / (len(case.modes) - number)
+        points, skipped = measure_mode(mode, losses, inputs, clock, until, copy_gb_per_s)
+        result.points.extend(points)
+        result.skipped.extend(skipped)
+    return result

@@ -1,0 +1,101 @@
+"""Who computes the loss. Rivals are imported when asked for, and say why when they cannot do a case.
+
+Liger-Kernel computes the gradient in the forward pass and writes it over the logits. It gets a copy of them, refreshed
+outside the timed region: users who need their logits afterwards pay for a copy that is not counted here.
+flash-attn's losses come per row; its mean is taken as its own module takes it. Only its Triton file is needed, so a
+folder with flash_attn/ops/triton/cross_entropy.py on PYTHONPATH will do where its CUDA extension is not built.
+Both need real folders: Triton reads the kernels' source, which it cannot do inside a wheel.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import softmax_fused
+from bench.cases import Case, Loss
+
+
+class Unavailable(Exception):  # noqa: N818 (a reason to skip, not an error)
+    """Why a provider cannot do a case."""
+
+
+class Provider(NamedTuple):
+    """`build` returns the loss for a case on a device, or raises Unavailable."""
+
+    build: Callable[[Case, str], Loss]
+    modes: tuple[str, ...] = ("forward", "backward", "both", "step")
+    overwrites: bool = False
+
+
+def ours(case: Case, device: str, *, option: str | None = None) -> Loss:  # noqa: ARG001
+    if option is None:
+        return softmax_fused.cross_entropy
+    require_option(option)  # to be deleted, with the function, when both options are there
+    return functools.partial(softmax_fused.cross_entropy, **{option: True})
+
+
+def require_option(option: str) -> None:
+    if option not in inspect.signature(softmax_fused.cross_entropy).parameters:
+        raise Unavailable(f"softmax_fused.cross_entropy has no {option} yet")
+
+
+def torch_eager(case: Case, device: str) -> Loss:  # noqa: ARG001
+    return F.cross_entropy
+
+
+def torch_compiled(case: Case, device: str) -> Loss:  # noqa: ARG001
+    """Compile afresh for each case: shapes are constants, as torch.compile makes them for a first batch."""
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target)
+
+    torch.compiler.reset()  # else the ninth shape would run uncompiled
+    return torch.compile(loss, dynamic=False)
+
+
+def rival(module: str, case: Case, device: str) -> ModuleType:
+    """Import a rival that has kernels for logits (N, C) on a GPU only."""
+    name = module.partition(".")[0]
+    if device != "cuda":
+        raise Unavailable(f"{name} needs a GPU")
+    if len(case.shape) != 2:
+        raise Unavailable(f"{name} takes logits (N, C) only")
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # an extension that does not fit this torch raises anything
+        raise Unavailable(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def liger(case: Case, device: str) -> Loss:
+    return rival("liger_kernel.transformers.functional", case, device).liger_cross_entropy
+
+
+def flash_attn(case: Case, device: str) -> Loss:
+    losses = rival("flash_attn.ops.triton.cross_entropy", case, device).cross_entropy_loss
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return losses(logits, target)[0].mean()
+
+    return loss
+
+
+BASE = "torch"
+OURS = "ours"
+PROVIDERS = {
+    OURS: Provider(ours),
+    "ours, grad_in_forward": Provider(functools.partial(ours, option="grad_in_forward")),
+    "ours, inplace_backward": Provider(
+        functools.partial(ours, option="inplace_backward"), modes=("both", "step"), overwrites=True
+    ),
+    BASE: Provider(torch_eager),
+    "torch.compile": Provider(torch_compiled),
+    "Liger": Provider(liger, overwrites=True),
+    "flash-attn": Provider(flash_attn),
+}

@@ -1,0 +1,131 @@
+"""The JSON file of a machine: a header that says what was measured with what, and a list of points.
+
+Written after every case, to a file beside it that then takes its place: who interrupts keeps what was measured.
+"""
+
+import argparse
+import datetime
+import gc
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+
+from bench.cases import Case
+from bench.clocks import Clock, copy_bandwidth
+from bench.measure import measure_case
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = {"torch": "torch", "triton": "triton", "Liger": "liger_kernel", "flash-attn": "flash_attn"}
+
+
+def write_json(path: Path, content: object) -> None:
+    """Never leave half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.replace(path)
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def processor() -> str:
+    """The model's name where Linux tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def driver() -> str | None:
+    """The GPU driver's version."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().partition("\n")[0] or None
+
+
+def machine(device: str) -> dict[str, Any]:
+    if device == "cuda":
+        return {"device": device, "name": torch.cuda.get_device_name(), "driver": driver()}
+    return {"device": device, "name": processor(), "threads": torch.get_num_threads()}
+
+
+def version(module: str) -> str | None:
+    """A package's version, also of one that merely lies on PYTHONPATH; None where it is absent."""
+    try:
+        return importlib.metadata.version(module.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    if importlib.util.find_spec(module) is None:
+        return None
+    try:
+        return getattr(importlib.import_module(module), "__version__", "unknown")
+    except Exception:  # an extension that does not fit this torch raises anything
+        return "unknown"
+
+
+def header(clock: Clock, copy_gb_per_s: float, command: str) -> dict[str, Any]:
+    return {
+        "machine": machine(clock.device),
+        "versions": {"python": platform.python_version()} | {name: version(it) for name, it in PACKAGES.items()},
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "command": command,
+        "copy_gb_per_s": round(copy_gb_per_s, 1),
+        "complete": False,
+    }
+
+
+def run(
+    cases: Sequence[Case], clock: Clock, path: Path, minutes: float, command: str, copy_bytes: int
+) -> dict[str, Any]:
+    """Measure case after case; each gets an equal share of the time that is left."""
+    end = monotonic() + 60 * minutes
+    bandwidth = copy_bandwidth(clock, copy_bytes)
+    clock.release()
+    record = header(clock, bandwidth, command) | {"points": [], "skipped": []}
+    print(f"{record['machine']['name']}: copy {bandwidth:,.0f} GB/s; writing {path}", flush=True)
+    for number, case in enumerate(cases):
+        start = monotonic()
+        result = measure_case(case, clock, (end - start) / (len(cases) - number), bandwidth)
+        gc.collect()
+        clock.release()
+        record["points"] += result.points
+        record["skipped"] += result.skipped
+        record["complete"] = number + 1 == len(cases)
+        write_json(path, record)
+        print(progress(case, result.points, monotonic() - start), flush=True)
+    return record
+
+
+def progress(case: Case, points: list[dict[str, Any]], seconds: float) -> str:
+    last = [f"{point['provider']} {point['p50_us']:,.0f}" for point in points if point["mode"] in ("both", "step")]
+    rounds = max((point["rounds"] for point in points), default=0)
+    return f"{case} {seconds:.0f} s, {rounds} rounds: {' | '.join(last)} us"
+
+
+def main(module: str, cases: Sequence[Case], make_clock: Callable[[], Clock], minutes: float, copy_bytes: int) -> Path:
+    """The command line that the CPU's and the GPU's table share; returns what it wrote."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
+    parser.add_argument("--json", type=Path, help="default: bench/results/MACHINE.json")
+    parser.add_argument("--minutes", type=float, default=minutes)
+    options = parser.parse_args()
+    clock = make_clock()
+    name = "cpu" if clock.device == "cpu" else slug(torch.cuda.get_device_name())
+    path = options.json or RESULTS / f"{name}.json"
+    command = " ".join([f"python -m {module}", *sys.argv[1:]])
+    run(cases, clock, path, options.minutes, command, copy_bytes)
+    return path
