@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EXTRAS := train test bench dev
 STAMPS := $(EXTRAS:%=$(VENV)/.%)
 
-.PHONY: help train test check mutants bench bench-gpu clean
+.PHONY: help train test check mutants bench bench-cpu bench-gpu bench-plot clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -36,12 +36,19 @@ check: $(VENV)/.dev ## formatting, lint, types, and the package as users get it
 mutants: $(VENV)/.test ## plant bugs, one at a time, and see a test catch each (half an hour)
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-bench: $(VENV)/.bench ## benchmarks on the CPU
+bench: $(VENV)/.bench ## pytest-benchmark suites on the CPU; ARGS="-k 'both and 32000'" picks some
 	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
-bench-gpu: ## GPU tests, then GPU benchmarks, under any python with torch and triton: no installs, no network
-	$(PYTHON) -m pytest -m gpu -q tests
-	$(PYTHON) -m pytest -m gpu -q bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+bench-cpu: $(VENV)/.bench ## README's table for the CPU, four minutes on an idle machine
+	$(BIN)/python -m bench.cpu $(ARGS)
+
+# RIVALS names a folder with unpacked wheels (python -m zipfile -e liger_kernel.whl FOLDER), where pip cannot install them
+bench-gpu: export PYTHONPATH := $(if $(RIVALS),$(abspath $(RIVALS)):)$(PYTHONPATH)
+bench-gpu: ## GPU tests, then the table, under any python with torch and triton: no installs, no network
+	$(PYTHON) -m pytest -m gpu -q tests; tests=$$?; $(PYTHON) -m bench.gpu $(ARGS) && exit $$tests
+
+bench-plot: $(VENV)/.bench ## README's tables and figures of speed, from bench/results
+	$(BIN)/python -m bench.plot $(ARGS)
 
 clean: ## remove what the targets made, except runs/
 	rm -rf $(VENV) build dist *.egg-info .*_cache .benchmarks .hypothesis

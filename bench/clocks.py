@@ -9,6 +9,7 @@ from time import perf_counter_ns
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import Job
 
@@ -45,10 +46,16 @@ class CpuClock:
 
 
 class CudaClock:
-    """`device` and `cuda` can be replaced, so that every line runs in a test without a GPU."""
+    """What it takes from torch.cuda can be replaced, so that every line runs in a test without a GPU."""
 
-    def __init__(self, device: str = "cuda", cuda: Any = torch.cuda, flush_bytes: int = FLUSH_BYTES) -> None:
-        self.device, self.cuda = device, cuda
+    def __init__(
+        self,
+        device: str = "cuda",
+        cuda: Any = torch.cuda,
+        activity: ProfilerActivity = ProfilerActivity.CUDA,
+        flush_bytes: int = FLUSH_BYTES,
+    ) -> None:
+        self.device, self.cuda, self.activity = device, cuda, activity
         self.buffer = torch.empty(flush_bytes, dtype=torch.int8, device=device)
 
     def flush(self) -> None:
@@ -93,12 +100,12 @@ class CudaClock:
         """Kernels, copies and fills that one call enqueues; None where the profiler sees nothing."""
         job.prepare()
         self.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with profile(activities=[self.activity]) as seen:
             job.call()
             self.cuda.synchronize()
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.json"
-            profile.export_chrome_trace(str(trace))
+            seen.export_chrome_trace(str(trace))
             return count_launches(json.loads(trace.read_text())["traceEvents"])
 
     def synchronize(self) -> None:

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from math import floor, prod
 
+OURS, BASE = "ours", "torch"
+"""Whose speed is asked for, and what it is divided by."""
+
 PASSES = {"forward": 1, "backward": 2, "both": 2}
 """Logits-sized passes that cannot be avoided: read; read and write; and for both still one read and one write, which
 only a loss that computes its gradient in the forward pass gets down to. What is counted per row is left out."""

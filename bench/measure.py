@@ -1,5 +1,6 @@
 """A case measured: providers take turns within each round, A B C, C B A, so that a drifting machine drifts for all."""
 
+import functools
 from collections.abc import Callable, Iterable
 from statistics import median
 from time import monotonic
@@ -7,10 +8,12 @@ from typing import Any, NamedTuple
 
 from bench.cases import JOBS, Case, Inputs, Job, Loss
 from bench.clocks import Clock
-from bench.formulas import gb_per_s, minimal_bytes, ratios, spread
-from bench.providers import BASE, PROVIDERS, Unavailable
+from bench.formulas import BASE, gb_per_s, minimal_bytes, ratios, spread
+from bench.providers import COMPILED, PROVIDERS, Unavailable
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 100
+COMPILE_SECONDS = 8
+"""With less time for a case torch.compile sits it out: compiling would take what the others need."""
 SMALL = 2**23
 """Below this many logits the time on the host counts, and a call is too short to be timed once a round."""
 
@@ -81,21 +84,27 @@ def rates(case: Case, mode: str, p50_us: float, copy_gb_per_s: float | None) -> 
     return {"bytes": count, "gb_per_s": round(rate, 1), "percent_of_copy": percent}
 
 
-def counts(job: Job, case: Case, mode: str, clock: Clock) -> dict[str, Any]:
-    """Memory, launches, host time: of the modes and shapes where they say something."""
-    small = case.logits < SMALL
-    return {
-        "peak_bytes": clock.peak_bytes(job) if mode in ("forward", "both") else None,
-        "host_us": clock.host_microseconds(job) if small else None,
-        "launches": clock.launches(job) if mode in ("both", "step") else None,
-    }
+def counts(job: Job, case: Case, mode: str, clock: Clock) -> dict[str, Callable[[], Any]]:
+    """How to get at memory, host time and launches, for the modes and shapes where they say something."""
+    found: dict[str, Callable[[], Any]] = dict.fromkeys(("peak_bytes", "host_us", "launches"), lambda: None)
+    if mode in ("forward", "both"):
+        found["peak_bytes"] = lambda: clock.peak_bytes(job)
+    if case.logits < SMALL:
+        found["host_us"] = lambda: clock.host_microseconds(job)
+    if mode in ("both", "step"):
+        found["launches"] = lambda: clock.launches(job)
+    return found
 
 
-def build(case: Case, clock: Clock, result: Result, providers: Iterable[str]) -> dict[str, Loss]:
-    losses = {
-        name: attempt(result, case, name, lambda name=name: PROVIDERS[name].build(case, clock.device))
-        for name in providers
-    }
+def build(case: Case, clock: Clock, result: Result, providers: Iterable[str], seconds: float) -> dict[str, Loss]:
+    """The losses of those who can do the case."""
+
+    def build_one(name: str) -> Loss:
+        if name == COMPILED and seconds < COMPILE_SECONDS:
+            raise Unavailable(f"{seconds:.0f} s are too little time to compile")
+        return PROVIDERS[name].build(case, clock.device)
+
+    losses = {name: attempt(result, case, name, functools.partial(build_one, name)) for name in providers}
     return {name: loss for name, loss in losses.items() if loss is not None}
 
 
@@ -119,7 +128,7 @@ def measure_mode(
         point = {"provider": name, "mode": mode, "dtype": str(case.dtype)[6:], "shape": list(case.shape)}
         point |= {"device": clock.device} | timing(times[name], times.get(BASE))
         point |= rates(case, mode, point["p50_us"], copy_gb_per_s)
-        point |= attempt(result, case, name, lambda job=job: counts(job, case, mode, clock)) or {}
+        point |= {key: attempt(result, case, name, act) for key, act in counts(job, case, mode, clock).items()}
         result.points.append(point)
     return result
 
@@ -133,7 +142,7 @@ def measure_case(
 ) -> Result:
     """Every mode and provider of a case in about the time given; its tensors are freed on return."""
     end, result, inputs = monotonic() + seconds, Result([], []), Inputs(case, clock.device)
-    losses = build(case, clock, result, providers)
+    losses = build(case, clock, result, providers, seconds)
     for number, mode in enumerate(case.modes):
         until = monotonic() + (end - monotonic()) / (len(case.modes) - number)
         points, skipped = measure_mode(mode, losses, inputs, clock, until, copy_gb_per_s)

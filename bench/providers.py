@@ -20,6 +20,7 @@ from torch import Tensor
 
 import softmax_fused
 from bench.cases import Case, Loss
+from bench.formulas import BASE, OURS
 
 
 class Unavailable(Exception):  # noqa: N818 (a reason to skip, not an error)
@@ -86,8 +87,7 @@ def flash_attn(case: Case, device: str) -> Loss:
     return loss
 
 
-BASE = "torch"
-OURS = "ours"
+COMPILED = "torch.compile"
 PROVIDERS = {
     OURS: Provider(ours),
     "ours, grad_in_forward": Provider(functools.partial(ours, option="grad_in_forward")),
@@ -95,7 +95,7 @@ PROVIDERS = {
         functools.partial(ours, option="inplace_backward"), modes=("both", "step"), overwrites=True
     ),
     BASE: Provider(torch_eager),
-    "torch.compile": Provider(torch_compiled),
+    COMPILED: Provider(torch_compiled),
     "Liger": Provider(liger, overwrites=True),
     "flash-attn": Provider(flash_attn),
 }

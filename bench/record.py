@@ -6,8 +6,8 @@ Written after every case, to a file beside it that then takes its place: who int
 import argparse
 import datetime
 import gc
-import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -66,15 +66,12 @@ def machine(device: str) -> dict[str, Any]:
 
 def version(module: str) -> str | None:
     """A package's version, also of one that merely lies on PYTHONPATH; None where it is absent."""
-    try:
-        return importlib.metadata.version(module.replace("_", "-"))
-    except importlib.metadata.PackageNotFoundError:
-        pass
     if importlib.util.find_spec(module) is None:
         return None
+    own = getattr(sys.modules.get(module), "__version__", None)  # says more: 2.11.0+cu130
     try:
-        return getattr(importlib.import_module(module), "__version__", "unknown")
-    except Exception:  # an extension that does not fit this torch raises anything
+        return own or importlib.metadata.version(module.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
         return "unknown"
 
 

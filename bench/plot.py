@@ -1,0 +1,106 @@
+"""README's tables and figures of speed from bench/results: `make bench-plot`, or python -m bench.plot [--check].
+
+--check writes nothing, and exits with 1 if README is not what the results give.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench import figures, tables
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results"
+README = ROOT / "README.md"
+IMAGES = Path("docs/images")
+
+NOT_ON_A_GPU = "**Not measured on a GPU yet.** `make bench-gpu` does, in one command."
+
+PREDICTED = "### On an H100 or H200, predicted from the machine code, not measured"
+
+
+def records(results: Path) -> dict[str, dict[str, Any]]:
+    """By file name; other files in the folder are not of this format."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    return {stem: it for stem, it in found.items() if isinstance(it, dict) and {"machine", "points"} <= it.keys()}
+
+
+def provenance(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    where = [machine["name"]]
+    where += [f"{machine['threads']} threads"] if machine.get("threads") else []
+    where += [f"driver {machine['driver']}"] if machine.get("driver") else []
+    where += [f"copy {record['copy_gb_per_s']:,.0f} GB/s"] if record["copy_gb_per_s"] else []
+    versions = [f"{name} {version}" for name, version in record["versions"].items() if version]
+    unfinished = "" if record["complete"] else " The run was stopped: cases are missing."
+    return f"{', '.join(where)}; {', '.join(versions)}; {record['date']}; `{record['command']}`.{unfinished}"
+
+
+def section(stem: str, record: dict[str, Any]) -> str:
+    """A machine's tables and pictures."""
+    points, on_gpu = record["points"], record["machine"]["device"] == "cuda"
+    parts = [provenance(record), tables.speed_table(points)]
+    parts += [tables.device_table(points) if on_gpu else tables.memory_sentence(points)]
+    parts += [
+        f"![Loss and gradient, times faster than torch, by shape of the logits]({IMAGES / name})"
+        for name in figures.figure_names(stem, record)
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def blocks(results: Path) -> dict[str, str]:
+    """What belongs between README's markers."""
+    found = records(results)
+    by_device = {
+        device: [section(stem, record) for stem, record in found.items() if record["machine"]["device"] == device]
+        for device in ("cpu", "cuda")
+    }
+    codegen = results / "codegen.json"
+    predicted = tables.predicted_table(json.loads(codegen.read_text())) if codegen.exists() else ""
+    return {
+        "cpu": "\n\n".join(by_device["cpu"]),
+        "gpu": "\n\n".join(by_device["cuda"]) or NOT_ON_A_GPU,
+        "predicted": f"{PREDICTED}\n\n{predicted}" if predicted else "",
+    }
+
+
+def fill(readme: str, texts: dict[str, str]) -> str:
+    """Put each text between its markers; README must have them."""
+    for name, text in texts.items():
+        pattern = rf"(<!-- speed:{name} -->\n).*?(<!-- /speed:{name} -->)"
+        inside = f"\n{text}\n\n" if text else ""
+        readme, count = re.subn(pattern, lambda found, inside=inside: found[1] + inside + found[2], readme, flags=re.S)
+        if count != 1:
+            raise ValueError(
+                f"README must have <!-- speed:{name} --> and <!-- /speed:{name} --> once; has it {count} times"
+            )
+    return readme
+
+
+def missing_images(readme: str, root: Path) -> list[str]:
+    return [name for name in re.findall(r"\]\((docs/images/speed-[^)]+)\)", readme) if not (root / name).exists()]
+
+
+def check(results: Path = RESULTS, readme: Path = README) -> list[str]:
+    """Return what is out of date."""
+    text = readme.read_text()
+    stale = [] if fill(text, blocks(results)) == text else [f"{readme.name} differs from {results.name}"]
+    return stale + [f"{name} is missing" for name in missing_images(text, readme.parent)]
+
+
+def write(results: Path = RESULTS, readme: Path = README) -> None:
+    """Write tables and pictures."""
+    readme.write_text(fill(readme.read_text(), blocks(results)))
+    for stem, record in records(results).items():
+        for name in figures.figure_names(stem, record):
+            dtype = Path(name).stem.rpartition("-")[2]
+            figures.draw(readme.parent / IMAGES / name, record, dtype)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--check"]:
+        problems = check()
+        sys.exit(f"{'; '.join(problems)}: run make bench-plot" if problems else 0)
+    write()

@@ -1,0 +1,136 @@
+"""README's tables in Markdown, from records as bench.record writes them. Every row that was measured is in them."""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+from bench.formulas import BASE, OURS
+
+Point = dict[str, Any]
+ABSENT = "-"
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Row(NamedTuple):
+    """A shape and dtype with its points, by mode and provider."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    step: bool
+    points: dict[tuple[str, str], Point]
+
+    @property
+    def name(self) -> str:
+        return "training step, 784 → 10, batch 256" if self.step else f"({', '.join(map(str, self.shape))})"
+
+    @property
+    def whole(self) -> str:
+        """The mode that counts."""
+        return "step" if self.step else "both"
+
+    def value(self, mode: str, provider: str, key: str) -> Any:
+        return self.points.get((mode, provider), {}).get(key)
+
+
+def rows(points: list[Point]) -> list[Row]:
+    """In the order of measuring."""
+    found: dict[tuple[tuple[int, ...], str, bool], Row] = {}
+    for point in points:
+        key = tuple(point["shape"]), point["dtype"], point["mode"] == "step"
+        row = found.setdefault(key, Row(*key, {}))
+        row.points[point["mode"], point["provider"]] = point
+    return list(found.values())
+
+
+def providers(points: list[Point]) -> list[str]:
+    """In the order of measuring, torch eager last: it is what the others are divided by."""
+    names = dict.fromkeys(point["provider"] for point in points)
+    return [name for name in names if name != BASE] + [BASE] * (BASE in names)
+
+
+def markdown(titles: list[str], lines: list[list[str]]) -> str:
+    table = [titles, ["---"] * len(titles), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def show(value: float | None, text: Callable[[float], str] = "{:.2f}".format) -> str:
+    return ABSENT if value is None else text(value)
+
+
+def milliseconds(microseconds: float) -> str:
+    return f"{microseconds / 1e3:,.{2 if microseconds < 1e5 else 0}f} ms"
+
+
+def speed_line(row: Row, names: list[str]) -> list[str]:
+    """Torch eager's time over each provider's; the fastest is bold."""
+    medians = {name: row.value(row.whole, name, "p50_us") for name in names}
+    fastest = min(filter(None, medians.values()), default=None)
+    cells = [show(row.value(mode, OURS, "ratio_p50")) for mode in ("forward", "backward")]
+    for name in names:
+        cell = milliseconds(medians[name]) if name == BASE and medians[name] else None
+        cell = cell or show(row.value(row.whole, name, "ratio_p50"))
+        cells.append(f"**{cell}**" if medians[name] and medians[name] == fastest else cell)
+    return [row.name, row.dtype, *cells]
+
+
+def speed_table(points: list[Point]) -> str:
+    names = providers(points)
+    titles = ["logits", "dtype", "forward: ours", "backward: ours", *(f"both: {name}" for name in names)]
+    return markdown(titles, [speed_line(row, names) for row in rows(points)])
+
+
+def in_logits(row: Row, provider: str) -> float | None:
+    """Peak memory of loss and gradient in units of the logits."""
+    peak = row.value("both", provider, "peak_bytes")
+    return None if peak is None else peak / (prod(row.shape) * ITEMSIZE[row.dtype])
+
+
+def memory_sentence(points: list[Point]) -> str:
+    """For the few shapes of the CPU."""
+    sentences = []
+    for row in rows(points):
+        peaks = {name: in_logits(row, name) for name in providers(points)}
+        said = [f"{name} {peak:.2f}" for name, peak in peaks.items() if peak is not None]
+        if said:
+            sentences.append(
+                f"Peak memory of loss and gradient at {row.name} {row.dtype}, beyond logits and target, in units of "
+                f"the logits: {'; '.join(said)}."
+            )
+    return "\n".join(sentences)
+
+
+def device_table(points: list[Point]) -> str:
+    """What a GPU did meanwhile: rates, launches, memory, the host."""
+    names = [name for name in providers(points) if name.startswith(OURS) or name == BASE]
+    many = " / ".join(name.removeprefix(f"{OURS}, ") for name in names)
+    titles = ["logits", "dtype", f"GB/s: {many}", "% of copy", "peak memory, in logits", "launches", "host µs"]
+    lines = []
+    for row in rows(points):
+
+        def each(key: str, text: Callable[[float], str], row: Row = row) -> str:
+            return " / ".join(show(row.value(row.whole, name, key), text) for name in names)
+
+        memory = " / ".join(show(in_logits(row, name)) for name in names)
+        whole = "{:,.0f}".format
+        rates = each("gb_per_s", whole), each("percent_of_copy", whole)
+        lines.append([row.name, row.dtype, *rates, memory, each("launches", whole), each("host_us", whole)])
+    return markdown(titles, lines)
+
+
+def predicted_table(kernels: list[dict[str, Any]]) -> str:
+    """What the machine code for an H100 or H200 holds, at two vocabularies."""
+    titles = ["kernel", "dtype", "classes", "registers", "instructions per logit", "EX2 per logit", "predicted time"]
+    lines = [
+        [
+            " ".join(filter(None, [kernel["kernel"], kernel.get("mode")])),
+            kernel["dtype"],
+            f"{kernel['classes']:,}",
+            show(kernel.get("registers"), "{:.0f}".format),
+            show(kernel.get("instructions_per_element"), "{:.1f}".format),
+            show(kernel.get("ex2_per_element")),
+            show(kernel.get("predicted_us"), milliseconds),
+        ]
+        for kernel in kernels
+        if kernel["target"] == "sm_90" and kernel["classes"] in (32_000, 128_256)
+    ]
+    return markdown(titles, lines) if lines else ""

@@ -1,0 +1,337 @@
+"""The arithmetic, the tables and the timing code of the benchmarks; never how fast anything is."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity
+
+from bench import figures, formulas, measure, memory, plot, providers, record, tables
+from bench.cases import JOBS, STEP, Case, Inputs, Job
+from bench.clocks import CpuClock, CudaClock, copy_bandwidth, count_launches
+
+TINY = Case((4, 6), torch.float32)
+
+
+class FakeCuda:
+    """Stands in for torch.cuda: every call takes 2 ms and allocates 64 bytes."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: object) -> float:
+            return 2.0
+
+    def __init__(self) -> None:
+        self.released = 0
+
+    def synchronize(self) -> None: ...
+
+    def reset_peak_memory_stats(self) -> None: ...
+
+    def memory_allocated(self) -> int:
+        return 36
+
+    def max_memory_allocated(self) -> int:
+        return 100
+
+    def empty_cache(self) -> None:
+        self.released += 1
+
+
+@pytest.fixture
+def cuda_clock() -> CudaClock:
+    return CudaClock("cpu", FakeCuda(), ProfilerActivity.CPU, flush_bytes=64)
+
+
+def make_point(provider: str, ratio: float, mode: str = "both", **more: Any) -> dict[str, Any]:
+    point = {"provider": provider, "mode": mode, "dtype": "float32", "shape": [8, 1000], "device": "cuda", "rounds": 5}
+    point |= {"p20_us": 90 / ratio, "p50_us": 100 / ratio, "p80_us": 120 / ratio, "ratio_p50": ratio}
+    return point | {"bytes": 64_000, "gb_per_s": 6.4, "percent_of_copy": 50.0, "peak_bytes": 32_000} | more
+
+
+def make_record(points: list[dict[str, Any]], device: str = "cuda") -> dict[str, Any]:
+    return {
+        "machine": {"device": device, "name": "Machine 7", "driver": "1.2"},
+        "versions": {"torch": "2.11", "Liger": None},
+        "date": "2026-11-21",
+        "command": "python -m bench.gpu",
+        "copy_gb_per_s": 4300.0,
+        "complete": True,
+        "points": points,
+        "skipped": [],
+    }
+
+
+POINTS = [
+    make_point("ours", 2.0, "forward"),
+    make_point("ours", 1.5, "backward"),
+    make_point("ours", 1.75, launches=3, host_us=40.0),
+    make_point("torch", 1.0, launches=6, host_us=20.0, peak_bytes=96_000),
+    make_point("Liger", 2.5),
+    make_point("ours", 0.8, shape=[256, 10], peak_bytes=None),
+    make_point("torch", 1.0, shape=[256, 10], peak_bytes=None),
+    make_point("ours", 0.9, "step", shape=[256, 10]),
+    make_point("torch", 1.0, "step", shape=[256, 10]),
+]
+
+
+@pytest.mark.parametrize(("mode", "count"), [("forward", 480), ("backward", 960), ("both", 960), ("step", None)])
+def test_minimal_bytes(mode: str, count: int | None) -> None:
+    assert formulas.minimal_bytes(mode, (2, 3, 4, 5), 4) == count
+
+
+def test_gb_per_s() -> None:
+    assert formulas.gb_per_s(4_300_000_000, 1000) == pytest.approx(4300)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([7.0], (7, 7, 7)), ([5, 1, 3, 2, 4], (1.8, 3, 4.2)), ([1, 2], (1.2, 1.5, 1.8))]
+)
+def test_spread(values: list[float], expected: tuple[float, float, float]) -> None:
+    assert formulas.spread(values) == pytest.approx(expected)
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    figures = measure.timing([1.0, 10.0, 2.0], base=[2.0, 20.0, 4.0])  # the machine drifts, for both sides
+    assert (figures["ratio_p20"], figures["ratio_p50"], figures["ratio_p80"]) == (2, 2, 2)
+
+
+def test_jobs_leave_shared_logits_alone_and_restore_overwritten_ones() -> None:
+    def overwriting(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        seen.append(logits.detach().clone())
+        logits.detach().zero_()
+        return logits.sum()
+
+    for mode in ("forward", "backward", "both"):
+        seen: list[torch.Tensor] = []
+        inputs = Inputs(TINY, "cpu")
+        before = inputs.logits.detach().clone()
+        job = JOBS[mode](overwriting, inputs, True)
+        measure.warm_up(job)
+        assert len(seen) == 3
+        assert all(torch.equal(logits, before) for logits in [*seen, inputs.logits])
+
+
+def test_a_training_step_trains() -> None:
+    losses = []
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        losses.append(F.cross_entropy(logits, target))
+        return losses[-1]
+
+    job = JOBS["step"](loss, Inputs(STEP, "cpu"), False)
+    for _ in range(3):
+        job.call()
+    assert losses[2] < losses[0]
+
+
+def test_providers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "MOST_ROUNDS", 7)
+    order: list[str] = []
+    jobs = {name: Job(lambda: None, lambda name=name: order.append(name)) for name in "ab"}
+    times = measure.time_in_turns(jobs, CpuClock(), calls=1, until=0)
+    assert "".join(order) == "abbaabbaab"
+    assert len(times["a"]) == len(times["b"]) == measure.LEAST_ROUNDS
+
+
+def test_measure_a_case_on_the_cpu() -> None:
+    result = measure.measure_case(TINY, CpuClock(), 0, copy_gb_per_s=10, providers=("ours", "torch", "Liger"))
+    assert [(point["provider"], point["mode"]) for point in result.points] == [
+        (name, mode) for mode in ("forward", "backward", "both") for name in ("ours", "torch")
+    ]
+    assert result.skipped == [{"provider": "Liger", "case": "4x6-float32", "reason": "liger_kernel needs a GPU"}]
+    point = result.points[-1]
+    assert (point["bytes"], point["shape"], point["dtype"], point["ratio_p50"]) == (192, [4, 6], "float32", 1)
+    assert point["p20_us"] <= point["p50_us"] <= point["p80_us"]
+
+
+def test_measure_a_case_with_events(cuda_clock: CudaClock) -> None:
+    result = measure.measure_case(TINY, cuda_clock, 0, copy_gb_per_s=1, providers=("ours", "torch"))
+    assert not result.skipped
+    both = result.points[-1]
+    assert both | {
+        "p50_us": 2000,
+        "bytes": 192,
+        "gb_per_s": 0.0,
+        "peak_bytes": 64,
+        "launches": None,
+        "ratio_p50": 1,
+    } == both  # fmt: skip
+    assert both["host_us"] > 0
+    assert copy_bandwidth(cuda_clock, 1000) == pytest.approx(2 * 1000 / 2000 / 1e3)
+
+
+def test_a_provider_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setitem(providers.PROVIDERS, "Liger", providers.Provider(lambda case, device: failing))
+    result = measure.measure_case(STEP, CpuClock(), 0, providers=("Liger", "torch"))
+    assert [point["provider"] for point in result.points] == ["torch"]
+    assert result.skipped[0]["reason"] == "OutOfMemoryError: tried to allocate"
+
+
+def test_no_compiling_without_time() -> None:
+    result = measure.measure_case(TINY, CpuClock(), seconds=1, providers=("torch.compile",))
+    assert result.skipped[0]["reason"] == "1 s are too little time to compile"
+
+
+def test_count_launches() -> None:
+    events = [{"cat": "kernel"}, {"cat": "kernel"}, {"cat": "gpu_memset"}, {"cat": "cpu_op"}, {"ph": "M"}]
+    assert count_launches(events) == 3
+    assert count_launches([{"cat": "cpu_op"}]) is None
+
+
+def test_rivals_say_why_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(providers.Unavailable, match=r"flash_attn takes logits \(N, C\) only"):
+        providers.flash_attn(Case((2, 3, 4, 4), torch.float32), "cuda")
+    with pytest.raises(providers.Unavailable, match="flash_attn cannot be imported: ModuleNotFoundError"):
+        providers.flash_attn(TINY, "cuda")
+
+
+def test_flash_attn_loss_is_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("flash_attn.ops.triton.cross_entropy")
+    module.cross_entropy_loss = lambda logits, target: (F.cross_entropy(logits, target, reduction="none"), None)
+    monkeypatch.setattr(providers, "rival", lambda *_: module)
+    inputs = Inputs(TINY, "cpu")
+    loss = providers.flash_attn(TINY, "cuda")(inputs.logits, inputs.target)
+    torch.testing.assert_close(loss, F.cross_entropy(inputs.logits, inputs.target))
+
+
+def test_memory_is_the_growth_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "resident_peak", iter([100, 350]).__next__)
+    assert memory.growth("torch", TINY) == 250
+
+
+def test_write_json_leaves_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "machine.json"
+    record.write_json(path, {"points": [1]})
+    with pytest.raises(TypeError):
+        record.write_json(path, {"points": object()})
+    assert json.loads(path.read_text()) == {"points": [1]}
+    assert [file.name for file in path.parent.iterdir()] == ["machine.json"]
+
+
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(case: Case, *_: object) -> measure.Result:
+        if case == STEP:
+            raise KeyboardInterrupt
+        return measure.Result([make_point("ours", 1.0)], [])
+
+    monkeypatch.setattr(record, "measure_case", stopped)
+    path = tmp_path / "cpu.json"
+    with pytest.raises(KeyboardInterrupt):
+        record.run([TINY, STEP], CpuClock(), path, 0, "python -m bench.cpu", 1000)
+    kept = json.loads(path.read_text())
+    assert (len(kept["points"]), kept["complete"]) == (1, False)
+    assert kept["machine"]["threads"] == torch.get_num_threads()
+    assert kept["versions"]["torch"] == torch.__version__
+    assert "The run was stopped" in plot.provenance(kept)
+
+
+def test_slug() -> None:
+    assert record.slug("NVIDIA H200") == "nvidia-h200"
+
+
+def test_speed_table_keeps_losing_rows_and_marks_the_fastest() -> None:
+    assert tables.speed_table(POINTS).splitlines() == [
+        "| logits | dtype | forward: ours | backward: ours | both: ours | both: Liger | both: torch |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| (8, 1000) | float32 | 2.00 | 1.50 | 1.75 | **2.50** | 0.10 ms |",
+        "| (256, 10) | float32 | - | - | 0.80 | - | **0.10 ms** |",
+        "| training step, 784 → 10, batch 256 | float32 | - | - | 0.90 | - | **0.10 ms** |",
+    ]
+
+
+def test_device_table() -> None:
+    assert tables.device_table(POINTS[:5]).splitlines() == [
+        "| logits | dtype | GB/s: ours / torch | % of copy | peak memory, in logits | launches | host µs |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| (8, 1000) | float32 | 6 / 6 | 50 / 50 | 1.00 / 3.00 | 3 / 6 | 40 / 20 |",
+    ]
+
+
+def test_memory_sentence() -> None:
+    assert tables.memory_sentence(POINTS) == (
+        "Peak memory of loss and gradient at (8, 1000) float32, beyond logits and target, in units of the logits: "
+        "ours 1.00; Liger 1.00; torch 3.00."
+    )
+
+
+KERNEL = {"kernel": "both", "target": "sm_90", "dtype": "bfloat16", "classes": 32_000, "registers": 32}
+KERNEL |= {"stack_bytes": 0, "instructions_per_element": 12.73, "ex2_per_element": 2.1, "predicted_us": 260.4}
+
+
+def test_predicted_table() -> None:
+    others = [KERNEL | {"target": "sm_80"}, KERNEL | {"classes": 1000}]
+    assert tables.predicted_table(others) == ""
+    assert tables.predicted_table([*others, KERNEL]).splitlines()[2:] == [
+        "| both | bfloat16 | 32,000 | 32 | 12.7 | 2.10 | 0.26 ms |"
+    ]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder of results and a README written from it."""
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    record.write_json(results / "machine-7.json", make_record(POINTS))
+    record.write_json(results / "codegen.json", [KERNEL])
+    readme.write_text(
+        "# Name\n" + "".join(f"<!-- speed:{it} -->\nold\n<!-- /speed:{it} -->\n" for it in plot.blocks(results))
+    )
+    plot.write(results, readme)
+    return results, readme
+
+
+def test_readme_from_results(written: tuple[Path, Path]) -> None:
+    results, readme = written
+    text = readme.read_text()
+    assert "old" not in text
+    assert text.startswith("# Name\n")
+    assert plot.NOT_ON_A_GPU not in text
+    assert "Machine 7, driver 1.2, copy 4,300 GB/s; torch 2.11; 2026-11-21; `python -m bench.gpu`." in text
+    assert (readme.parent / "docs/images/speed-machine-7-float32.png").stat().st_size > 10_000
+    assert plot.check(results, readme) == []
+
+
+def test_check_sees_what_is_out_of_date(written: tuple[Path, Path]) -> None:
+    results, readme = written
+    changed = copy.deepcopy(POINTS)
+    changed[2]["ratio_p50"] = 1.8
+    record.write_json(results / "machine-7.json", make_record(changed))
+    (readme.parent / "docs/images/speed-machine-7-float32.png").unlink()
+    assert plot.check(results, readme) == [
+        "README.md differs from results",
+        "docs/images/speed-machine-7-float32.png is missing",
+    ]
+
+
+def test_readme_without_markers() -> None:
+    with pytest.raises(ValueError, match="<!-- speed:cpu -->"):
+        plot.fill("# Name", {"cpu": "text"})
+
+
+def test_bars_start_at_one() -> None:
+    drawn: list[Any] = []
+    axes = SimpleNamespace(barh=lambda places, widths, **options: drawn.append((widths, options)), annotate=Mock())
+    figures.add_bars(axes, tables.rows(POINTS), "ours", offset=0, height=1)
+    assert drawn[0][0] == pytest.approx([0.75, -0.2, -0.1])
+    assert drawn[0][1]["left"] == 1
+
+
+def test_this_readme_is_what_the_results_give() -> None:
+    assert plot.check() == []
