@@ -35,14 +35,14 @@ def draw(path: Path, record: dict[str, Any], dtype: str) -> None:
     names = [name for name in providers(points) if name != BASE]
     lines = rows(points)
     with plt.rc_context({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = plt.subplots(figsize=(10, 1.6 + len(lines) * (0.3 + 0.24 * len(names))), layout="constrained")
+        figure, axes = plt.subplots(figsize=(10, 1.6 + len(lines) * (0.25 + 0.22 * len(names))), layout="constrained")
         for number, name in enumerate(names):
             add_bars(
                 axes, lines, name, offset=(number - (len(names) - 1) / 2) * 0.8 / len(names), height=0.8 / len(names)
             )
         axes.axvline(1, color="black", linewidth=1.5)
         axes.set_yticks(range(len(lines)), [row.name.replace(", batch", ",\nbatch") for row in lines])
-        axes.invert_yaxis()
+        axes.set_ylim(len(lines) - 0.4, -0.6)
         axes.set_xscale("log")
         low, high = axes.get_xlim()
         axes.set_xticks(TICKS, [f"{tick:g}x" for tick in TICKS])

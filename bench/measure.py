@@ -145,7 +145,9 @@ def measure_case(
     losses = build(case, clock, result, providers, seconds)
     for number, mode in enumerate(case.modes):
         until = monotonic() + (end - monotonic()) / (len(case.modes) - number)
-        points, skipped = measure_mode(mode, losses, inputs, clock, until, copy_gb_per_s)
-        result.points.extend(points)
-        result.skipped.extend(skipped)
+        act = functools.partial(measure_mode, mode, losses, inputs, clock, until, copy_gb_per_s)
+        measured = attempt(result, case, f"every provider, {mode}", act)
+        if measured:
+            result.points.extend(measured.points)
+            result.skipped.extend(measured.skipped)
     return result

@@ -5,6 +5,7 @@ Written after every case, to a file beside it that then takes its place: who int
 
 import argparse
 import datetime
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -24,7 +25,7 @@ import torch
 
 from bench.cases import Case
 from bench.clocks import Clock, copy_bandwidth
-from bench.measure import measure_case
+from bench.measure import Result, attempt, measure_case
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = {"torch": "torch", "triton": "triton", "Liger": "liger_kernel", "flash-attn": "flash_attn"}
@@ -97,13 +98,15 @@ def run(
     print(f"{record['machine']['name']}: copy {bandwidth:,.0f} GB/s; writing {path}", flush=True)
     for number, case in enumerate(cases):
         start = monotonic()
-        result = measure_case(case, clock, (end - start) / (len(cases) - number), bandwidth)
-        gc.collect()
-        clock.release()
+        failed = Result([], [])
+        act = functools.partial(measure_case, case, clock, (end - start) / (len(cases) - number), bandwidth)
+        result = attempt(failed, case, "every provider", act) or failed
         record["points"] += result.points
         record["skipped"] += result.skipped
         record["complete"] = number + 1 == len(cases)
-        write_json(path, record)
+        write_json(path, record)  # before anything that a broken GPU would refuse
+        gc.collect()
+        clock.release()
         print(progress(case, result.points, monotonic() - start), flush=True)
     return record
 

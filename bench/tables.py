@@ -43,9 +43,9 @@ def rows(points: list[Point]) -> list[Row]:
 
 
 def providers(points: list[Point]) -> list[str]:
-    """In the order of measuring, torch eager last: it is what the others are divided by."""
+    """Ours first; torch eager last: it is what the others are divided by."""
     names = dict.fromkeys(point["provider"] for point in points)
-    return [name for name in names if name != BASE] + [BASE] * (BASE in names)
+    return sorted(names, key=lambda name: (name == BASE, not name.startswith(OURS)))
 
 
 def markdown(titles: list[str], lines: list[list[str]]) -> str:
@@ -70,12 +70,13 @@ def speed_line(row: Row, names: list[str]) -> list[str]:
         cell = milliseconds(medians[name]) if name == BASE and medians[name] else None
         cell = cell or show(row.value(row.whole, name, "ratio_p50"))
         cells.append(f"**{cell}**" if medians[name] and medians[name] == fastest else cell)
-    return [row.name, row.dtype, *cells]
+    return [row.name, row.dtype, *cells, show(medians.get(OURS), milliseconds)]
 
 
 def speed_table(points: list[Point]) -> str:
     names = providers(points)
-    titles = ["logits", "dtype", "forward: ours", "backward: ours", *(f"both: {name}" for name in names)]
+    both = [f"both: {name.removeprefix(f'{OURS}, ')}" for name in names]
+    titles = ["logits", "dtype", "forward: ours", "backward: ours", *both, "both: ours"]
     return markdown(titles, [speed_line(row, names) for row in rows(points)])
 
 

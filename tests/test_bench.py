@@ -1,6 +1,7 @@
 """The arithmetic, the tables and the timing code of the benchmarks; never how fast anything is."""
 
 import copy
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -184,6 +185,24 @@ def test_a_provider_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch) -
     assert result.skipped[0]["reason"] == "OutOfMemoryError: tried to allocate"
 
 
+def test_a_mode_that_fails_while_it_is_timed_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count()
+
+    def failing(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 4:
+            raise RuntimeError("lost")
+        return F.cross_entropy(logits, target)
+
+    monkeypatch.setitem(providers.PROVIDERS, "torch", providers.Provider(lambda case, device: failing))
+    result = measure.measure_case(TINY, CpuClock(), 0, providers=("torch",))
+    assert [point["mode"] for point in result.points] == ["backward", "both"]
+    assert result.skipped[0] == {
+        "provider": "every provider, forward",
+        "case": "4x6-float32",
+        "reason": "RuntimeError: lost",
+    }
+
+
 def test_no_compiling_without_time() -> None:
     result = measure.measure_case(TINY, CpuClock(), seconds=1, providers=("torch.compile",))
     assert result.skipped[0]["reason"] == "1 s are too little time to compile"
@@ -243,17 +262,29 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: 
     assert "The run was stopped" in plot.provenance(kept)
 
 
+def test_a_case_too_large_for_the_machine_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(case: Case, *_: object) -> measure.Result:
+        if case == TINY:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return measure.Result([make_point("ours", 1.0)], [])
+
+    monkeypatch.setattr(record, "measure_case", out_of_memory)
+    written = record.run([TINY, STEP], CpuClock(), tmp_path / "cpu.json", 0, "python -m bench.cpu", 1000)
+    assert len(written["points"]) == 1
+    assert [skip["case"] for skip in written["skipped"]] == ["4x6-float32"]
+
+
 def test_slug() -> None:
     assert record.slug("NVIDIA H200") == "nvidia-h200"
 
 
 def test_speed_table_keeps_losing_rows_and_marks_the_fastest() -> None:
     assert tables.speed_table(POINTS).splitlines() == [
-        "| logits | dtype | forward: ours | backward: ours | both: ours | both: Liger | both: torch |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| (8, 1000) | float32 | 2.00 | 1.50 | 1.75 | **2.50** | 0.10 ms |",
-        "| (256, 10) | float32 | - | - | 0.80 | - | **0.10 ms** |",
-        "| training step, 784 → 10, batch 256 | float32 | - | - | 0.90 | - | **0.10 ms** |",
+        "| logits | dtype | forward: ours | backward: ours | both: ours | both: Liger | both: torch | both: ours |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| (8, 1000) | float32 | 2.00 | 1.50 | 1.75 | **2.50** | 0.10 ms | 0.06 ms |",
+        "| (256, 10) | float32 | - | - | 0.80 | - | **0.10 ms** | 0.12 ms |",
+        "| training step, 784 → 10, batch 256 | float32 | - | - | 0.90 | - | **0.10 ms** | 0.11 ms |",
     ]
 
 
