@@ -15,7 +15,7 @@ CASES = [Case(shape, torch.float32) for shape in SHAPES] + [Case(shape, torch.bf
 LARGEST = Case((256, 128_256), torch.float32)
 
 if __name__ == "__main__":
-    path = main("bench.cpu", CASES, CpuClock, minutes=3, copy_bytes=2**28)
+    path = main("bench.cpu", CASES, CpuClock, minutes=3.5, copy_bytes=2**28)
     record = json.loads(path.read_text())
     fill_peaks(record["points"], LARGEST)
     write_json(path, record)

@@ -236,6 +236,16 @@ def test_memory_is_the_growth_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> No
     assert memory.growth("torch", TINY) == 250
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak is that of the parent")
+def test_memory_is_that_of_a_process_of_its_own() -> None:
+    case = Case((256, 40_000), torch.float32)
+    larger = torch.ones(2**26)  # a child must not start at its parent's peak
+    points = [make_point("torch", 1.0, shape=list(case.shape), peak_bytes=None), make_point("torch", 1.0)]
+    memory.fill_peaks(points, case)
+    assert 2 < points[0]["peak_bytes"] / (case.logits * 4) < 4 < larger.nbytes
+    assert points[1]["peak_bytes"] == 32_000
+
+
 def test_write_json_leaves_all_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "new" / "machine.json"
     record.write_json(path, {"points": [1]})
