@@ -148,6 +148,20 @@ def test_providers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(times["a"]) == len(times["b"]) == measure.LEAST_ROUNDS
 
 
+def test_the_cache_is_flushed_right_before_the_timed_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    clock = CpuClock()
+    monkeypatch.setattr(clock, "flush", lambda: order.append("flush"))
+    measure.time_once(Job(lambda: order.append("prepare"), lambda: order.append("call")), clock, calls=2)
+    assert order == ["prepare", "flush", "call"] * 2
+
+
+def test_ratio_is_torch_over_the_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "time_in_turns", lambda *_: {"ours": [2.0, 3.0], "torch": [4.0, 6.0]})
+    result = measure.measure_case(STEP, CpuClock(), 0, providers=("ours", "torch"))
+    assert [(point["provider"], point["ratio_p50"]) for point in result.points] == [("ours", 2), ("torch", 1)]
+
+
 def test_measure_a_case_on_the_cpu() -> None:
     result = measure.measure_case(TINY, CpuClock(), 0, copy_gb_per_s=10, providers=("ours", "torch", "Liger"))
     assert [(point["provider"], point["mode"]) for point in result.points] == [
@@ -246,13 +260,18 @@ def test_memory_is_that_of_a_process_of_its_own() -> None:
     assert points[1]["peak_bytes"] == 32_000
 
 
-def test_write_json_leaves_all_or_nothing(tmp_path: Path) -> None:
+def test_write_json_leaves_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(path: Path, text: str) -> None:
+        path.write_bytes(text[:5].encode())
+        raise KeyboardInterrupt
+
     path = tmp_path / "new" / "machine.json"
     record.write_json(path, {"points": [1]})
-    with pytest.raises(TypeError):
-        record.write_json(path, {"points": object()})
-    assert json.loads(path.read_text()) == {"points": [1]}
     assert [file.name for file in path.parent.iterdir()] == ["machine.json"]
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        record.write_json(path, {"points": [1, 2]})
+    assert json.loads(path.read_text()) == {"points": [1]}
 
 
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
