@@ -75,8 +75,8 @@ def speed_line(row: Row, names: list[str]) -> list[str]:
 
 def speed_table(points: list[Point]) -> str:
     names = providers(points)
-    both = [f"both: {name.removeprefix(f'{OURS}, ')}" for name in names]
-    titles = ["logits", "dtype", "forward: ours", "backward: ours", *both, "both: ours"]
+    both = [f"both: {name.removeprefix(f'{OURS}, ')}{', time' if name == BASE else ''}" for name in names]
+    titles = ["logits", "dtype", "forward: ours", "backward: ours", *both, "both: ours, time"]
     return markdown(titles, [speed_line(row, names) for row in rows(points)])
 
 

@@ -309,7 +309,7 @@ def test_slug() -> None:
 
 def test_speed_table_keeps_losing_rows_and_marks_the_fastest() -> None:
     assert tables.speed_table(POINTS).splitlines() == [
-        "| logits | dtype | forward: ours | backward: ours | both: ours | both: Liger | both: torch | both: ours |",
+        "| logits | dtype | forward: ours | backward: ours | both: ours | both: Liger | both: torch, time | both: ours, time |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         "| (8, 1000) | float32 | 2.00 | 1.50 | 1.75 | **2.50** | 0.10 ms | 0.06 ms |",
         "| (256, 10) | float32 | - | - | 0.80 | - | **0.10 ms** | 0.12 ms |",
