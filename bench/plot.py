@@ -34,8 +34,9 @@ def provenance(record: dict[str, Any]) -> str:
     where += [f"driver {machine['driver']}"] if machine.get("driver") else []
     where += [f"copy {record['copy_gb_per_s']:,.0f} GB/s"] if record["copy_gb_per_s"] else []
     versions = [f"{name} {version}" for name, version in record["versions"].items() if version]
-    unfinished = "" if record["complete"] else " The run was stopped: cases are missing."
-    return f"{', '.join(where)}; {', '.join(versions)}; {record['date']}; `{record['command']}`.{unfinished}"
+    remarks = [record["note"]] if record.get("note") else []
+    remarks += [] if record["complete"] else ["The run was stopped: cases are missing."]
+    return " ".join([f"{', '.join(where)}; {', '.join(versions)}; {record['date']}; `{record['command']}`.", *remarks])
 
 
 def section(stem: str, record: dict[str, Any]) -> str:

@@ -309,7 +309,8 @@ def test_slug() -> None:
 
 def test_speed_table_keeps_losing_rows_and_marks_the_fastest() -> None:
     assert tables.speed_table(POINTS).splitlines() == [
-        "| logits | dtype | forward: ours | backward: ours | both: ours | both: Liger | both: torch, time | both: ours, time |",
+        "| logits | dtype | forward: ours | backward: ours | both: ours | both: Liger | both: torch, time "
+        "| both: ours, time |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         "| (8, 1000) | float32 | 2.00 | 1.50 | 1.75 | **2.50** | 0.10 ms | 0.06 ms |",
         "| (256, 10) | float32 | - | - | 0.80 | - | **0.10 ms** | 0.12 ms |",
@@ -366,6 +367,11 @@ def test_readme_from_results(written: tuple[Path, Path]) -> None:
     assert "Machine 7, driver 1.2, copy 4,300 GB/s; torch 2.11; 2026-11-21; `python -m bench.gpu`." in text
     assert (readme.parent / "docs/images/speed-machine-7-float32.png").stat().st_size > 10_000
     assert plot.check(results, readme) == []
+
+
+def test_provenance_ends_with_what_is_to_be_known() -> None:
+    noted = make_record([]) | {"note": "The machine was busy.", "complete": False}
+    assert plot.provenance(noted).endswith("`. The machine was busy. The run was stopped: cases are missing.")
 
 
 def test_check_sees_what_is_out_of_date(written: tuple[Path, Path]) -> None:
