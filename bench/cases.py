@@ -44,9 +44,10 @@ class Inputs:
         self.scratch: Tensor | None = None
 
     def logits_to_overwrite(self) -> Tensor:
-        """One copy serves all who overwrite: each brings the values back before its turn."""
+        """One copy serves all who overwrite: each brings the values back before its turn. An operation made it: leaves
+        may not be overwritten."""
         if self.scratch is None:
-            self.scratch = self.logits.detach().clone().requires_grad_()
+            self.scratch = self.logits * 1
         return self.scratch
 
 

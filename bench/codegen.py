@@ -1,6 +1,6 @@
-"""What the compiler makes of the kernels, without a GPU: registers, stack, instructions and EX2 an element, load widths.
+"""What the compiler makes of the kernels, without a GPU: registers, stack, load widths, instructions, EX2.
 
-Usage: python bench/codegen.py [--targets sm_90 sm_80 sm_100 gfx942] [--dtypes bfloat16 float32 ...] [--json FILE]
+Usage: python bench/codegen.py [--targets sm_90 ...] [--dtypes bfloat16 ...] [--classes 32000 ...] [--json FILE]
 
 Calls of the loss are made on tensors without memory; their launches are compiled for a GPU that need not be there, by a
 driver that only names it. The machine code's inner loops are then counted, and the time that bytes, issue slots and
@@ -13,7 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +26,9 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine_code import Loop, inspect
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
+from bench.machine_code import Loop, inspect
 from softmax_fused import _launch
 from softmax_fused._autograd import make_spec
 
@@ -55,7 +59,7 @@ class NamedDriver:
     def get_current_device(self) -> int:
         return 0
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: int) -> int:  # noqa: ARG002
         return 0
 
     def get_active_torch_device(self) -> torch.device:
@@ -66,13 +70,14 @@ class Case(NamedTuple):
     """A call of the loss."""
 
     shape: tuple[int, ...]
-    kind: str = "indices"  # or "probabilities", "weights and smoothing"
-    misaligned: bool = False
+    kind: str = "indices"  # or "probabilities", or "weights and smoothing" (of indices)
+    reduction: str = "mean"
 
 
 CASES = [
     Case((256, 10)),
     Case((60_000, 10)),
+    Case((4096, 100)),
     Case((4096, 1000)),
     Case((8192, 4096)),
     Case((8192, 16_384)),
@@ -82,7 +87,7 @@ CASES = [
     Case((4, 128_256)),
     Case((16, 19, 512, 1024)),
     Case((2, 5, 6, 7, 3)),
-    Case((8192, 32_000), "probabilities"),
+    Case((8192, 32_000), "probabilities", "none"),
     Case((8192, 32_000), "weights and smoothing"),
     Case((60_000, 10), "weights and smoothing"),
 ]
@@ -99,7 +104,7 @@ def make_calls(case: Case, dtype: torch.dtype) -> None:
     target = meta(case.shape[:1] + case.shape[2:], torch.int64) if indices else logits
     general = case.kind == "weights and smoothing"
     weight = meta(case.shape[1:2], dtype) if general else None
-    spec = make_spec(logits, target, "mean", -100, 0.1 if general else 0.0, dtype)
+    spec = make_spec(logits, target, case.reduction, -100, 0.1 if general else 0.0, dtype)
     loss, saved = _launch.loss(logits, target, weight, spec, save=True)
     _launch.gradient(loss, logits, target, weight, saved, spec)
     _launch.loss_and_gradient(logits, target, weight, spec)
@@ -139,7 +144,7 @@ def describe(case: Case, dtype: str, name: str, compiled: Any, constants: dict[s
         "barriers_in_loops": sum(loop.barriers for loop in loops),
         "bulk_access_bits": min((bits for loop in loops for bits in loop.widths), default=None),
     }
-    if mode and loops:
+    if mode and loops and dtype != "float64":  # its arithmetic has units of its own, half as many or fewer
         logits = math.prod(case.shape)
         microseconds = {
             "bytes": (PASSES[mode] + (case.kind == "probabilities")) * itemsize * logits / BYTES_PER_US,
@@ -151,32 +156,36 @@ def describe(case: Case, dtype: str, name: str, compiled: Any, constants: dict[s
     return record
 
 
-def compile_all(targets: list[str], dtypes: list[str], cases: list[Case]) -> list[dict[str, Any]]:
-    """Compile every launch of every call for every target; print a line a kernel."""
+def compile_calls(target: str, dtype: str, cases: list[Case]) -> list[dict[str, Any]]:
+    """Compile every launch of every call, in a process of its own."""
     records: list[dict[str, Any]] = []
-    current: dict[str, Any] = {}
-    case = cases[0]
-
-    def compile_only(kernel: Any, programs: int, warps: int, device: torch.device, *args: Any) -> None:
-        compiled = kernel.warmup(*args, grid=(programs,), num_warps=warps, **_launch.OPTIONS)
-        constants = {
-            name: args[i] for i, name in enumerate(kernel.arg_names) if name.isupper() and not callable(args[i])
-        }
-        name = kernel.fn.__name__
-        record = {"kernel": name, **current, "programs": programs, "warps": warps}
-        if "cubin" in compiled.asm:
-            record |= describe(case, current["dtype"], name, compiled, constants, warps)
-        records.append(record | {"outputs": sorted(compiled.asm)})
-        print(line(records[-1]), flush=True)
-
-    _launch.launch = compile_only
-    for target in targets:
-        triton.runtime.driver.set_active(NamedDriver(TARGETS[target]))
-        for dtype in dtypes:
-            for case in cases:  # noqa: B007 - read by compile_only
-                current.update(target=target, dtype=dtype, shape=case.shape, classes=case.shape[1], kind=case.kind)
-                make_calls(case, getattr(torch, dtype))
+    triton.runtime.driver.set_active(NamedDriver(TARGETS[target]))
+    for case in cases:
+        _launch.launch = partial(compile_only, records, case, target, dtype)
+        make_calls(case, getattr(torch, dtype))
     return records
+
+
+def compile_only(
+    records: list[dict[str, Any]],
+    case: Case,
+    target: str,
+    dtype: str,
+    kernel: Any,
+    programs: int,
+    warps: int,
+    _device: torch.device,
+    *args: Any,
+) -> None:
+    """Stand in for a launch."""
+    compiled = kernel.warmup(*args, grid=(programs,), num_warps=warps, **_launch.OPTIONS)
+    constants = {name: args[i] for i, name in enumerate(kernel.arg_names) if name.isupper() and not callable(args[i])}
+    name = kernel.fn.__name__
+    record: dict[str, Any] = {"kernel": name, "target": target, "dtype": dtype, "classes": case.shape[1]}
+    record |= {"shape": case.shape, "kind": case.kind, "programs": programs, "warps": warps}
+    if "cubin" in compiled.asm:
+        record |= describe(case, dtype, name, compiled, constants, warps)
+    records.append(record | {"outputs": sorted(compiled.asm)})
 
 
 def line(record: dict[str, Any]) -> str:
@@ -198,10 +207,18 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--classes", nargs="+", type=int, help="only calls with so many classes")
-    parser.add_argument("--json", type=Path, help="write the list of records here")
+    parser.add_argument("--json", type=Path, help="write the records here, as a list")
     options = parser.parse_args()
     cases = [case for case in CASES if not options.classes or case.shape[1] in options.classes]
-    records = compile_all(options.targets, options.dtypes, cases)
+    context = multiprocessing.get_context("spawn")
+    records: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        runs = [
+            pool.submit(compile_calls, target, dtype, cases) for target in options.targets for dtype in options.dtypes
+        ]
+        for run in runs:
+            records += run.result()
+            print(*map(line, records[-len(run.result()) :]), sep="\n", flush=True)
     if options.json:
         partial = options.json.with_suffix(".partial")
         partial.write_text(json.dumps(records, indent=1) + "\n")

@@ -41,8 +41,8 @@ class Code(NamedTuple):
     def element_loops(self) -> list[Loop]:
         """Return the loops that an element of the logits passes: one that reads, one that reads and writes, or both.
 
-        Of several such loops (the compiler unrolls and splits; the ends of rows have their own), the one with the widest
-        accesses and the most elements a turn: where the bulk goes through.
+        Of several such loops (the compiler unrolls and splits; the ends of rows have their own), the one with the
+        widest accesses and the most elements a turn: where the bulk goes through.
         """
         found = []
         for wanted in (False, True):

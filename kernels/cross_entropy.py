@@ -16,11 +16,11 @@ import triton.language as tl
 
 from .rows import (
     absorb,
-    class_step,
     class_weight,
     expm1,
     exponential,
     index_target,
+    load_tile,
     log1p,
     lowest,
     row_offsets,
@@ -169,7 +169,7 @@ def tile_statistics(
         c = start + tl.arange(0, CLASSES)
         exists = c < classes
         inside = exists[:, None] & live[None, :]
-        z = tl.load(z_rows[None, :] + c.to(tl.int64)[:, None] * z_step, mask=inside, other=float("-inf")).to(ACC)
+        z = load_tile(z_rows[None, :] + c.to(tl.int64)[:, None] * z_step, inside).to(ACC)
         a = z
         if SPREAD:
             t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
@@ -196,7 +196,7 @@ def tile_gradient(
         exists = c < classes
         inside = exists[:, None] & live[None, :]
         steps = c.to(tl.int64)[:, None]
-        z = tl.load(z_rows[None, :] + steps * z_step, mask=inside, other=float("-inf")).to(ACC)
+        z = load_tile(z_rows[None, :] + steps * z_step, inside).to(ACC)
         grad = scale[None, :] * exponential(z - shift[None, :])
         if SPREAD:
             t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
@@ -220,7 +220,7 @@ def cross_entropy_forward(
     outer, row, live, number = row_tile(tl.program_id(0), sizes, ROWS)
     z_rows = logits_ptr + row_offsets(outer, row, sizes, logits_strides)
     t_rows = row_offsets(outer, row, sizes, target_strides)
-    z_step = class_step(logits_strides[len(sizes)], CLASSES)
+    z_step = logits_strides[len(sizes)]
     t_step = target_strides[len(sizes)]
     on, off = smoothing_terms(smoothing, classes, ACC)
     first = (tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]
@@ -254,7 +254,7 @@ def cross_entropy_backward(
     z_rows = logits_ptr + row_offsets(outer, row, sizes, logits_strides)
     t_rows = row_offsets(outer, row, sizes, target_strides)
     out_rows = grad_ptr + row_offsets(outer, row, sizes, grad_strides)
-    z_step = class_step(logits_strides[len(sizes)], CLASSES)
+    z_step = logits_strides[len(sizes)]
     t_step = target_strides[len(sizes)]
     on, off = smoothing_terms(smoothing, classes, ACC)
     first = (tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]
@@ -310,7 +310,7 @@ def cross_entropy_both(
     z_rows = logits_ptr + row_offsets(outer, row, sizes, logits_strides)
     t_rows = row_offsets(outer, row, sizes, target_strides)
     out_rows = grad_ptr + row_offsets(outer, row, sizes, grad_strides)
-    z_step = class_step(logits_strides[len(sizes)], CLASSES)
+    z_step = logits_strides[len(sizes)]
     t_step = target_strides[len(sizes)]
     on, off = smoothing_terms(smoothing, classes, ACC)
     first = (tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]

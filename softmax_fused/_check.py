@@ -85,9 +85,11 @@ def writable(input: Tensor) -> None:
     Raises:
         RuntimeError: If they are a leaf that requires grad, or several of their elements share memory.
     """
-    if input.is_leaf:
+    owner = input if input._base is None else input._base
+    if owner.is_leaf and owner.requires_grad:
         raise RuntimeError(
-            "inplace_backward must not overwrite a leaf tensor that requires grad; got logits that no operation made"
+            "inplace_backward must not overwrite a leaf tensor that requires grad, nor a view of one; got logits that "
+            "no operation made"
         )
     if torch._debug_has_internal_overlap(input) == 1:
         raise RuntimeError(

@@ -55,12 +55,12 @@ class Tile(NamedTuple):
 
 
 WARP = 64 if torch.version.hip else 32
-LONG = 256  # rows of more classes are long: a vector for every thread of a warp, so that its main loop needs no mask
 VECTOR_BYTES = 16  # the widest load
-WHOLE = 4096  # elements of a tile of whole rows, 32 a thread: a batch of 256 x 10 is one program, hence one launch
-SHARED = 2048  # the same where it takes several programs anyway: more of them keep more SMs busy
-APART = 4  # classes a step where classes lie apart in memory: a thread has its pixels' classes to itself, no shuffles
 PROGRAMS = 512  # programs that keep every SM of the largest GPUs busy; below, tiles shrink and rows are split
+LONG = 128  # rows of more classes are long: a warp has enough to do with one
+TOGETHER = 16  # classes a step in shorter rows, one row a thread: 10 classes are one step, in registers
+APART = 4  # the same where classes lie apart in memory, a vector of pixels a thread: registers for 4 classes of each
+ALONE = 256  # rows that one program takes at once, so that loss and reduction are one launch
 
 # Long rows: up to so many bytes, so many warps, and vectors of 16 bytes a thread in a step. Two hide the latency, and
 # the running maximum costs one EX2 for both; short rows take one. Few threads a row: short masked heads and tails.
@@ -74,6 +74,7 @@ WEIGHT_PROGRAMS = 128  # programs that sum a mean's denominator, each a part
 def long_tile(classes: int, itemsize: int, table: Sequence[tuple[float, int, int]]) -> Tile:
     """Return the tile for one long row."""
     warps, vectors = next(entry[1:] for entry in table if classes * itemsize <= entry[0])
+    warps = min(warps, 16) if itemsize == 8 else warps  # 32 warps leave a thread 64 registers: float64 needs more
     vector = VECTOR_BYTES // itemsize
     return Tile(1, vectors * vector * WARP * warps, warps, WARP * warps, vector)
 
@@ -81,18 +82,14 @@ def long_tile(classes: int, itemsize: int, table: Sequence[tuple[float, int, int
 def choose_tile(classes: int, sizes: Sequence[int], classes_adjacent: bool, itemsize: int) -> Tile:
     """Return the tile for rows of `sizes` (outer..., inner), not long ones."""
     rows, inner = math.prod(sizes), sizes[-1]
-    wide = max(1, itemsize // 4)  # float64 takes two registers
-    widest = triton.next_power_of_2(inner)
-    if classes_adjacent:
-        step = triton.next_power_of_2(classes)
-        whole = max(1, WHOLE // step // wide)
-        if rows > whole or len(sizes) > 1:
-            whole = max(1, SHARED // step // wide)
-        return Tile(min(widest, whole), step, 4)
-    warps, pixels = 4, VECTOR_BYTES // itemsize * WARP
-    while warps > 1 and rows < PROGRAMS * pixels * warps:
+    step = min(TOGETHER if classes_adjacent else APART, triton.next_power_of_2(classes))
+    if classes_adjacent and rows == inner <= ALONE and classes <= step:
+        return Tile(triton.next_power_of_2(rows), step, max(1, triton.next_power_of_2(rows) // WARP))
+    width = WARP if classes_adjacent else WARP * VECTOR_BYTES // itemsize
+    warps = 4
+    while warps > 1 and (rows < PROGRAMS * width * warps or inner < width * warps):
         warps //= 2
-    return Tile(min(widest, pixels * warps), min(APART, triton.next_power_of_2(classes)), warps)
+    return Tile(min(triton.next_power_of_2(inner), width * warps), step, warps)
 
 
 def split_rows(rows: int, classes: int, step: int) -> int:

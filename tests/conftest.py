@@ -7,7 +7,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from triton.runtime.interpreter import InterpretedFunction
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -19,6 +18,8 @@ if not HAS_GPU:
 
     del os.environ["TRITON_INTERPRET"]
     softmax_fused.functional.automatic("cpu")  # pins the decision
+
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402 - triton asks for the variable when imported
 
 # Test processes run side by side, and sums of child processes must come out the same: one thread each.
 os.environ["OMP_NUM_THREADS"] = "1"

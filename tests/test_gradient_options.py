@@ -135,6 +135,8 @@ def test_in_place_needs_logits_that_may_be_overwritten(place: Place) -> None:
     leaf, target = make_logits((9, 1500), torch.float32, place.device), make_indices((9, 1500), place.device)
     with pytest.raises(RuntimeError, match="must not overwrite a leaf"):
         cross_entropy(leaf, target, backend=place.backend, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="nor a view of one"):
+        cross_entropy(leaf[:, :], target, backend=place.backend, inplace_backward=True)
     wide = made(leaf[:1]).expand(9, 1500)
     with pytest.raises(RuntimeError, match=r"share memory; got strides \(0, 1\)"):
         cross_entropy(wide, target, backend=place.backend, inplace_backward=True)

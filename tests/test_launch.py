@@ -19,18 +19,39 @@ def test_merge_rows() -> None:
     assert _launch.merge_rows((), ()) == ((1,), [(0,)])
 
 
-@pytest.mark.parametrize("classes", [1, 2, 10, 1000, 2048, 2049, 4096, 4097, 50257, 128256])
-@pytest.mark.parametrize("inner", [1, 3, 256, 60_000])
+@pytest.mark.parametrize("classes", [1, 2, 10, 19, 128])
+@pytest.mark.parametrize("sizes", [(1,), (3,), (256,), (257,), (60_000,), (16, 524_288), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize("adjacent", [True, False])
-@pytest.mark.parametrize("itemsize", [4, 8])
-def test_tiles_are_powers_of_two_that_fit_registers(classes: int, inner: int, adjacent: bool, itemsize: int) -> None:
-    rows, step, warps = _launch.choose_tile(classes, inner, adjacent, itemsize)
-    for number in (rows, step, warps):
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_tiles_are_powers_of_two_that_fit_registers(
+    classes: int, sizes: tuple[int, ...], adjacent: bool, itemsize: int
+) -> None:
+    tile = _launch.choose_tile(classes, sizes, adjacent, itemsize)
+    for number in (tile.rows, tile.classes, tile.warps):
         assert number > 0
         assert number & (number - 1) == 0
-    assert rows * step * itemsize / (warps * 32) <= 128  # bytes a thread, of 255 registers
-    assert step < 2 * classes
-    assert rows < 2 * inner
+    assert tile.rows * tile.classes / (tile.warps * _launch.WARP) <= 32  # elements a thread
+    assert tile.classes < 2 * classes
+    assert tile.rows < 2 * sizes[-1]
+
+
+@pytest.mark.parametrize("table", [_launch.FORWARD_WARPS, _launch.BOTH_WARPS], ids=["forward", "both"])
+@pytest.mark.parametrize("classes", [129, 1000, 4096, 32_000, 50_257, 128_256, 2**31])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_long_rows_go_in_whole_vectors(table: tuple, classes: int, itemsize: int) -> None:
+    tile = _launch.long_tile(classes, itemsize, table)
+    assert tile.vector * itemsize == 16
+    assert tile.lanes == tile.warps * _launch.WARP <= 1024
+    assert tile.classes % (tile.lanes * tile.vector) == 0
+    assert tile.classes // tile.lanes <= 16  # elements a thread
+
+
+def test_few_long_rows_are_split() -> None:
+    assert _launch.split_rows(8192, 128_256, 2048) == 1
+    assert _launch.split_rows(512, 128_256, 2048) == 1
+    assert _launch.split_rows(64, 128_256, 2048) == 8
+    assert _launch.split_rows(1, 128_256, 2048) == 31  # two steps a program at least
+    assert _launch.split_rows(1, 1000, 256) == 1
 
 
 def test_floats_reach_kernels_in_double_precision() -> None:
@@ -52,17 +73,43 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("shape", "programs"), [((256, 10), 1), ((600, 10), 3), ((5, 5000), 5), ((2, 4, 5, 5), 2)])
+@pytest.mark.parametrize(
+    ("shape", "name", "second"),
+    [
+        ((256, 10), "", None),
+        ((600, 10), "", "cross_entropy_reduce"),
+        ((2, 4, 5, 5), "", "cross_entropy_reduce"),
+        ((5, 1500), "long_", "cross_entropy_reduce"),
+        ((2, 5000), "long_", "cross_entropy_combine"),
+    ],
+)
 def test_at_most_two_launches_forward_and_one_backward(
-    kernels: Place, launches: list[str], shape: tuple[int, ...], programs: int, reduction: str
+    kernels: Place,
+    launches: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    name: str,
+    second: str | None,
+    reduction: str,
 ) -> None:
+    monkeypatch.setattr(_launch, "PROGRAMS", 8)
     logits, target = make_logits(shape, torch.float32, kernels.device), make_indices(shape, kernels.device)
+    reduced = [second] if second and (reduction != "none" or second == "cross_entropy_combine") else []
     loss = cross_entropy(logits, target, reduction=reduction, backend="triton")
-    second = ["cross_entropy_reduce"] if programs > 1 and reduction != "none" else []
-    assert launches == ["cross_entropy_forward", *second]
+    assert launches == [f"cross_entropy_{name}forward", *reduced]
     launches.clear()
     torch.autograd.grad(loss, logits, torch.ones_like(loss))
-    assert launches == ["cross_entropy_backward"]
+    assert launches == [f"cross_entropy_{name}backward"]
+    launches.clear()
+    loss = cross_entropy(logits, target, reduction=reduction, backend="triton", grad_in_forward=True)
+    if second == "cross_entropy_combine":  # splitting the rows is worth more
+        assert launches == [f"cross_entropy_{name}forward", second]
+    else:
+        first = ["cross_entropy_weights"] if second and reduction == "mean" else []
+        assert launches == [*first, f"cross_entropy_{name}both"]
+    launches.clear()
+    torch.autograd.grad(loss, logits, torch.ones_like(loss))
+    assert launches == [f"cross_entropy_{name}backward"]
 
 
 @pytest.mark.parametrize("grad", [False, True])
