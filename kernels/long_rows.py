@@ -14,13 +14,48 @@ from .rows import absorb, exponential, lowest, row_offsets, smoothing_terms
 
 
 @triton.jit
-def long_row(sizes, strides, parts, VECTOR: tl.constexpr):
-    """Return the program's row number, where its reading starts, and how many elements before the row that is."""
+def long_row(
+    target_ptr, sizes, logits_strides, target_strides, classes, parts, ignore_index,
+    TARGET: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Return the program's row: its number, where its reading starts, how many elements before the row that is; target.
+
+    The target's offset, label and keep, and `live`, are vectors of one row, as in a tile.
+    """
     number = tl.program_id(0) // parts
     inner = sizes[len(sizes) - 1]
-    offset = row_offsets(number // inner, (number % inner).to(tl.int64), sizes, strides)
+    outer = number // inner
+    row = (number % inner).to(tl.int64)
+    offset = row_offsets(outer, row, sizes, logits_strides)
     aligned = offset // VECTOR * VECTOR
-    return number, aligned, (offset - aligned).to(tl.int32)
+    t_rows = row_offsets(outer, row, sizes, target_strides) + tl.zeros((1,), tl.int64)
+    t_step = target_strides[len(sizes)]
+    live = tl.full((1,), True, tl.int1)
+    first = tl.arange(0, 1)
+    label, keep, _ = TARGET(target_ptr, t_rows, first, live[None, :], live, classes, ignore_index, t_step, ACC)
+    return number, aligned, (offset - aligned).to(tl.int32), t_rows, live, label, keep
+
+
+@triton.jit
+def long_output(grad_ptr, number, aligned, skip, sizes, grad_strides):
+    """Return where the gradient of position 0 goes; grad_strides is None where they are the logits'."""
+    if grad_strides is None:
+        out_row = grad_ptr + aligned
+    else:
+        inner = sizes[len(sizes) - 1]
+        out_row = grad_ptr + row_offsets(number // inner, (number % inner).to(tl.int64), sizes, grad_strides) - skip
+    return out_row
+
+
+@triton.jit
+def long_spread(
+    target_ptr, t_rows, t_step, weight_ptr, keep, live, c, exists, classes, ignore_index, on, off,
+    TARGET: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Return a at the classes c of one row, without the labelled class's t."""
+    t = TARGET(target_ptr, t_rows, c, exists[:, None], live, classes, ignore_index, t_step, ACC)[2]
+    a = spread(t, keep, on, off, weight_ptr, c, exists, target_ptr.dtype.element_ty.is_floating(), ACC)
+    return tl.reshape(a, c.shape)
 
 
 @triton.jit
@@ -78,7 +113,6 @@ def long_statistics(
     """Return m, s, sum a and <a, z - m> of the program's share of its row, without the labelled class."""
     EDGE: tl.constexpr = LANES * VECTOR
     REPEATS: tl.constexpr = CLASSES // EDGE
-    dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()
     m = lowest(LANES, ACC)
     s = tl.zeros((LANES,), ACC)
     total = tl.zeros((LANES,), ACC)
@@ -92,9 +126,10 @@ def long_statistics(
             a = z
             if SPREAD:
                 c = start + tl.arange(0, CLASSES) - skip
-                inside = (c < classes)[:, None]
-                t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
-                a = spread(t, keep, on, off, weight_ptr, c, c < classes, dense, ACC)
+                a = long_spread(
+                    target_ptr, t_rows, t_step, weight_ptr, keep, live, c, c < classes, classes, ignore_index, on, off,
+                    TARGET, ACC,
+                )  # fmt: skip
                 a = tl.reshape(a, (REPEATS, LANES, VECTOR))
             m, s, total, dot = absorb(z, z, a, m, s, total, dot, SPREAD)
         for start in range(high, end, EDGE):
@@ -103,8 +138,10 @@ def long_statistics(
             others = tl.reshape(tl.where(c == true, float("-inf"), z), (1, LANES, VECTOR))
             a = z
             if SPREAD:
-                t = TARGET(target_ptr, t_rows, c, exists[:, None], live, classes, ignore_index, t_step, ACC)[2]
-                a = spread(t, keep, on, off, weight_ptr, c, exists, dense, ACC)
+                a = long_spread(
+                    target_ptr, t_rows, t_step, weight_ptr, keep, live, c, exists, classes, ignore_index, on, off,
+                    TARGET, ACC,
+                )  # fmt: skip
                 a = tl.reshape(a, (1, LANES, VECTOR))
             m, s, total, dot = absorb(tl.reshape(z, (1, LANES, VECTOR)), others, a, m, s, total, dot, SPREAD)
     return join(m[None, :], s[None, :], total[None, :], dot[None, :])
@@ -120,7 +157,6 @@ def long_gradient(
     """Write g * (A * exp(z - m - log s) - a) of the program's share of its row; zeros, unread, where it is ignored."""
     EDGE: tl.constexpr = LANES * VECTOR
     OUT: tl.constexpr = grad_ptr.dtype.element_ty
-    dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()
     true = tl.max(label, axis=0)
     z_true = tl.load(z_row + skip + label, mask=label >= 0, other=0.0).to(ACC)
     g_true = true_gradient(z_true, shift, log_s, total, g, label, on, off, weight_ptr, ACC)
@@ -137,18 +173,20 @@ def long_gradient(
             grad = scale * exponential(z - shift)
             if SPREAD:
                 c = start + tl.arange(0, CLASSES) - skip
-                inside = (c < classes)[:, None]
-                t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
-                a = spread(t, keep, on, off, weight_ptr, c, c < classes, dense, ACC)
-                grad -= g * tl.reshape(a, (CLASSES,))
+                grad -= g * long_spread(
+                    target_ptr, t_rows, t_step, weight_ptr, keep, live, c, c < classes, classes, ignore_index, on, off,
+                    TARGET, ACC,
+                )  # fmt: skip
             tl.store(out_row + start + tl.arange(0, CLASSES), grad.to(OUT))
         for start in range(high, end, EDGE):
             j, c, exists = positions(start, skip, end, EDGE)
             z = tl.load(z_row + j, mask=exists, other=float("-inf")).to(ACC)
             grad = scale * exponential(z - shift)
             if SPREAD:
-                t = TARGET(target_ptr, t_rows, c, exists[:, None], live, classes, ignore_index, t_step, ACC)[2]
-                grad -= g * tl.reshape(spread(t, keep, on, off, weight_ptr, c, exists, dense, ACC), (EDGE,))
+                grad -= g * long_spread(
+                    target_ptr, t_rows, t_step, weight_ptr, keep, live, c, exists, classes, ignore_index, on, off,
+                    TARGET, ACC,
+                )  # fmt: skip
             grad = tl.where(c == true, g_true, grad)
             tl.store(out_row + j, grad.to(OUT), mask=exists)
     fill_stop = tl.where(fill, stop, begin)
@@ -176,17 +214,12 @@ def cross_entropy_long_forward(
     """
     dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()
     spreads: tl.constexpr = dense or smoothing is not None
-    number, aligned, skip = long_row(sizes, logits_strides, parts, VECTOR)
-    z_row = logits_ptr + aligned
-    inner = sizes[len(sizes) - 1]
-    none = tl.zeros((1,), tl.int64)
-    t_rows = row_offsets(number // inner, (number % inner).to(tl.int64), sizes, target_strides) + none
-    t_step = target_strides[len(sizes)]
-    live = none == 0
-    on, off = smoothing_terms(smoothing, classes, ACC)
-    label, keep, _ = TARGET(
-        target_ptr, t_rows, tl.arange(0, 1), live[None, :], live, classes, ignore_index, t_step, ACC
+    number, aligned, skip, t_rows, live, label, keep = long_row(
+        target_ptr, sizes, logits_strides, target_strides, classes, parts, ignore_index, TARGET, ACC, VECTOR
     )
+    z_row = logits_ptr + aligned
+    t_step = target_strides[len(sizes)]
+    on, off = smoothing_terms(smoothing, classes, ACC)
     read = tl.max(keep, axis=0) != 0.0  # an ignored row is not
     begin, edge, stop = share(classes, skip, parts, read, CLASSES, LANES * VECTOR)
     m, s, total, dot = long_statistics(
@@ -197,11 +230,11 @@ def cross_entropy_long_forward(
         z_true = tl.load(z_row + skip + label, mask=label >= 0, other=float("-inf")).to(ACC)
         shift, log_s, total, loss, weight = close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC)
         store_rows(
-            loss_ptr, stats_ptr, sums_ptr, None, denominator_ptr, number + none, live, shift, log_s, total, loss,
+            loss_ptr, stats_ptr, sums_ptr, None, denominator_ptr, number + tl.arange(0, 1), live, shift, log_s, total, loss,
             weight, 3 if dense or weight_ptr is not None else 2, REDUCTION,
         )  # fmt: skip
     else:
-        place = parts_ptr + tl.program_id(0) + none
+        place = parts_ptr + tl.program_id(0) + tl.arange(0, 1)
         tl.store(place, m)
         tl.store(place + tl.num_programs(0), s)
         if spreads:
@@ -264,36 +297,28 @@ def cross_entropy_long_backward(
     """
     dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()
     saved: tl.constexpr = 3 if dense or weight_ptr is not None else 2
-    number, aligned, skip = long_row(sizes, logits_strides, parts, VECTOR)
-    inner = sizes[len(sizes) - 1]
-    none = tl.zeros((1,), tl.int64)
-    outer = number // inner
-    row = (number % inner).to(tl.int64)
-    if grad_strides is None:
-        out_row = grad_ptr + aligned
-    else:
-        out_row = grad_ptr + row_offsets(outer, row, sizes, grad_strides) - skip
-    t_rows = row_offsets(outer, row, sizes, target_strides) + none
-    t_step = target_strides[len(sizes)]
-    live = none == 0
-    on, off = smoothing_terms(smoothing, classes, ACC)
-    label, keep, _ = TARGET(
-        target_ptr, t_rows, tl.arange(0, 1), live[None, :], live, classes, ignore_index, t_step, ACC
+    number, aligned, skip, t_rows, live, label, keep = long_row(
+        target_ptr, sizes, logits_strides, target_strides, classes, parts, ignore_index, TARGET, ACC, VECTOR
     )
-    upstream = tl.load(upstream_ptr + row_offsets(outer, row, sizes, upstream_strides)).to(ACC)
+    out_row = long_output(grad_ptr, number, aligned, skip, sizes, grad_strides)
+    on, off = smoothing_terms(smoothing, classes, ACC)
+    inner = sizes[len(sizes) - 1]
+    upstream_ptr += row_offsets(number // inner, (number % inner).to(tl.int64), sizes, upstream_strides)
+    upstream = tl.load(upstream_ptr).to(ACC)
     wanted = number >= 0
     if GIVEN:
         wanted = upstream != 1.0
     if denominator_ptr is not None:
         upstream = upstream / tl.load(denominator_ptr)
-    shift = tl.load(stats_ptr + number * saved + none)
-    log_s = tl.load(stats_ptr + number * saved + 1 + none)
+    row_stats = stats_ptr + number * saved + tl.arange(0, 1)
+    shift = tl.load(row_stats)
+    log_s = tl.load(row_stats + 1)
     total = keep
     if saved == 3:
-        total = tl.load(stats_ptr + number * saved + 2 + none)
+        total = tl.load(row_stats + 2)
     begin, edge, stop = share(classes, skip, parts, number >= 0, CLASSES, LANES * VECTOR)
     long_gradient(
-        grad_ptr, out_row, logits_ptr + aligned, skip, target_ptr, t_rows, t_step, weight_ptr,
+        grad_ptr, out_row, logits_ptr + aligned, skip, target_ptr, t_rows, target_strides[len(sizes)], weight_ptr,
         shift, log_s, total, upstream, label, keep, live, wanted, classes, begin, edge, stop, ignore_index, on, off,
         dense or smoothing is not None, TARGET, ACC, CLASSES, LANES, VECTOR,
     )  # fmt: skip
@@ -313,23 +338,13 @@ def cross_entropy_long_both(
     """
     dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()
     spreads: tl.constexpr = dense or smoothing is not None
-    number, aligned, skip = long_row(sizes, logits_strides, 1, VECTOR)
-    z_row = logits_ptr + aligned
-    inner = sizes[len(sizes) - 1]
-    none = tl.zeros((1,), tl.int64)
-    outer = number // inner
-    row = (number % inner).to(tl.int64)
-    if grad_strides is None:
-        out_row = grad_ptr + aligned
-    else:
-        out_row = grad_ptr + row_offsets(outer, row, sizes, grad_strides) - skip
-    t_rows = row_offsets(outer, row, sizes, target_strides) + none
-    t_step = target_strides[len(sizes)]
-    live = none == 0
-    on, off = smoothing_terms(smoothing, classes, ACC)
-    label, keep, _ = TARGET(
-        target_ptr, t_rows, tl.arange(0, 1), live[None, :], live, classes, ignore_index, t_step, ACC
+    number, aligned, skip, t_rows, live, label, keep = long_row(
+        target_ptr, sizes, logits_strides, target_strides, classes, 1, ignore_index, TARGET, ACC, VECTOR
     )
+    z_row = logits_ptr + aligned
+    out_row = long_output(grad_ptr, number, aligned, skip, sizes, grad_strides)
+    t_step = target_strides[len(sizes)]
+    on, off = smoothing_terms(smoothing, classes, ACC)
     read = tl.max(keep, axis=0) != 0.0  # an ignored row is not
     begin, edge, stop = share(classes, skip, 1, read, CLASSES, LANES * VECTOR)
     m, s, total, dot = long_statistics(
@@ -346,6 +361,6 @@ def cross_entropy_long_both(
         ignore_index, on, off, spreads, TARGET, ACC, CLASSES, LANES, VECTOR,
     )  # fmt: skip
     store_rows(
-        loss_ptr, stats_ptr, sums_ptr, ticket_ptr, denominator_ptr, number + none, live, shift, log_s, total, loss,
-        weight, 3 if dense or weight_ptr is not None else 2, REDUCTION,
+        loss_ptr, stats_ptr, sums_ptr, ticket_ptr, denominator_ptr, number + tl.arange(0, 1), live,
+        shift, log_s, total, loss, weight, 3 if dense or weight_ptr is not None else 2, REDUCTION,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("layouts", "numerics", "loss", "autograd", "launch", "errors")
+TESTS = ("long_rows", "gradient_options", "layouts", "numerics", "loss", "autograd", "launch", "errors")
 
 
 class Mutant(NamedTuple):
@@ -25,36 +25,55 @@ class Mutant(NamedTuple):
     wrong: str
 
 
-KERNEL, ROWS, LAUNCH, TORCH = (
+KERNEL, LONG, ROWS, LAUNCH, TORCH = (
     "kernels/cross_entropy.py",
+    "kernels/long_rows.py",
     "kernels/rows.py",
     "softmax_fused/_launch.py",
     "softmax_fused/_torch_path.py",
 )
 MUTANTS = {
-    "forward reads classes beyond C": Mutant(KERNEL, 'mask=inside, other=float("-inf")).to(ACC)\n        m_new', 'mask=live[:, None], other=0.0).to(ACC)\n        m_new'),
-    "gradient written beyond C": Mutant(KERNEL, "grad.to(grad_ptr.dtype.element_ty), mask=inside", "grad.to(grad_ptr.dtype.element_ty), mask=live[:, None]"),
-    "running sum not rescaled": Mutant(KERNEL, "s = s * tl.exp(m - shift) +", "s = s +"),
-    "unguarded -inf": Mutant(KERNEL, 'shift = tl.where(m_new == float("-inf"), 0.0, m_new)', "shift = m_new"),
-    "0 * (-inf) is NaN": Mutant(KERNEL, "tl.sum(tl.where(a == 0.0, 0.0, a * z), axis=1)", "tl.sum(a * z, axis=1)"),
+    "tile reads classes beyond C": Mutant(KERNEL, "inside = exists[:, None] & live[None, :]\n        z = load_tile", "inside = (exists | True)[:, None] & live[None, :]\n        z = load_tile"),
+    "tile's gradient written beyond C": Mutant(KERNEL, "grad.to(grad_ptr.dtype.element_ty), mask=inside", "grad.to(grad_ptr.dtype.element_ty), mask=live[None, :]"),
+    "running sum not rescaled": Mutant(ROWS, "s = s * exponential(m - m_new) +", "s = s +"),
+    "running maximum starts too high": Mutant(ROWS, "-3.4028234663852886e38", "-1e38"),
+    "0 * (-inf) is NaN": Mutant(ROWS, "lane_sum(tl.where(a == 0.0, 0.0, a * (z - along(m_new, z))))", "lane_sum(a * (z - along(m_new, z)))"),
+    "<a, z - m> not shifted with m": Mutant(ROWS, "dot += tl.where(total == 0.0, 0.0, total * (m - m_new))", "dot += 0.0"),
     "true class cancels in the loss": Mutant(KERNEL, "tl.where(e_true == 1.0, log1p(s), tl.log(s + e_true))", "tl.log(s + e_true)"),
     "true class cancels in the gradient": Mutant(KERNEL, "expm1((z_true - shift) - log_s)", "(tl.exp((z_true - shift) - log_s) - 1.0)"),
-    "m and log s saved as one": Mutant(KERNEL, "tl.exp((z - shift[:, None]) - log_s[:, None])", "tl.exp(z - (shift + log_s)[:, None])"),
-    "ignored rows have a gradient": Mutant(KERNEL, "grad = tl.where(keep[:, None] == 0.0, 0.0, grad)", "grad = grad"),
-    "ignored rows count in the mean": Mutant(KERNEL, "tl.where(live & (keep == 1.0), 1.0, 0.0))\n        loss_sum", "tl.where(live, 1.0, 0.0))\n        loss_sum"),
-    "mean divides by rows, not weights": Mutant(KERNEL, "weight = tl.where(labelled, w_true,", "weight = tl.where(labelled, 1.0,"),
+    "true class counted twice": Mutant(LONG, 'tl.where(c == true, float("-inf"), z)', "z"),
+    "true class's gradient forgotten": Mutant(LONG, "grad = tl.where(c == true, g_true, grad)", "grad = grad"),
+    "m and log s saved as one": Mutant(LONG, "scale * exponential(z - shift)", "g * total * exponential(z - (shift + log_s))"),
+    "ignored rows have a gradient": Mutant(KERNEL, "grad = tl.where(keep[None, :] == 0.0, 0.0, grad)", "grad = grad"),
+    "ignored long rows have a gradient": Mutant(LONG, "read = wanted & (tl.max(keep, axis=0) != 0.0)", "read = wanted"),
+    "ignored long rows are left unwritten": Mutant(LONG, "fill_stop = tl.where(fill, stop, begin)", "fill_stop = begin"),
+    "ignored rows count in the mean": Mutant(KERNEL, "tl.where(keep == 1.0, 1.0, 0.0))", "1.0)"),
+    "mean divides by rows, not weights": Mutant(KERNEL, "return tl.where(label >= 0, w_true,", "return tl.where(label >= 0, 1.0,"),
     "mean gradient not divided": Mutant(KERNEL, "g = g / tl.load(denominator_ptr)", "g = g"),
+    "long mean gradient not divided": Mutant(LONG, "upstream = upstream / tl.load(denominator_ptr)", "upstream = upstream"),
+    "gradient in forward not divided": Mutant(KERNEL, "return 1.0 / denominator", "return denominator * 0.0 + 1.0"),
+    "gradient in forward divided by a part": Mutant(KERNEL, "denominator = tl.sum(tl.load(weights_ptr + tl.arange(0, 128)), axis=0)", "denominator = tl.load(weights_ptr)"),
+    "gradient in forward never corrected": Mutant(KERNEL, "live &= g != 1.0", "live &= g == 2.0"),
+    "long gradient in forward never corrected": Mutant(LONG, "wanted = upstream != 1.0", "wanted = upstream == 2.0"),
+    "gradient in forward given away twice": Mutant("softmax_fused/_autograd.py", "grad, ctx.ready = ctx.ready, None", "grad = ctx.ready"),
+    "logits lost, and nobody told": Mutant("softmax_fused/_autograd.py", "torch.autograd.graph.increment_version(logits)", "logits"),
+    "the last program does not reduce": Mutant(KERNEL, "== tl.num_programs(0) - 1:", "== tl.num_programs(0):"),
     "zero weight sum is not NaN": Mutant(KERNEL, 'weight = tl.where(weight == 0.0, float("nan"), weight)', "weight = weight"),
     "weight ignored for the true class": Mutant(KERNEL, "a_true = tl.where(labelled, on * w_true, 0.0)", "a_true = tl.where(labelled, on, 0.0)"),
-    "weight ignored in smoothing": Mutant(KERNEL, "return a * class_weight(weight_ptr, c, exists, ACC)[None, :]", "return a"),
-    "smoothing dropped from the gradient": Mutant(KERNEL, "grad -= g[:, None] * spread", "grad -= 0.0 * spread"),
+    "weight ignored in smoothing": Mutant(KERNEL, "return a * class_weight(weight_ptr, c, exists, ACC)[:, None]", "return a"),
+    "smoothing dropped from the gradient": Mutant(KERNEL, "grad -= g[None, :] * spread", "grad -= 0.0 * spread"),
     "partial sums added up twice": Mutant(KERNEL, "tl.load(sums_ptr + programs + i,", "tl.load(sums_ptr + i,"),
+    "a row's beginning is read unaligned": Mutant(LONG, "tl.where((skip > 0) & (begin < edge) & (begin == 0), EDGE, begin)", "begin"),
+    "a row's end is forgotten": Mutant(LONG, "tl.where(part == 2, tl.where(found, stop, low)", "tl.where(part == 2, low"),
+    "elements before the row are read": Mutant(LONG, "(j >= skip) & (j < end)", "j < end"),
+    "parts of a row overlap": Mutant(LONG, "stop = tl.where(wanted, tl.minimum(begin + size, length), begin)", "stop = tl.where(wanted, length, begin)"),
+    "parts of a row joined without rescaling": Mutant(LONG, "s = tl.sum(s * exponential(delta), axis=1)", "s = tl.sum(s, axis=1)"),
     "smoothing in single precision": Mutant(LAUNCH, "return high, value - high", "return high, 0.0"),
-    "32-bit row offsets": Mutant(ROWS, "(tl.program_id(0) % tiles).to(tl.int64) * ROWS", "(tl.program_id(0) % tiles).to(tl.int32) * ROWS"),
+    "32-bit row offsets": Mutant(ROWS, "(tile % tiles).to(tl.int64) * ROWS", "(tile % tiles).to(tl.int32) * ROWS"),
     "outer stride forgotten": Mutant(ROWS, "offset += (outer % sizes[i]).to(tl.int64) * strides[i]", "offset += (outer % sizes[i]).to(tl.int64)"),
     "class out of range has a loss": Mutant(ROWS, 'tl.where(known, 1.0, float("nan"))', "tl.where(known, 1.0, 1.0)"),
     "rows merged that do not follow one another": Mutant(LAUNCH, "kept[-1] == stride[i] * size for", "kept[-1] >= stride[i] * size for"),
-    "upstream gradient read as if contiguous": Mutant(LAUNCH, "rows.sizes, grad_strides, upstream_strides,", "rows.sizes, grad_strides, (*rows.strides[3][:-1][:-1], 1, 0),"),
+    "upstream gradient read as if contiguous": Mutant(LAUNCH, "*tensors, grad_strides, upstream_strides,", "*tensors, grad_strides, (*rows.strides[3][:-1][:-1], 1, 0),"),
     "weights read as if contiguous": Mutant(LAUNCH, "weight.contiguous()", "weight"),
     "torch path: smoothing dropped": Mutant(TORCH, "if smoothing:", "if False:"),
     "torch path: weight ignored": Mutant(TORCH, "dot = true if w is None else product(weights[part], true)", "dot = true"),
@@ -64,7 +83,7 @@ MUTANTS = {
     "torch path: true class cancels": Mutant(TORCH, "torch.where(p_true > 0.5, p.sum(1, keepdim=True), 1 - p_true)", "1 - p_true"),
     "torch path: range not checked": Mutant(TORCH, "if low < 0 or high >= classes:", "if False:"),
     "torch path: last chunk lost": Mutant(TORCH, "range(0, z.shape[0], step)", "range(0, z.shape[0] - step + 1, step)"),
-    "second backward doubled": Mutant("softmax_fused/_autograd.py", "grad = ctx.operations.gradient(upstream, logits", "ctx.n = getattr(ctx, 'n', 0) + 1\n            grad = ctx.n * ctx.operations.gradient(upstream, logits"),
+    "second backward doubled": Mutant("softmax_fused/_autograd.py", "grad = ctx.operations.gradient(*arguments)\n        return", "ctx.n = getattr(ctx, 'n', 0) + 1\n            grad = ctx.n * ctx.operations.gradient(*arguments)\n        return"),
     "second-order term dropped": Mutant("softmax_fused/_autograd.py", "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),
 }  # fmt: skip
 
