@@ -230,8 +230,8 @@ def cross_entropy_long_forward(
         z_true = tl.load(z_row + skip + label, mask=label >= 0, other=float("-inf")).to(ACC)
         shift, log_s, total, loss, weight = close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC)
         store_rows(
-            loss_ptr, stats_ptr, sums_ptr, None, denominator_ptr, number + tl.arange(0, 1), live, shift, log_s, total, loss,
-            weight, 3 if dense or weight_ptr is not None else 2, REDUCTION,
+            loss_ptr, stats_ptr, sums_ptr, None, denominator_ptr, number + tl.arange(0, 1), live,
+            shift, log_s, total, loss, weight, 3 if dense or weight_ptr is not None else 2, REDUCTION,
         )  # fmt: skip
     else:
         place = parts_ptr + tl.program_id(0) + tl.arange(0, 1)

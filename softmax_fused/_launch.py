@@ -1,8 +1,9 @@
-"""The kernels' host side, and the only module that imports triton: memory layout, tile choice, grid, launch."""
+"""The kernels' host side, and the only module that imports triton: tile choice, grid, launch."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from softmax_fused._layout import Rows, describe
 from softmax_fused.kernels.cross_entropy import (
     cross_entropy_backward,
     cross_entropy_both,
@@ -71,7 +73,13 @@ BOTH_WARPS = ((4096, 1, 1), (8192, 1, 2), (32768, 4, 2), (65536, 8, 2), (131072,
 WEIGHT_PROGRAMS = 128  # programs that sum a mean's denominator, each a part
 
 
-def long_tile(classes: int, itemsize: int, table: Sequence[tuple[float, int, int]]) -> Tile:
+def power_of_2(least: int) -> int:
+    """Return the power of 2 from `least` on; Triton's own function costs a microsecond."""
+    return 1 << (least - 1).bit_length()
+
+
+@functools.lru_cache(1024)
+def long_tile(classes: int, itemsize: int, table: tuple[tuple[float, int, int], ...]) -> Tile:
     """Return the tile for one long row."""
     warps, vectors = next(entry[1:] for entry in table if classes * itemsize <= entry[0])
     warps = min(warps, 16) if itemsize == 8 else warps  # 32 warps leave a thread 64 registers: float64 needs more
@@ -79,17 +87,18 @@ def long_tile(classes: int, itemsize: int, table: Sequence[tuple[float, int, int
     return Tile(1, vectors * vector * WARP * warps, warps, WARP * warps, vector)
 
 
-def choose_tile(classes: int, sizes: Sequence[int], classes_adjacent: bool, itemsize: int) -> Tile:
+@functools.lru_cache(1024)
+def choose_tile(classes: int, sizes: tuple[int, ...], classes_adjacent: bool, itemsize: int) -> Tile:
     """Return the tile for rows of `sizes` (outer..., inner), not long ones."""
     rows, inner = math.prod(sizes), sizes[-1]
-    step = min(TOGETHER if classes_adjacent else APART, triton.next_power_of_2(classes))
+    step = min(TOGETHER if classes_adjacent else APART, power_of_2(classes))
     if classes_adjacent and rows == inner <= ALONE and classes <= step:
-        return Tile(triton.next_power_of_2(rows), step, max(1, triton.next_power_of_2(rows) // WARP))
+        return Tile(power_of_2(rows), step, max(1, power_of_2(rows) // WARP))
     width = WARP if classes_adjacent else WARP * VECTOR_BYTES // itemsize
     warps = 4
     while warps > 1 and (rows < PROGRAMS * width * warps or inner < width * warps):
         warps //= 2
-    return Tile(min(triton.next_power_of_2(inner), width * warps), step, warps)
+    return Tile(min(power_of_2(inner), width * warps), step, warps)
 
 
 def split_rows(rows: int, classes: int, step: int) -> int:
@@ -97,60 +106,14 @@ def split_rows(rows: int, classes: int, step: int) -> int:
     return max(1, min(PROGRAMS // rows, classes // (2 * step)))
 
 
-def merge_rows(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """Merge neighbouring row dimensions wherever every tensor allows it, and drop those of size 1.
-
-    Returns the remaining sizes, at least one, and for each tensor its strides along them.
-    """
-    sizes: list[int] = []
-    merged: list[list[int]] = [[] for _ in strides]
-    for i, size in enumerate(shape):
-        if size == 1:
-            continue
-        if sizes and all(kept[-1] == stride[i] * size for kept, stride in zip(merged, strides, strict=True)):
-            sizes[-1] *= size
-            for kept, stride in zip(merged, strides, strict=True):
-                kept[-1] = stride[i]
-        else:
-            sizes.append(size)
-            for kept, stride in zip(merged, strides, strict=True):
-                kept.append(stride[i])
-    if not sizes:
-        return (1,), [(0,) for _ in strides]
-    return tuple(sizes), [tuple(kept) for kept in merged]
-
-
-class Rows(NamedTuple):
-    """Where rows and classes lie: row sizes (outer..., inner), and strides (outer..., inner, class) of each tensor."""
-
-    classes: int
-    sizes: tuple[int, ...]
-    strides: list[tuple[int, ...]]
-
-
-def describe(logits: Tensor, *others: Tensor) -> Rows:
-    """Describe the layout of logits (C,) or (N, C, d1..dk) and of tensors with or without the class dimension."""
-    class_dim = min(logits.ndim - 1, 1)
-    classes = logits.shape[class_dim]
-    shape = (*logits.shape[:class_dim], *logits.shape[class_dim + 1 :])
-    row_strides, class_strides = [], []
-    for tensor in (logits, *others):
-        stride = tensor.stride()
-        whole = tensor.ndim == logits.ndim
-        row_strides.append((*stride[:class_dim], *stride[class_dim + 1 :]) if whole else stride)
-        class_strides.append(stride[class_dim] if whole else 0)
-    sizes, merged = merge_rows(shape, *row_strides)
-    strides = [(*rows, step) for rows, step in zip(merged, class_strides, strict=True)]
-    return Rows(classes, sizes, strides)
-
-
 def launch(kernel: Any, programs: int, warps: int, device: torch.device, *args: Any) -> None:
     """Launch `kernel` on the device that holds its tensors."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         kernel[(programs,)](*args, num_warps=warps, **OPTIONS)
 
 
-def plan(rows: Rows, itemsize: int, table: Sequence[tuple[float, int, int]]) -> tuple[Tile, int]:
+def plan(rows: Rows, itemsize: int, table: tuple[tuple[float, int, int], ...]) -> tuple[Tile, int]:
     """Return the tile and the number of programs, before long rows are split."""
     adjacent = rows.strides[0][-1] == 1 or rows.classes == 1
     if adjacent and rows.classes > LONG:
@@ -239,10 +202,10 @@ def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save
             launch(
                 cross_entropy_combine, 1, 4, device,
                 out.loss, out.stats, out.denominator, pieces, *inputs, parts, *options,
-                triton.next_power_of_2(programs), triton.next_power_of_2(parts),
+                power_of_2(programs), power_of_2(parts),
             )  # fmt: skip
     if out.sums is not None:
-        block = min(1024, triton.next_power_of_2(programs))
+        block = min(1024, power_of_2(programs))
         launch(cross_entropy_reduce, 1, 4, device, out.loss, out.denominator, out.sums, programs, block)
     return out.loss, out.saved()
 

@@ -64,6 +64,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("the kernels run compiled on this machine's GPU instead")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(softmax_fused._launch, "PROGRAMS", 8)  # rows are split in two or more, not in hundreds
+    softmax_fused._launch.choose_tile.cache_clear()
     monkeypatch.setattr(InterpretedFunction, "__call__", call_helper)
 
 

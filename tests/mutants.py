@@ -72,7 +72,7 @@ MUTANTS = {
     "32-bit row offsets": Mutant(ROWS, "(tile % tiles).to(tl.int64) * ROWS", "(tile % tiles).to(tl.int32) * ROWS"),
     "outer stride forgotten": Mutant(ROWS, "offset += (outer % sizes[i]).to(tl.int64) * strides[i]", "offset += (outer % sizes[i]).to(tl.int64)"),
     "class out of range has a loss": Mutant(ROWS, 'tl.where(known, 1.0, float("nan"))', "tl.where(known, 1.0, 1.0)"),
-    "rows merged that do not follow one another": Mutant(LAUNCH, "kept[-1] == stride[i] * size for", "kept[-1] >= stride[i] * size for"),
+    "rows merged that do not follow one another": Mutant("softmax_fused/_layout.py", "kept[-1] == stride[i] * size for", "kept[-1] >= stride[i] * size for"),
     "upstream gradient read as if contiguous": Mutant(LAUNCH, "*tensors, grad_strides, upstream_strides,", "*tensors, grad_strides, (*rows.strides[3][:-1][:-1], 1, 0),"),
     "weights read as if contiguous": Mutant(LAUNCH, "weight.contiguous()", "weight"),
     "torch path: smoothing dropped": Mutant(TORCH, "if smoothing:", "if False:"),

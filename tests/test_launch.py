@@ -4,19 +4,26 @@ import pytest
 import torch
 
 from softmax_fused import _launch, cross_entropy
+from softmax_fused._layout import merge_rows
 from tests.cases import make_indices, make_logits
 from tests.conftest import Place
 
 
-def test_merge_rows() -> None:
-    assert _launch.merge_rows((4, 6), (6, 1)) == ((24,), [(1,)])
-    assert _launch.merge_rows((4, 6), (12, 1)) == ((4, 6), [(12, 1)])
-    assert _launch.merge_rows((4, 6), (12, 2), (6, 1)) == ((24,), [(2,), (1,)])
-    assert _launch.merge_rows((4, 6), (12, 2), (1, 4)) == ((4, 6), [(12, 2), (1, 4)])
-    assert _launch.merge_rows((4, 1, 6), (6, 99, 1)) == ((24,), [(1,)])
-    assert _launch.merge_rows((4, 6), (0, 0)) == ((24,), [(0,)])
-    assert _launch.merge_rows((1, 1), (5, 7)) == ((1,), [(0,)])
-    assert _launch.merge_rows((), ()) == ((1,), [(0,)])
+@pytest.mark.parametrize(
+    ("shape", "strides", "sizes", "merged"),
+    [
+        ((4, 6), [(6, 1)], (24,), [(1,)]),
+        ((4, 6), [(12, 1)], (4, 6), [(12, 1)]),
+        ((4, 6), [(12, 2), (6, 1)], (24,), [(2,), (1,)]),
+        ((4, 6), [(12, 2), (1, 4)], (4, 6), [(12, 2), (1, 4)]),
+        ((4, 1, 6), [(6, 99, 1)], (24,), [(1,)]),
+        ((4, 6), [(0, 0)], (24,), [(0,)]),
+        ((1, 1), [(5, 7)], (1,), [(0,)]),
+        ((), [()], (1,), [(0,)]),
+    ],
+)
+def test_merge_rows(shape: tuple, strides: list, sizes: tuple, merged: list) -> None:
+    assert merge_rows(shape, *strides) == (sizes, tuple(merged))
 
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 19, 128])
