@@ -129,48 +129,87 @@ def test_nothing_is_saved_that_nobody_needs(kernels: Place, monkeypatch: pytest.
     assert [tuple(tensor.shape) for tensor in kept[0][1]] == ([(8, 2), (1,)] if grad else [(1,)])
 
 
+OPTIONS = [{}, {"grad_in_forward": True}, {"inplace_backward": True}]
+
+
+def gradient(logits: torch.Tensor, target: torch.Tensor, options: dict[str, bool]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and gradient, of logits that an operation made."""
+    loss = cross_entropy(logits * 1, target, **options)
+    return loss, torch.autograd.grad(loss, logits)[0]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestOnGpu:
-    def test_no_host_synchronisation(self) -> None:
-        logits, target = make_logits((64, 1000), torch.float32, "cuda"), make_indices((64, 1000), "cuda")
-        cross_entropy(logits, target).backward()
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    @pytest.mark.parametrize("shape", [(64, 1000), (600, 10), (4, 50_257)], ids=str)
+    def test_no_host_synchronisation(self, shape: tuple[int, ...], options: dict[str, bool]) -> None:
+        logits, target = make_logits(shape, torch.float32, "cuda"), make_indices(shape, "cuda")
+        weight = torch.ones(shape[1], device="cuda")
+        gradient(logits, target, options)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            cross_entropy(logits, target, torch.ones(1000, device="cuda"), label_smoothing=0.1).backward()
+            gradient(logits, target, options)
+            cross_entropy(logits * 1, target, weight, label_smoothing=0.1, **options).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    @pytest.mark.parametrize("shape", [(256, 10), (600, 10), (64, 32_000), (4, 19, 64, 64)])
-    def test_cuda_graph_replays_what_eager_computes(self, shape: tuple[int, ...]) -> None:
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    @pytest.mark.parametrize("shape", [(256, 10), (600, 10), (64, 32_000), (600, 32_000), (4, 19, 64, 64)], ids=str)
+    def test_cuda_graph_replays_what_eager_computes(self, shape: tuple[int, ...], options: dict[str, bool]) -> None:
         logits, target = make_logits(shape, torch.float32, "cuda"), make_indices(shape, "cuda")
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            torch.autograd.grad(cross_entropy(logits, target), logits)
+            gradient(logits, target, options)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            loss = cross_entropy(logits, target)
-            (grad,) = torch.autograd.grad(loss, logits)
-        with torch.no_grad():
-            logits.copy_(torch.randn_like(logits))
-        graph.replay()
-        expected = cross_entropy(logits, target)
-        assert torch.equal(loss, expected)
-        assert torch.equal(grad, torch.autograd.grad(expected, logits)[0])
+            loss, grad = gradient(logits, target, options)
+        for _ in range(3):
+            with torch.no_grad():
+                logits.copy_(torch.randn_like(logits))
+            graph.replay()
+            expected, right = gradient(logits, target, options)
+            assert torch.equal(loss, expected)
+            assert torch.equal(grad, right)
 
-    def test_more_than_2_to_the_31_elements(self) -> None:
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    def test_the_same_every_time(self, options: dict[str, bool]) -> None:
+        for shape in ((5000, 10), (4096, 1000), (4, 19, 128, 128)):
+            logits, target = make_logits(shape, torch.float32, "cuda"), make_indices(shape, "cuda")
+            loss, grad = gradient(logits, target, options)
+            for _ in range(5):
+                again = gradient(logits, target, options)
+                assert torch.equal(again[0], loss)
+                assert torch.equal(again[1], grad)
+
+    @pytest.mark.parametrize(
+        ("options", "buffers"), [({}, 1), ({"grad_in_forward": True}, 1), ({"inplace_backward": True}, 0)], ids=str
+    )
+    def test_extra_memory_in_logits_sized_buffers(self, options: dict[str, bool], buffers: int) -> None:
+        leaf, target = make_logits((1024, 32_000), torch.bfloat16, "cuda"), make_indices((1024, 32_000), "cuda")
+        logits = leaf * 1
+        torch.autograd.grad(cross_entropy(leaf[:8] * 1, target[:8], **options), leaf)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.autograd.grad(cross_entropy(logits, target, **options), logits)
+        grown = torch.cuda.max_memory_allocated() - before
+        assert grown <= (buffers + 0.01) * logits.nbytes
+
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    def test_more_than_2_to_the_31_elements(self, options: dict[str, bool]) -> None:
         rows, classes = 17_000, 128_256
-        if torch.cuda.mem_get_info()[0] < 12e9:
-            pytest.skip("needs 12 GB of free GPU memory")
+        if torch.cuda.mem_get_info()[0] < 20e9:
+            pytest.skip("needs 20 GB of free GPU memory")
         logits = torch.zeros(rows, classes, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         with torch.no_grad():
             logits[-1, 7] = 20
         target = torch.full((rows,), 7, device="cuda")
-        loss = cross_entropy(logits, target, reduction="none")
-        (grad,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
+        made = logits * 1
+        loss = cross_entropy(made, target, reduction="none", **options)
+        (grad,) = torch.autograd.grad(loss, made, torch.ones_like(loss))
         uniform = torch.tensor(float(classes)).log().bfloat16()
         assert (loss[:-1].cpu() == uniform).all()
         assert loss[-1] < 1e-3
