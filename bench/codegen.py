@@ -11,7 +11,6 @@ compiled.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -29,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
 from bench.machine_code import Loop, inspect
+from bench.record import write_json
 from softmax_fused import _launch
 from softmax_fused._autograd import make_spec
 
@@ -122,11 +122,13 @@ def per_element(loops: list[Loop], count: str, elements: list[float]) -> float:
     return sum(getattr(loop, count) / size for loop, size in zip(loops, elements, strict=True))
 
 
-def describe(case: Case, dtype: str, name: str, compiled: Any, constants: dict[str, Any], warps: int) -> dict[str, Any]:
+def describe(
+    case: Case, dtype: str, kernel: str, compiled: Any, constants: dict[str, Any], warps: int
+) -> dict[str, Any]:
     """Count one kernel's machine code."""
     code = inspect(compiled.asm["cubin"])
     itemsize = getattr(torch, dtype).itemsize
-    mode = next((mode for mode in PASSES if name.endswith(mode)), None)
+    mode = next((mode for mode in PASSES if kernel.endswith(mode)), None)
     loops = code.element_loops()
     if mode is None:
         loops = []  # nothing there goes over the logits
@@ -138,13 +140,14 @@ def describe(case: Case, dtype: str, name: str, compiled: Any, constants: dict[s
         "registers": code.registers,
         "stack_bytes": code.stack,
         "local_accesses": code.local_accesses,
-        "instructions_per_element": round(per_element(loops, "instructions", elements), 2),
-        "ex2_per_element": round(per_element(loops, "ex2", elements), 3),
-        "shuffles_per_element": round(per_element(loops, "shuffles", elements), 3),
         "barriers_in_loops": sum(loop.barriers for loop in loops),
         "bulk_access_bits": min((bits for loop in loops for bits in loop.widths), default=None),
     }
-    if mode and loops and dtype != "float64":  # its arithmetic has units of its own, half as many or fewer
+    for name in ("instructions", "ex2", "shuffles"):
+        record[f"{name}_per_element"] = round(per_element(loops, name, elements), 3) if loops else None
+    if loops:
+        record["mode"] = mode
+    if loops and dtype != "float64":  # its arithmetic has units of its own, half as many or fewer
         logits = math.prod(case.shape)
         microseconds = {
             "bytes": (PASSES[mode] + (case.kind == "probabilities")) * itemsize * logits / BYTES_PER_US,
@@ -152,7 +155,7 @@ def describe(case: Case, dtype: str, name: str, compiled: Any, constants: dict[s
             "EX2": record["ex2_per_element"] * logits / EX2_PER_US,
         }
         bound = max(microseconds, key=lambda limit: microseconds[limit])
-        record |= {"mode": mode, "predicted_us": round(microseconds[bound], 2), "bound": bound}
+        record |= {"predicted_us": round(microseconds[bound], 2), "bound": bound}
     return record
 
 
@@ -194,8 +197,10 @@ def line(record: dict[str, Any]) -> str:
     if "registers" not in record:
         return f"{head} compiled"
     counts = (
-        f"{record['registers']:3} reg {record['stack_bytes']:3} stack  {record['instructions_per_element']:6.2f} instr "
-        f"{record['ex2_per_element']:5.2f} EX2 an element, {record['bulk_access_bits']} bits"
+        f"{record['registers']:3} reg {record['stack_bytes']:3} stack"
+        if record["instructions_per_element"] is None
+        else f"{record['registers']:3} reg {record['stack_bytes']:3} stack  {record['instructions_per_element']:6.2f} "
+        f"instr {record['ex2_per_element']:5.2f} EX2 an element, {record['bulk_access_bits']} bits"
     )
     time = f"  {record['predicted_us']:10,.1f} us ({record['bound']})" if "predicted_us" in record else ""
     kind = "" if record["kind"] == "indices" else f"  {record['kind']}"
@@ -220,9 +225,7 @@ def main() -> None:
             records += run.result()
             print(*map(line, records[-len(run.result()) :]), sep="\n", flush=True)
     if options.json:
-        partial = options.json.with_suffix(".partial")
-        partial.write_text(json.dumps(records, indent=1) + "\n")
-        partial.replace(options.json)
+        write_json(options.json, records)
 
 
 if __name__ == "__main__":

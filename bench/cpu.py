@@ -1,8 +1,12 @@
 """The CPU's table: `make bench-cpu`, or python -m bench.cpu [--json FILE] [--minutes M]. Wants an idle machine."""
 
 import json
+import sys
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
 from bench.cases import STEP, Case
 from bench.clocks import CpuClock

@@ -4,8 +4,11 @@ The most telling cases come first, so that a run that is stopped has them.
 """
 
 import sys
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
 from bench.cases import STEP, Case
 from bench.clocks import FLUSH_BYTES, CudaClock

@@ -45,8 +45,10 @@ class Code(NamedTuple):
         widest accesses and the most elements a turn: where the bulk goes through.
         """
         found = []
+        exponentials = any(loop.ex2 for loop in self.loops)  # in float64 there is no EX2; else the rest is sums of rows
         for wanted in (False, True):
             group = [loop for loop in self.loops if loop.load_bits and bool(loop.stores) is wanted]
+            group = [loop for loop in group if loop.ex2 or not exponentials]
             if group:
                 found.append(max(group, key=lambda loop: (loop.narrowest, loop.load_bits, loop.instructions)))
         return found

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
+
 from bench import figures, tables
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +20,15 @@ IMAGES = Path("docs/images")
 
 NOT_ON_A_GPU = "**Not measured on a GPU yet.** `make bench-gpu` does, in one command."
 
-PREDICTED = "### On an H100 or H200, predicted from the machine code, not measured"
+PREDICTED = """### On an H200, predicted from the machine code, not measured
+`python bench/codegen.py` counts what the compiler makes of the kernels for sm_90 and says what bytes, issue slots and EX2
+allow at best: no kernel can be faster, a real one will be slower.
+
+<details><summary>Instructions a logit and least times</summary>
+
+{}
+
+</details>"""
 
 
 def records(results: Path) -> dict[str, dict[str, Any]]:
@@ -63,7 +73,7 @@ def blocks(results: Path) -> dict[str, str]:
     return {
         "cpu": "\n\n".join(by_device["cpu"]),
         "gpu": "\n\n".join(by_device["cuda"]) or NOT_ON_A_GPU,
-        "predicted": f"{PREDICTED}\n\n{predicted}" if predicted else "",
+        "predicted": PREDICTED.format(predicted) if predicted else "",
     }
 
 

@@ -333,15 +333,22 @@ def test_memory_sentence() -> None:
     )
 
 
-KERNEL = {"kernel": "both", "target": "sm_90", "dtype": "bfloat16", "classes": 32_000, "registers": 32}
-KERNEL |= {"stack_bytes": 0, "instructions_per_element": 12.73, "ex2_per_element": 2.1, "predicted_us": 260.4}
+KERNEL = {
+    "kernel": "cross_entropy_long_both",
+    "target": "sm_90",
+    "dtype": "bfloat16",
+    "classes": 32_000,
+    "mode": "both",
+}
+KERNEL |= {"shape": [8192, 32_000], "kind": "indices", "registers": 32, "bound": "bytes", "stack_bytes": 0}
+KERNEL |= {"instructions_per_element": 12.73, "ex2_per_element": 2.1, "predicted_us": 260.4}
 
 
 def test_predicted_table() -> None:
-    others = [KERNEL | {"target": "sm_80"}, KERNEL | {"classes": 1000}]
+    others = [KERNEL | {"target": "sm_80"}, KERNEL | {"predicted_us": 3.0}]
     assert tables.predicted_table(others) == ""
     assert tables.predicted_table([*others, KERNEL]).splitlines()[2:] == [
-        "| both | bfloat16 | 32,000 | 32 | 12.7 | 2.10 | 0.26 ms |"
+        "| (8192, 32000) | bfloat16 | indices | both | 32 | 12.7 | 2.10 | 0.26 ms (bytes) |"
     ]
 
 

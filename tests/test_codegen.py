@@ -105,3 +105,6 @@ def test_elements_pass_the_widest_loop_that_reads_and_the_widest_that_also_write
     writes, fills = Loop(9, 1, 0, 0, 128, (128, 128), 1), Loop(3, 0, 0, 0, 0, (128,), 1)
     assert Code(32, 0, 0, [narrow, reads, fills, writes]).element_loops() == [reads, writes]
     assert Code(32, 0, 0, [fills]).element_loops() == []
+    sums = Loop(40, 0, 0, 0, 256, (128,) * 2, 0)
+    assert Code(32, 0, 0, [sums, reads]).element_loops() == [reads]
+    assert Code(32, 0, 0, [sums]).element_loops() == [sums]  # float64 has no EX2
