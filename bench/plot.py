@@ -21,8 +21,8 @@ IMAGES = Path("docs/images")
 NOT_ON_A_GPU = "**Not measured on a GPU yet.** `make bench-gpu` does, in one command."
 
 PREDICTED = """### On an H200, predicted from the machine code, not measured
-`python bench/codegen.py` counts what the compiler makes of the kernels for sm_90 and says what bytes, issue slots and EX2
-allow at best: no kernel can be faster, a real one will be slower.
+`python bench/codegen.py` counts what the compiler makes of the kernels for sm_90 and says what bytes, issue slots and
+EX2 allow at best: no kernel can be faster, a real one will be slower.
 
 <details><summary>Instructions a logit and least times</summary>
 
