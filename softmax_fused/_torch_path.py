@@ -1,9 +1,9 @@
 """The kernels' operations in pure torch: for CPU tensors, and for GPU tensors where Triton is absent.
 
-a = w * ((1 - e) t + keep * e / C),  A = sum(a),  loss = -<a, log p>,  gradient = g * (A * p - a)
+a = w * ((1 - e) t + keep * e / C),  A = sum(a),  loss = A * log s - <a, z - m>,  gradient = g * (A * p - a)
 
 The batch goes through in chunks that stay in the cache: the loss needs no logits-sized tensor, the gradient only its
-result.
+result. Of few logits the gradient is computed along with the loss.
 """
 
 from __future__ import annotations
@@ -12,47 +12,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from softmax_fused import _check
+from softmax_fused._torch_rows import Workspace, chunks, exponentials, few_classes, log_softmax, softmax, with_classes
+from softmax_fused._torch_targets import Indices, Probabilities, class_indices, probability_share
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
     from softmax_fused._autograd import Spec
 
-CHUNK = 2**20
-"""Elements in a chunk: 4 MiB of float32. They stay in the last-level cache, and chunks are few: each operation on one
-is a parallel region, which on a busy machine waits for its turn."""
-
-
-def chunks(z: Tensor) -> Iterator[slice]:
-    """Slice the batch dimension into pieces of about CHUNK elements."""
-    step = max(1, CHUNK * z.shape[0] // z.numel())
-    return (slice(i, i + step) for i in range(0, z.shape[0], step))
-
-
-def batched(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Give a single row (C,) and its target a batch dimension."""
-    return (logits.unsqueeze(0), target.unsqueeze(0)) if logits.ndim == 1 else (logits, target)
-
-
-def class_indices(target: Tensor, classes: int, spec: Spec) -> tuple[Tensor, Tensor | None]:
-    """Return class indices that can be gathered and, where rows are ignored, the mask of those that are not.
-
-    Raises:
-        IndexError: For a CPU tensor, if an index that is not ignored lies outside [0, C).
-    """
-    label = target.long()
-    keep = label != spec.ignore_index
-    if not label.is_cpu:
-        return label.masked_fill(~keep, 0), keep
-    every = bool(keep.all())
-    label = label if every else label.masked_fill(~keep, 0)
-    low, high = (int(bound) for bound in label.aminmax())
-    if low < 0 or high >= classes:
-        raise IndexError(_check.out_of_range(classes, spec.ignore_index, low if low < 0 else high))
-    return label, None if every else keep
+KEPT = 2**22
+"""On the CPU, up to so many logits the scalar losses keep the gradient for an upstream gradient of 1, as much memory as
+torch keeps (16 MiB of float32): 0.7 of the time. Page faults on more take longer than the softmax takes again."""
 
 
 def accumulated(weight: Tensor | None, ndim: int, spec: Spec) -> Tensor | None:
@@ -60,121 +32,141 @@ def accumulated(weight: Tensor | None, ndim: int, spec: Spec) -> Tensor | None:
     return None if weight is None else weight.to(spec.acc).view(-1, *[1] * (ndim - 2))
 
 
-def probability_share(t: Tensor, w: Tensor | None, spec: Spec) -> Tensor:
-    """Return a for class probabilities."""
-    a = t.to(spec.acc)
-    if spec.label_smoothing:
-        a = a * (1 - spec.label_smoothing) + spec.label_smoothing / t.shape[1]
-    return a if w is None else a * w
+def arranged(logits: Tensor, target: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Give a single row (C,) a batch dimension, and (N, C, d1..dk) one spatial dimension where that copies nothing."""
+    if logits.ndim == 1:
+        return logits.unsqueeze(0), target.unsqueeze(0), None if grad is None else grad.unsqueeze(0)
+    tensors = [logits, target] if grad is None else [logits, target, grad]
+    if logits.ndim > 3 and all(tensor.is_contiguous() for tensor in tensors):
+        tensors = [tensor.flatten(tensor.ndim - logits.ndim + 2) for tensor in tensors]
+    return tensors[0], tensors[1], None if grad is None else tensors[2]
 
 
-def product(a: Tensor, log_p: Tensor) -> Tensor:
-    """Return a * log p with 0 * (-inf) = 0; where log p is NaN, so is the result."""
-    return (a * log_p).masked_fill_((a == 0) & (log_p == -torch.inf), 0)
+def share_of(z: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> Indices | Probabilities:
+    """Return a, in the form that suits the target."""
+    w = accumulated(weight, z.ndim, spec)
+    return Indices(z, target, w, spec) if spec.indices else Probabilities(z, target, w, spec)
 
 
-def index_losses(z: Tensor, target: Tensor, w: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor]:
-    """Return every row's loss and its share of the mean's denominator."""
-    label, keep = class_indices(target, z.shape[1], spec)
-    smoothing = spec.label_smoothing
-    losses = z.new_empty(label.shape, dtype=spec.acc)
-    weights = torch.ones_like(losses) if w is None else w.flatten()[label]
-    for part in chunks(z):
-        log_p = torch.log_softmax(z[part], 1, dtype=spec.acc)
-        true = log_p.gather(1, label[part].unsqueeze(1)).squeeze(1)
-        dot = true if w is None else product(weights[part], true)
-        if smoothing:
-            spread = log_p.sum(1) if w is None else product(w.expand_as(log_p), log_p).sum(1)
-            dot = smoothing / z.shape[1] * spread + (0 if smoothing == 1 else (1 - smoothing) * dot)
-        torch.neg(dot, out=losses[part])
-    if keep is not None:
-        losses.masked_fill_(~keep, 0)
-        weights = weights.masked_fill(~keep, 0)
-    return losses, weights
+def sweep(
+    z: Tensor, a: Indices | Probabilities, spec: Spec, losses: Tensor | None, grad: Tensor | None, g: Tensor
+) -> None:
+    """Fill `losses`, `grad` or both, chunk by chunk; g, a scalar or (N, d1..dk), is what the gradient is scaled by."""
+    parts = chunks(z)
+    workspace = Workspace(z, parts[0], grad, spec.acc)
+    g = a.live(g.expand((z.shape[0], *z.shape[2:]))).unsqueeze(1)
+    for part in parts:
+        at = with_classes(part)
+        work = workspace.chunk(z[at], at)
+        if losses is None:
+            sums = softmax(z[at], work, workspace.few)
+        else:
+            log_softmax(z[at], work, workspace.few)
+            dot = a.dot(work, at)
+            sums = exponentials(work, workspace.few) if workspace.few or grad is not None else None
+            losses[part] = (-dot if sums is None else a.sum(at) * sums.log() - dot).squeeze(1)
+        if grad is not None:
+            a.gradient(work, sums, g[at], at, grad[at])
 
 
-def probability_losses(z: Tensor, t: Tensor, w: Tensor | None, spec: Spec) -> Tensor:
-    """Return every row's loss."""
-    losses = z.new_empty((z.shape[0], *z.shape[2:]), dtype=spec.acc)
-    for part in chunks(z):
-        log_p = torch.log_softmax(z[part], 1, dtype=spec.acc)
-        torch.neg(product(probability_share(t[part], w, spec), log_p).sum(1), out=losses[part])
-    return losses
+def keeps_gradient(logits: Tensor, spec: Spec) -> bool:
+    """Whether `loss` computes and saves the gradient."""
+    return logits.device.type == "cpu" and spec.reduction != "none" and logits.numel() <= KEPT
+
+
+def kept_shape(logits: Tensor) -> tuple[int, ...]:
+    """Return the shape of the gradient that is kept: as it was computed."""
+    return (logits.shape[1], logits.shape[0]) if few_classes(logits) else tuple(logits.shape)
 
 
 def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:  # noqa: ARG001
-    """Return the shapes of what `loss` saves: the denominator of a mean."""
-    return [()] if spec.reduction == "mean" else []
+    """Return the shapes of what `loss` saves: the denominator of a mean and, of few logits, the gradient."""
+    denominator: list[tuple[int, ...]] = [()] if spec.reduction == "mean" else []
+    return [*denominator, kept_shape(logits)] if keeps_gradient(logits, spec) else denominator
+
+
+def forward(
+    logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, grad: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Compute the loss and the denominator of a mean; fill `grad`, where given, for an upstream gradient of 1."""
+    z, t, out = arranged(logits, target, grad)
+    a = share_of(z, t, weight, spec)
+    losses = z.new_empty((z.shape[0], *z.shape[2:]), dtype=spec.acc)
+    if spec.reduction == "mean":
+        denominator = a.denominator()
+        denominator = denominator.masked_fill(denominator == 0, torch.nan)
+        sweep(z, a, spec, losses, out, 1 / denominator)
+        return (a.live(losses).sum() / denominator).to(spec.dtype), [denominator]
+    sweep(z, a, spec, losses, out, losses.new_ones(()))
+    losses = a.live(losses)
+    if spec.reduction == "sum":
+        return losses.sum().to(spec.dtype), []
+    return losses.view((*logits.shape[:1], *logits.shape[2:]) if logits.ndim > 1 else ()).to(spec.dtype), []
 
 
 def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save: bool) -> tuple[Tensor, list[Tensor]]:
-    """Compute the loss; with `save` also what `gradient` needs: the denominator of a mean."""
-    z, t = batched(logits, target)
-    w = accumulated(weight, z.ndim, spec)
-    if spec.indices:
-        losses, weights = index_losses(z, t, w, spec)
-        denominator = weights.sum()
-    else:
-        losses = probability_losses(z, t, w, spec)
-        denominator = losses.new_tensor(losses.numel())
-    if spec.reduction == "none":
-        return (losses.squeeze(0) if logits.ndim == 1 else losses).to(spec.dtype), []
-    if spec.reduction == "sum":
-        return losses.sum().to(spec.dtype), []
-    denominator = denominator.masked_fill(denominator == 0, torch.nan)
-    return (losses.sum() / denominator).to(spec.dtype), [denominator] if save else []
+    """Compute the loss; with `save` also what `gradient` needs."""
+    if not save or not keeps_gradient(logits, spec):
+        return forward(logits, target, weight, spec, None)
+    kept = logits.new_empty(kept_shape(logits), dtype=spec.acc)
+    value, saved = forward(logits, target, weight, spec, kept.t() if few_classes(logits) else kept)
+    return value, [*saved, kept]
 
 
 def gradient(
-    upstream: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, saved: Sequence[Tensor], spec: Spec
+    upstream: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    saved: Sequence[Tensor],
+    spec: Spec,
+    grad: Tensor | None = None,
 ) -> Tensor:
-    """Compute the gradient of the logits from what `loss` saved; `upstream` is a scalar or has the rows' shape."""
-    z, t = batched(logits, target)
-    w = accumulated(weight, z.ndim, spec)
-    grad = torch.empty_like(logits)
-    out = grad.unsqueeze(0) if logits.ndim == 1 else grad
-    g = upstream.to(spec.acc) / saved[0] if spec.reduction == "mean" else upstream.to(spec.acc)
-    g = g.expand((z.shape[0], *z.shape[2:])).unsqueeze(1)
-    if spec.indices:
-        index_gradient(out, g, z, t, w, spec)
-    else:
-        for part in chunks(z):
-            a = probability_share(t[part], w, spec)
-            p = torch.softmax(z[part], 1, dtype=spec.acc)
-            out[part] = p.mul_(a.sum(1, keepdim=True)).sub_(a).mul_(g[part])
+    """Compute the gradient of the logits from what `loss` or `loss_and_gradient` saved.
+
+    `upstream` is a scalar or has the rows' shape. `grad`, where given, is filled and returned; it may be `logits`.
+    """
+    grad = torch.empty_like(logits) if grad is None else grad
+    g = upstream.to(spec.acc)
+    if len(saved) == (2 if spec.reduction == "mean" else 1) and bool(g.isfinite()):  # else 0 * g is not 0
+        kept = saved[-1].t() if few_classes(logits) else saved[-1]
+        return torch.mul(kept, g, out=grad) if grad.dtype == spec.acc else grad.copy_(kept * g)
+    if spec.reduction == "mean":
+        g = g / saved[0]
+    z, t, out = arranged(logits, target, grad)
+    a = share_of(z, t, weight, spec)
+    sweep(z, a, spec, None, out, g if g.ndim == 0 else g.reshape((z.shape[0], *z.shape[2:])))
     return grad
 
 
-def index_gradient(out: Tensor, g: Tensor, z: Tensor, target: Tensor, w: Tensor | None, spec: Spec) -> None:
-    """Fill `out` with the gradient; the true class gets g * (A - a - A * (the others' p)): no digit cancels."""
-    label, keep = class_indices(target, z.shape[1], spec)
-    label = label.unsqueeze(1)
-    off = spec.label_smoothing / z.shape[1]
-    true = torch.ones_like(g) if w is None else w.flatten()[label]
-    total = true * (1 - spec.label_smoothing) + off * (z.shape[1] if w is None else w.sum())
-    rest = total - true * (1 - spec.label_smoothing + off)  # A - a
-    for part in chunks(z):
-        direct = out.dtype == spec.acc
-        p = out[part] if direct else z.new_empty(z[part].shape, dtype=spec.acc)
-        torch.softmax(z[part], 1, dtype=spec.acc, out=p)
-        p_true = p.gather(1, label[part])
-        p.scatter_(1, label[part], 0)
-        others = torch.where(p_true > 0.5, p.sum(1, keepdim=True), 1 - p_true)  # exact where 1 - p would cancel
-        p.mul_(total[part] * g[part])
-        if spec.label_smoothing:
-            p.sub_(off * g[part] if w is None else off * g[part] * w)
-        p.scatter_(1, label[part], (rest[part] - total[part] * others) * g[part])
-        if keep is not None:
-            p.masked_fill_(~keep[part].unsqueeze(1), 0)
-        if not direct:
-            out[part] = p
+def loss_and_gradient(
+    logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Compute the loss, the denominator of a mean, and the gradient for an upstream gradient of 1."""
+    grad = torch.empty_like(logits)
+    return *forward(logits, target, weight, spec, grad), grad
+
+
+def unless_one(
+    upstream: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    saved: Sequence[Tensor],
+    spec: Spec,
+    grad: Tensor,
+) -> Tensor:
+    """Return `grad`, the gradient for an upstream gradient of 1; for any other, computed again in its place."""
+    if upstream.is_cpu and bool((upstream == 1).all()):
+        return grad
+    return gradient(upstream, logits, target, weight, saved, spec, grad)
 
 
 def differentiable_gradient(
     upstream: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
 ) -> Tensor:
     """Compute the gradient in operations that autograd follows, for derivatives of higher order."""
-    z, t = batched(logits, target)
+    z, t, _ = arranged(logits, target, None)
     w = accumulated(weight, z.ndim, spec)
     p = torch.softmax(z, 1, dtype=spec.acc)
     rows = (z.shape[0], *z.shape[2:])

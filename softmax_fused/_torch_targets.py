@@ -1,0 +1,151 @@
+"""What the loss and its gradient need of a target, chunk by chunk: class indices, and class probabilities.
+
+a = w * ((1 - e) t + keep * e / C),  A = sum(a),  gradient = g * (A * p - a)
+
+`at` are the slices of a chunk of (N, C, d1..dk), where C may be 1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from softmax_fused import _check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from softmax_fused._autograd import Spec
+
+
+def class_indices(target: Tensor, classes: int, spec: Spec) -> tuple[Tensor, Tensor | None]:
+    """Return class indices that can be gathered and, where rows are ignored, the mask of those that are not.
+
+    Raises:
+        IndexError: For a CPU tensor, if an index that is not ignored lies outside [0, C).
+    """
+    label, keep = target.long(), None
+    if not label.is_cpu:
+        keep = label != spec.ignore_index
+        return label.masked_fill(~keep, 0), keep
+    low, high = (int(bound) for bound in label.aminmax())
+    if low <= spec.ignore_index <= high:  # else no row is ignored: one pass over the labels
+        keep = label != spec.ignore_index
+        label = label.masked_fill(~keep, 0)
+        low, high = (int(bound) for bound in label.aminmax())
+    if low < 0 or high >= classes:
+        raise IndexError(_check.out_of_range(classes, spec.ignore_index, low if low < 0 else high))
+    return label, keep
+
+
+def probability_share(t: Tensor, w: Tensor | None, spec: Spec) -> Tensor:
+    """Return a for class probabilities."""
+    a = t.to(spec.acc)
+    if spec.label_smoothing:
+        a = a * (1 - spec.label_smoothing) + spec.label_smoothing / t.shape[1]
+    return a if w is None else a * w
+
+
+def product(a: Tensor, log_p: Tensor) -> Tensor:
+    """Return a * log p with 0 * (-inf) = 0; where log p is NaN, so is the result."""
+    return (a * log_p).masked_fill_((a == 0) & (log_p == -torch.inf), 0)
+
+
+class Indices:
+    """a of class indices: everything a row needs of it is a number or two."""
+
+    def __init__(self, z: Tensor, target: Tensor, w: Tensor | None, spec: Spec) -> None:
+        label, self.keep = class_indices(target, z.shape[1], spec)
+        self.label = label.unsqueeze(1)
+        self.w, self.classes, self.smoothing = w, z.shape[1], spec.label_smoothing
+        self.off = self.smoothing / self.classes
+        self.true = z.new_ones((), dtype=spec.acc).expand(self.label.shape) if w is None else w.flatten()[self.label]
+        self.total = self.true * (1 - self.smoothing) + self.off * (self.classes if w is None else w.sum())
+        self.rest = self.total - self.true * (1 - self.smoothing + self.off)  # A - a of the true class
+
+    def live(self, rows: Tensor) -> Tensor:
+        """Return a number a row, (N, d1..dk), with 0 for ignored rows."""
+        return rows if self.keep is None else rows.masked_fill(~self.keep, 0)
+
+    def denominator(self) -> Tensor:
+        """Return what a mean divides by."""
+        return self.live(self.true.squeeze(1)).sum()
+
+    def dot(self, log_p: Tensor, at: tuple[slice, ...]) -> Tensor:
+        """Return <a, log p> of a chunk."""
+        true = log_p.gather(1, self.label[at])
+        if self.w is not None:
+            true = product(self.true[at], true)
+        if not self.smoothing:
+            return true
+        spread = log_p if self.w is None else product(self.w.expand_as(log_p), log_p)
+        return self.off * spread.sum(1, keepdim=True) + (0 if self.smoothing == 1 else (1 - self.smoothing) * true)
+
+    def sum(self, at: tuple[slice, ...]) -> Tensor:
+        """Return A of a chunk."""
+        return self.total[at]
+
+    def gradient(self, work: Tensor, sums: Tensor | None, g: Tensor, at: tuple[slice, ...], out: Tensor) -> None:
+        """Fill `out` with the gradient of a chunk from `work`, the numerators of p, and their sums where not 1.
+
+        The true class gets g * (A - a - A * (the others' p)), in which no digit cancels where the row is confident.
+        """
+        label, total = self.label[at], self.total[at]
+        others, scale = self.others(work, sums, label), total * g
+        if sums is not None:
+            others, scale = others / sums, scale / sums
+        result = out if out.dtype == work.dtype else work
+        torch.mul(work, scale, out=result)
+        if self.smoothing:
+            result.sub_(self.off * g if self.w is None else self.off * g * self.w)
+        result.scatter_(1, label, (self.rest[at] - total * others) * g)
+        if self.keep is not None:  # g is 0 there, and so is the rest
+            bad = others.isnan() & ~self.keep.unsqueeze(1)[at]
+            if not bad.is_cpu or bool(bad.any()):
+                result.masked_fill_(bad, 0)
+        if result is work:
+            out.copy_(work)
+
+    def others(self, work: Tensor, sums: Tensor | None, label: Tensor) -> Tensor:
+        """Return the sum of all numerators but the true class's; what `work` holds of that one may be lost."""
+        true = work.gather(1, label)
+        cancels = true > (0.5 if sums is None else 0.5 * sums)
+        others = (1 if sums is None else sums) - true
+        if others.is_cpu and not bool(cancels.any()):
+            return others
+        return torch.where(cancels, work.scatter_(1, label, 0).sum(1, keepdim=True), others)
+
+
+class Probabilities:
+    """a of class probabilities."""
+
+    def __init__(self, z: Tensor, target: Tensor, w: Tensor | None, spec: Spec) -> None:
+        self.t, self.w, self.spec = target, w, spec
+        self.rows = z.new_full((), z.numel() // z.shape[1], dtype=spec.acc)
+
+    def live(self, rows: Tensor) -> Tensor:
+        """Return a number a row as it is: none is ignored."""
+        return rows
+
+    def denominator(self) -> Tensor:
+        """Return what a mean divides by."""
+        return self.rows
+
+    def share(self, at: tuple[slice, ...]) -> Tensor:
+        """Return a of a chunk."""
+        return probability_share(self.t[at], self.w, self.spec)
+
+    def dot(self, log_p: Tensor, at: tuple[slice, ...]) -> Tensor:
+        """Return <a, log p> of a chunk."""
+        return product(self.share(at), log_p).sum(1, keepdim=True)
+
+    def sum(self, at: tuple[slice, ...]) -> Tensor:
+        """Return A of a chunk."""
+        return self.share(at).sum(1, keepdim=True)
+
+    def gradient(self, work: Tensor, sums: Tensor | None, g: Tensor, at: tuple[slice, ...], out: Tensor) -> None:
+        """Fill `out` with the gradient of a chunk from `work`, the numerators of p, and their sums where not 1."""
+        a = self.share(at)
+        total = a.sum(1, keepdim=True)
+        out.copy_(work.mul_(total if sums is None else total / sums).sub_(a).mul_(g))
