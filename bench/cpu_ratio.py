@@ -16,16 +16,19 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import softmax_fused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"ours": softmax_fused.cross_entropy, "torch": F.cross_entropy}
 LARGE = [(2048, 10_000), (512, 32_000), (256, 128_256)]

@@ -2,8 +2,7 @@
 
 a = w * ((1 - e) t + keep * e / C),  A = sum(a),  loss = A * log s - <a, z - m>,  gradient = g * (A * p - a)
 
-The batch goes through in chunks that stay in the cache: the loss needs no logits-sized tensor, the gradient only its
-result. Of few logits the gradient is computed along with the loss.
+The batch goes through in few large chunks: the loss needs no logits-sized tensor, the gradient only its result.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from softmax_fused._torch_rows import Workspace, chunks, exponentials, few_classes, log_softmax, softmax, with_classes
+from softmax_fused._torch_rows import Workspace, exponentials, log_softmax, softmax, with_classes
 from softmax_fused._torch_targets import Indices, Probabilities, class_indices, probability_share
 
 if TYPE_CHECKING:
@@ -21,10 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from softmax_fused._autograd import Spec
-
-KEPT = 2**22
-"""On the CPU, up to so many logits the scalar losses keep the gradient for an upstream gradient of 1, as much memory as
-torch keeps (16 MiB of float32): 0.7 of the time. Page faults on more take longer than the softmax takes again."""
 
 
 def accumulated(weight: Tensor | None, ndim: int, spec: Spec) -> Tensor | None:
@@ -52,10 +47,9 @@ def sweep(
     z: Tensor, a: Indices | Probabilities, spec: Spec, losses: Tensor | None, grad: Tensor | None, g: Tensor
 ) -> None:
     """Fill `losses`, `grad` or both, chunk by chunk; g, a scalar or (N, d1..dk), is what the gradient is scaled by."""
-    parts = chunks(z)
-    workspace = Workspace(z, parts[0], grad, spec.acc)
+    workspace = Workspace(z, grad, spec.acc)
     g = a.live(g.expand((z.shape[0], *z.shape[2:]))).unsqueeze(1)
-    for part in parts:
+    for part in workspace.parts:
         at = with_classes(part)
         work = workspace.chunk(z[at], at)
         if losses is None:
@@ -69,20 +63,9 @@ def sweep(
             a.gradient(work, sums, g[at], at, grad[at])
 
 
-def keeps_gradient(logits: Tensor, spec: Spec) -> bool:
-    """Whether `loss` computes and saves the gradient."""
-    return logits.device.type == "cpu" and spec.reduction != "none" and logits.numel() <= KEPT
-
-
-def kept_shape(logits: Tensor) -> tuple[int, ...]:
-    """Return the shape of the gradient that is kept: as it was computed."""
-    return (logits.shape[1], logits.shape[0]) if few_classes(logits) else tuple(logits.shape)
-
-
 def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:  # noqa: ARG001
-    """Return the shapes of what `loss` saves: the denominator of a mean and, of few logits, the gradient."""
-    denominator: list[tuple[int, ...]] = [()] if spec.reduction == "mean" else []
-    return [*denominator, kept_shape(logits)] if keeps_gradient(logits, spec) else denominator
+    """Return the shapes of what `loss` and `loss_and_gradient` save: the denominator of a mean."""
+    return [()] if spec.reduction == "mean" else []
 
 
 def forward(
@@ -105,12 +88,9 @@ def forward(
 
 
 def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save: bool) -> tuple[Tensor, list[Tensor]]:
-    """Compute the loss; with `save` also what `gradient` needs."""
-    if not save or not keeps_gradient(logits, spec):
-        return forward(logits, target, weight, spec, None)
-    kept = logits.new_empty(kept_shape(logits), dtype=spec.acc)
-    value, saved = forward(logits, target, weight, spec, kept.t() if few_classes(logits) else kept)
-    return value, [*saved, kept]
+    """Compute the loss; with `save` also what `gradient` needs: the denominator of a mean."""
+    value, saved = forward(logits, target, weight, spec, None)
+    return value, saved if save else []
 
 
 def gradient(
@@ -128,9 +108,6 @@ def gradient(
     """
     grad = torch.empty_like(logits) if grad is None else grad
     g = upstream.to(spec.acc)
-    if len(saved) == (2 if spec.reduction == "mean" else 1) and bool(g.isfinite()):  # else 0 * g is not 0
-        kept = saved[-1].t() if few_classes(logits) else saved[-1]
-        return torch.mul(kept, g, out=grad) if grad.dtype == spec.acc else grad.copy_(kept * g)
     if spec.reduction == "mean":
         g = g / saved[0]
     z, t, out = arranged(logits, target, grad)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 CHUNK = 2**22
 """Elements in a chunk: 16 MiB of float32. Beside a busy process a core, an operation on a chunk waits for a time slice,
-so chunks are large: 2**20 took twice as long there, and no less time on an idle machine."""
+so chunks are large: 2**20 took twice as long there. Where the work needs scratch, it and the chunks are half as large:
+new memory is page faults, and a scratch that stays in the cache is read again for nothing."""
 
 FEW = 16
 """Under so many classes a row does not fill the vectors of torch's softmax: ten classes take half the time with the
@@ -32,21 +33,21 @@ def few_classes(z: Tensor) -> bool:
     return z.ndim == 2 and z.shape[1] < FEW and z.shape[0] >= MANY
 
 
-def pieces(size: int, elements: int) -> list[slice]:
-    """Slice a dimension into equal pieces of at most CHUNK elements, of which each index has so many."""
-    step = math.ceil(size / min(size, math.ceil(size * elements / CHUNK)))
+def pieces(size: int, elements: int, limit: int) -> list[slice]:
+    """Slice a dimension, each index of which has so many elements, into equal pieces of at most `limit` elements."""
+    step = math.ceil(size / min(size, math.ceil(size * elements / limit)))
     return [slice(i, i + step) for i in range(0, size, step)]
 
 
-def chunks(z: Tensor) -> list[tuple[slice, ...]]:
+def chunks(z: Tensor, limit: int) -> list[tuple[slice, ...]]:
     """Slice the rows of (N, C, d1..dk): along the batch and, where one sample is too large, its longest dimension."""
     sample = z.numel() // z.shape[0]
-    batch = pieces(z.shape[0], sample)
+    batch = pieces(z.shape[0], sample, limit)
     if z.ndim == 2:
         return [(n,) for n in batch]
     longest = max(range(2, z.ndim), key=lambda dim: z.shape[dim])
     before = [slice(None)] * (longest - 2)
-    return [(n, *before, d) for n in batch for d in pieces(z.shape[longest], sample // z.shape[longest])]
+    return [(n, *before, d) for n in batch for d in pieces(z.shape[longest], sample // z.shape[longest], limit)]
 
 
 def with_classes(part: tuple[slice, ...]) -> tuple[slice, ...]:
@@ -55,15 +56,17 @@ def with_classes(part: tuple[slice, ...]) -> tuple[slice, ...]:
 
 
 class Workspace:
-    """Memory for one chunk in the accumulation type: a piece of the result where its layout serves, else scratch.
+    """The chunks, and memory to work on one in the accumulation type: the result where its layout serves, or scratch.
 
     One scratch serves every chunk: new memory for each would be page faults for each.
     """
 
-    def __init__(self, z: Tensor, part: tuple[slice, ...], result: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, z: Tensor, result: Tensor | None, dtype: torch.dtype) -> None:
         self.few = few_classes(z)
-        self.result = result if result is not None and self.suits(result[with_classes(part)], dtype) else None
-        self.scratch = None if self.result is not None else z.new_empty(z[with_classes(part)].numel(), dtype=dtype)
+        self.parts, self.result, self.scratch = chunks(z, CHUNK), result, None
+        if result is None or not self.suits(result[with_classes(self.parts[0])], dtype):
+            self.parts = chunks(z, CHUNK // 2)
+            self.scratch = z.new_empty(z[with_classes(self.parts[0])].numel(), dtype=dtype)
 
     def suits(self, result: Tensor, dtype: torch.dtype) -> bool:
         """Whether the work can be done right in the result."""

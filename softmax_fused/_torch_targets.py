@@ -60,9 +60,10 @@ class Indices:
         self.label = label.unsqueeze(1)
         self.w, self.classes, self.smoothing = w, z.shape[1], spec.label_smoothing
         self.off = self.smoothing / self.classes
-        self.true = z.new_ones((), dtype=spec.acc).expand(self.label.shape) if w is None else w.flatten()[self.label]
-        self.total = self.true * (1 - self.smoothing) + self.off * (self.classes if w is None else w.sum())
-        self.rest = self.total - self.true * (1 - self.smoothing + self.off)  # A - a of the true class
+        self.rows = z.new_ones((), dtype=spec.acc).expand(label.shape)
+        if w is not None:
+            self.true = w.flatten()[self.label]
+            self.total = self.true * (1 - self.smoothing) + self.off * w.sum()
 
     def live(self, rows: Tensor) -> Tensor:
         """Return a number a row, (N, d1..dk), with 0 for ignored rows."""
@@ -70,7 +71,9 @@ class Indices:
 
     def denominator(self) -> Tensor:
         """Return what a mean divides by."""
-        return self.live(self.true.squeeze(1)).sum()
+        if self.w is None and self.keep is None:
+            return self.rows.new_tensor(self.rows.numel())
+        return self.live(self.rows if self.w is None else self.true.squeeze(1)).sum()
 
     def dot(self, log_p: Tensor, at: tuple[slice, ...]) -> Tensor:
         """Return <a, log p> of a chunk."""
@@ -82,24 +85,28 @@ class Indices:
         spread = log_p if self.w is None else product(self.w.expand_as(log_p), log_p)
         return self.off * spread.sum(1, keepdim=True) + (0 if self.smoothing == 1 else (1 - self.smoothing) * true)
 
-    def sum(self, at: tuple[slice, ...]) -> Tensor:
+    def sum(self, at: tuple[slice, ...]) -> Tensor | float:
         """Return A of a chunk."""
-        return self.total[at]
+        return 1.0 if self.w is None else self.total[at]
+
+    def rest(self, at: tuple[slice, ...]) -> Tensor | float:
+        """Return A - a of the true class."""
+        return self.sum(at) - (1 if self.w is None else self.true[at]) * (1 - self.smoothing + self.off)
 
     def gradient(self, work: Tensor, sums: Tensor | None, g: Tensor, at: tuple[slice, ...], out: Tensor) -> None:
         """Fill `out` with the gradient of a chunk from `work`, the numerators of p, and their sums where not 1.
 
         The true class gets g * (A - a - A * (the others' p)), in which no digit cancels where the row is confident.
         """
-        label, total = self.label[at], self.total[at]
-        others, scale = self.others(work, sums, label), total * g
-        if sums is not None:
-            others, scale = others / sums, scale / sums
+        label, rest = self.label[at], self.rest(at)
+        others = self.others(work, label)
+        scale = g if self.w is None else self.total[at] * g
+        true = others * -scale if sums is None else others * -(scale := scale / sums)
         result = out if out.dtype == work.dtype else work
         torch.mul(work, scale, out=result)
         if self.smoothing:
             result.sub_(self.off * g if self.w is None else self.off * g * self.w)
-        result.scatter_(1, label, (self.rest[at] - total * others) * g)
+        result.scatter_(1, label, true if self.w is None and not self.smoothing else true.add_(rest * g))
         if self.keep is not None:  # g is 0 there, and so is the rest
             bad = others.isnan() & ~self.keep.unsqueeze(1)[at]
             if not bad.is_cpu or bool(bad.any()):
@@ -107,14 +114,17 @@ class Indices:
         if result is work:
             out.copy_(work)
 
-    def others(self, work: Tensor, sums: Tensor | None, label: Tensor) -> Tensor:
-        """Return the sum of all numerators but the true class's; what `work` holds of that one may be lost."""
+    def others(self, work: Tensor, label: Tensor) -> Tensor:
+        """Return the sum of all numerators but the true class's; what `work` holds of that one may be lost.
+
+        1 - p needs no pass over the chunk, but cancels in confident rows. Few classes are summed sooner than looked at.
+        """
+        if work.shape[1] < 64:
+            return work.scatter_(1, label, 0).sum(1, keepdim=True)
         true = work.gather(1, label)
-        cancels = true > (0.5 if sums is None else 0.5 * sums)
-        others = (1 if sums is None else sums) - true
-        if others.is_cpu and not bool(cancels.any()):
-            return others
-        return torch.where(cancels, work.scatter_(1, label, 0).sum(1, keepdim=True), others)
+        if true.is_cpu and bool(true.amax() <= 0.5):
+            return 1 - true
+        return torch.where(true > 0.5, work.scatter_(1, label, 0).sum(1, keepdim=True), 1 - true)
 
 
 class Probabilities:
@@ -140,7 +150,7 @@ class Probabilities:
         """Return <a, log p> of a chunk."""
         return product(self.share(at), log_p).sum(1, keepdim=True)
 
-    def sum(self, at: tuple[slice, ...]) -> Tensor:
+    def sum(self, at: tuple[slice, ...]) -> Tensor | float:
         """Return A of a chunk."""
         return self.share(at).sum(1, keepdim=True)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("long_rows", "gradient_options", "layouts", "numerics", "loss", "autograd", "launch", "errors")
+TESTS = ("long_rows", "gradient_options", "layouts", "numerics", "loss", "autograd", "launch", "errors", "torch_path")
 
 
 class Mutant(NamedTuple):
@@ -25,12 +25,14 @@ class Mutant(NamedTuple):
     wrong: str
 
 
-KERNEL, LONG, ROWS, LAUNCH, TORCH = (
+KERNEL, LONG, ROWS, LAUNCH, TORCH, TARGETS, CHUNKS = (
     "kernels/cross_entropy.py",
     "kernels/long_rows.py",
     "kernels/rows.py",
     "softmax_fused/_launch.py",
     "softmax_fused/_torch_path.py",
+    "softmax_fused/_torch_targets.py",
+    "softmax_fused/_torch_rows.py",
 )
 MUTANTS = {
     "tile reads classes beyond C": Mutant(KERNEL, "inside = exists[:, None] & live[None, :]\n        z = load_tile", "inside = (exists | True)[:, None] & live[None, :]\n        z = load_tile"),
@@ -75,14 +77,17 @@ MUTANTS = {
     "rows merged that do not follow one another": Mutant("softmax_fused/_layout.py", "kept[-1] == stride[i] * size for", "kept[-1] >= stride[i] * size for"),
     "upstream gradient read as if contiguous": Mutant(LAUNCH, "*tensors, grad_strides, upstream_strides,", "*tensors, grad_strides, (*rows.strides[3][:-1][:-1], 1, 0),"),
     "weights read as if contiguous": Mutant(LAUNCH, "weight.contiguous()", "weight"),
-    "torch path: smoothing dropped": Mutant(TORCH, "if smoothing:", "if False:"),
-    "torch path: weight ignored": Mutant(TORCH, "dot = true if w is None else product(weights[part], true)", "dot = true"),
-    "torch path: wrong denominator": Mutant(TORCH, "denominator = weights.sum()", "denominator = torch.ones_like(weights).sum()"),
-    "torch path: 0 * (-inf) is NaN": Mutant(TORCH, "return (a * log_p).masked_fill_((a == 0) & (log_p == -torch.inf), 0)", "return a * log_p"),
-    "torch path: ignored rows have a gradient": Mutant(TORCH, "if keep is not None:\n            p.masked_fill_", "if False:\n            p.masked_fill_"),
-    "torch path: true class cancels": Mutant(TORCH, "torch.where(p_true > 0.5, p.sum(1, keepdim=True), 1 - p_true)", "1 - p_true"),
-    "torch path: range not checked": Mutant(TORCH, "if low < 0 or high >= classes:", "if False:"),
-    "torch path: last chunk lost": Mutant(TORCH, "range(0, z.shape[0], step)", "range(0, z.shape[0] - step + 1, step)"),
+    "torch path: smoothing dropped": Mutant(TARGETS, "if not self.smoothing:", "if True:"),
+    "torch path: weight ignored": Mutant(TARGETS, "true = product(self.true[at], true)", "pass"),
+    "torch path: wrong denominator": Mutant(TARGETS, "self.rows if self.w is None else self.true.squeeze(1)", "self.rows"),
+    "torch path: 0 * (-inf) is NaN": Mutant(TARGETS, "return (a * log_p).masked_fill_((a == 0) & (log_p == -torch.inf), 0)", "return a * log_p"),
+    "torch path: ignored rows have a gradient": Mutant(TORCH, "g = a.live(g.expand((z.shape[0], *z.shape[2:]))).unsqueeze(1)", "g = g.expand((z.shape[0], *z.shape[2:])).unsqueeze(1)"),
+    "torch path: ignored NaN reaches the gradient": Mutant(TARGETS, "if self.keep is not None:  #", "if False:  #"),
+    "torch path: true class cancels": Mutant(TARGETS, "if true.is_cpu and bool(true.amax() <= 0.5):", "if True:"),
+    "torch path: range not checked": Mutant(TARGETS, "if low < 0 or high >= classes:", "if False:"),
+    "torch path: last chunk lost": Mutant(CHUNKS, "range(0, size, step)", "range(0, size - step + 1, step)"),
+    "torch path: sums of few classes forgotten": Mutant(TARGETS, "(scale := scale / sums)", "scale"),
+    "torch path: any upstream gradient is 1": Mutant(TORCH, "bool((upstream == 1).all())", "True"),
     "second backward doubled": Mutant("softmax_fused/_autograd.py", "grad = ctx.operations.gradient(*arguments)\n        return", "ctx.n = getattr(ctx, 'n', 0) + 1\n            grad = ctx.n * ctx.operations.gradient(*arguments)\n        return"),
     "second-order term dropped": Mutant("softmax_fused/_autograd.py", "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),
 }  # fmt: skip
@@ -101,7 +106,7 @@ def survives(mutant: Mutant) -> bool:
             raise SystemExit(f"{mutant.file} no longer contains: {mutant.right}")
         path.write_text(source.replace(mutant.right, mutant.wrong))
         tests = [f"tests/test_{name}.py" for name in TESTS]
-        place = "not interpreter" if mutant.file == TORCH else "interpreter or launch"
+        place = "not interpreter" if mutant.file in (TORCH, TARGETS, CHUNKS) else "interpreter or launch"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", "-k", place, *tests]
         run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True)
         return run.returncode == 0

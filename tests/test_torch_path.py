@@ -1,0 +1,105 @@
+"""The pure-torch operations: both in one sweep, results in the caller's memory, chunks along every dimension."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from softmax_fused import _torch_path, _torch_rows
+from softmax_fused._autograd import Spec, make_spec
+from tests import reference
+from tests.cases import ULPS, make_indices, make_logits, make_probabilities
+
+SHAPES = [(10,), (33, 10), (33, 70), (3, 17, 50), (2, 6, 8, 9)]
+
+
+def make(
+    shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool, reduction: str
+) -> tuple[Tensor, Tensor, Spec]:
+    logits = make_logits(shape, dtype, "cpu").detach()
+    target = make_probabilities(shape, dtype, "cpu") if probabilities else make_indices(shape, "cpu")
+    return logits, target, make_spec(logits, target, reduction, -100, 0.1, dtype)
+
+
+def assert_near(got: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    eps = ULPS[dtype] * torch.finfo(dtype).eps
+    size = truth.abs().max().item()
+    torch.testing.assert_close(got.double(), truth, rtol=eps, atol=eps * size + 1e-7 * (eps > 1e-4))
+
+
+@pytest.fixture(params=[2**22, 64], ids=["one chunk", "many chunks"], autouse=True)
+def chunk_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_torch_rows, "CHUNK", request.param)
+    monkeypatch.setattr(_torch_rows, "MANY", 8)
+
+
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_operation(shape: tuple[int, ...], dtype: torch.dtype, reduction: str, probabilities: bool) -> None:
+    logits, target, spec = make(shape, dtype, probabilities, reduction)
+    weight = torch.rand(shape[min(len(shape) - 1, 1)], dtype=torch.float64).to(dtype)
+    loss, saved, grad = _torch_path.loss_and_gradient(logits, target, weight, spec)
+    assert [tuple(s.shape) for s in saved] == _torch_path.saved_shapes(logits, weight, spec)
+    one = reference.cross_entropy(logits, target, weight, -100, reduction, 0.1)
+    assert_near(loss, one.loss, dtype)
+    assert_near(grad, one.grad, dtype)
+    ones = torch.ones_like(loss)
+    assert _torch_path.unless_one(ones, logits, target, weight, saved, spec, grad) is grad
+    upstream = torch.randn(loss.shape).to(dtype)
+    truth = reference.cross_entropy(logits, target, weight, -100, reduction, 0.1, upstream).grad
+    same = _torch_path.unless_one(upstream, logits, target, weight, saved, spec, grad)
+    assert same is grad
+    assert_near(grad, truth, dtype)
+    separate, kept = _torch_path.loss(logits, target, weight, spec, save=True)
+    assert_near(separate, one.loss, dtype)
+    assert_near(_torch_path.gradient(upstream, logits, target, weight, kept, spec), truth, dtype)
+    assert _torch_path.gradient(upstream, logits, target, weight, kept, spec, logits) is logits
+    assert_near(logits, truth, dtype)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x,
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    ],
+    ids=["contiguous", "classes first", "gaps"],
+)
+@pytest.mark.parametrize("shape", [(33, 10), (33, 70), (1, 19, 12, 40), (1, 5, 40, 12), (2, 3, 2, 300)], ids=str)
+def test_written_over_the_logits(shape: tuple[int, ...], layout: object) -> None:
+    logits, target, spec = make(shape, torch.float32, False, "mean")
+    truth = reference.cross_entropy(logits, target, label_smoothing=0.1).grad
+    logits = layout(logits)
+    _, saved = _torch_path.loss(logits, target, None, spec, save=True)
+    _torch_path.gradient(torch.ones(()), logits, target, None, saved, spec, logits)
+    assert_near(logits, truth, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(33, 10), (33, 70), (1, 5, 40, 12)], ids=str)
+def test_ignored_rows_that_hold_anything(shape: tuple[int, ...]) -> None:
+    logits, target, spec = make(shape, torch.float32, False, "mean")
+    target.view(-1)[::3] = -100
+    truth = reference.cross_entropy(logits, target, label_smoothing=0.1)
+    logits.masked_fill_((target == -100).unsqueeze(1), torch.nan)
+    loss, _, grad = _torch_path.loss_and_gradient(logits, target, None, spec)
+    assert_near(loss, truth.loss, torch.float32)
+    assert_near(grad, truth.grad, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 19, 12, 40), (7, 3, 5), (1, 2, 1, 999), (5, 100_000), (3, 2, 65, 1)], ids=str)
+def test_chunks_are_small_and_cover_every_row_once(shape: tuple[int, ...]) -> None:
+    seen = torch.zeros(shape[:1] + shape[2:])
+    for part in _torch_rows.chunks(torch.empty(shape), 4000):
+        seen[part] += 1
+        piece = torch.empty(shape)[_torch_rows.with_classes(part)]
+        assert piece.numel() <= max(4000, shape[1] * seen.numel() // max(seen.shape))
+    assert (seen == 1).all()
+
+
+def test_one_large_image_needs_scratch_of_a_chunk() -> None:
+    z = torch.empty(1, 19, 64, 64)
+    workspace = _torch_rows.Workspace(z, None, torch.float32)
+    assert workspace.scratch is not None
+    assert workspace.scratch.numel() <= max(_torch_rows.CHUNK // 2, 19 * 64)
