@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from softmax_fused._torch_rows import Workspace, exponentials, log_softmax, softmax, with_classes
+from softmax_fused._torch_rows import Workspace, exponentials, log_softmax, with_classes
 from softmax_fused._torch_targets import Indices, Probabilities, class_indices, probability_share
 
 if TYPE_CHECKING:
@@ -52,12 +52,10 @@ def sweep(
     for part in workspace.parts:
         at = with_classes(part)
         work = workspace.chunk(z[at], at)
-        if losses is None:
-            sums = softmax(z[at], work, workspace.few)
-        else:
-            log_softmax(z[at], work, workspace.few)
-            dot = a.dot(work, at)
-            sums = exponentials(work, workspace.few) if workspace.few or grad is not None else None
+        log_softmax(z[at], work, workspace.few)
+        dot = None if losses is None else a.dot(work, at)
+        sums = exponentials(work, workspace.few) if workspace.few or grad is not None else None
+        if losses is not None and dot is not None:
             losses[part] = (-dot if sums is None else a.sum(at) * sums.log() - dot).squeeze(1)
         if grad is not None:
             a.gradient(work, sums, g[at], at, grad[at])
@@ -93,6 +91,11 @@ def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save
     return value, saved if save else []
 
 
+def scales(upstream: Tensor, grad: Tensor, spec: Spec) -> bool:
+    """Whether a gradient for an upstream gradient of 1 is scaled to another: on the CPU, at one rounding's cost."""
+    return upstream.is_cpu and upstream.ndim == 0 and grad.dtype == spec.acc and bool(upstream.isfinite())
+
+
 def gradient(
     upstream: Tensor,
     logits: Tensor,
@@ -104,16 +107,18 @@ def gradient(
 ) -> Tensor:
     """Compute the gradient of the logits from what `loss` or `loss_and_gradient` saved.
 
-    `upstream` is a scalar or has the rows' shape. `grad`, where given, is filled and returned; it may be `logits`.
+    `upstream` is a scalar or has the rows' shape. `grad`, where given, is filled and returned; it may be `logits`. To
+    the bit what `loss_and_gradient` and `unless_one` give.
     """
     grad = torch.empty_like(logits) if grad is None else grad
-    g = upstream.to(spec.acc)
+    later = scales(upstream, grad, spec)
+    g = torch.ones_like(upstream, dtype=spec.acc) if later else upstream.to(spec.acc)
     if spec.reduction == "mean":
         g = g / saved[0]
     z, t, out = arranged(logits, target, grad)
     a = share_of(z, t, weight, spec)
     sweep(z, a, spec, None, out, g if g.ndim == 0 else g.reshape((z.shape[0], *z.shape[2:])))
-    return grad
+    return unless_one(upstream, logits, target, weight, saved, spec, grad) if later else grad
 
 
 def loss_and_gradient(
@@ -133,9 +138,11 @@ def unless_one(
     spec: Spec,
     grad: Tensor,
 ) -> Tensor:
-    """Return `grad`, the gradient for an upstream gradient of 1; for any other, computed again in its place."""
+    """Bring `grad`, the gradient for an upstream gradient of 1, to another: scaled, or computed again."""
     if upstream.is_cpu and bool((upstream == 1).all()):
         return grad
+    if scales(upstream, grad, spec):
+        return grad.mul_(upstream)
     return gradient(upstream, logits, target, weight, saved, spec, grad)
 
 

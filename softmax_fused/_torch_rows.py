@@ -104,12 +104,3 @@ def exponentials(work: Tensor, few: bool) -> Tensor | None:
         work.exp_()
         return None
     return work.mul_(math.log2(math.e)).exp2_().sum(1, keepdim=True)
-
-
-def softmax(z: Tensor, work: Tensor, few: bool) -> Tensor | None:
-    """Fill `work` with numerators of the softmax, and return their sums, None where they are 1."""
-    if few:
-        log_softmax(z, work, few)
-        return exponentials(work, few)
-    torch.softmax(readable(z, work), 1, out=work)
-    return None

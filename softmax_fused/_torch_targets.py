@@ -119,6 +119,8 @@ class Indices:
 
         1 - p needs no pass over the chunk, but cancels in confident rows. Few classes are summed sooner than looked at.
         """
+        if work.shape[1] == 1:
+            return 1 - work  # 0, or NaN where the row is
         if work.shape[1] < 64:
             return work.scatter_(1, label, 0).sum(1, keepdim=True)
         true = work.gather(1, label)

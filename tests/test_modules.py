@@ -12,12 +12,13 @@ from softmax_fused import CrossEntropyLoss, cross_entropy
 from tests.conftest import Place
 
 
-def test_signatures_are_torchs_and_backend() -> None:
+def test_signatures_are_torchs_and_keywords() -> None:
     for ours, theirs in ((CrossEntropyLoss, nn.CrossEntropyLoss), (cross_entropy, torch.nn.functional.cross_entropy)):
         mine, torchs = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
-        assert list(mine) == [*torchs, "backend"]
+        keywords = ["backend", "grad_in_forward", "inplace_backward"]
+        assert list(mine) == [*torchs, *keywords]
         assert all((mine[name].kind, mine[name].default) == (p.kind, p.default) for name, p in torchs.items())
-        assert mine["backend"].kind is inspect.Parameter.KEYWORD_ONLY
+        assert all(mine[name].kind is inspect.Parameter.KEYWORD_ONLY for name in keywords)
 
 
 def test_module_computes_the_function(place: Place) -> None:
