@@ -235,9 +235,20 @@ def compiled(
 def torch_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> Tensor:
-    """Let torch compute it, or refuse it with its own type of error and a clearer message."""
+    """Let torch compute it, or refuse it with its own type of error and a clearer message.
+
+    It is the call in which torch's function ends: what that looks at before, has been looked at here.
+    """
     try:
-        return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+        loss: Tensor = torch._C._nn.cross_entropy_loss(
+            input,
+            target,
+            weight,
+            _Reduction.get_enum(reduction),  # type: ignore[arg-type]  # torch's stub says str
+            ignore_index,
+            label_smoothing,
+        )
+        return loss
     except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         explained = _check.explain(error, input, target, weight, ignore_index, reduction, label_smoothing)
         if explained is error:
