@@ -108,7 +108,7 @@ class Indices:
             result.sub_(self.off * g if self.w is None else self.off * g * self.w)
         result.scatter_(1, label, true if self.w is None and not self.smoothing else true.add_(rest * g))
         if self.keep is not None:  # g is 0 there, and so is the rest
-            bad = others.isnan() & ~self.keep.unsqueeze(1)[at]
+            bad = true.isnan() & ~self.keep.unsqueeze(1)[at]
             if not bad.is_cpu or bool(bad.any()):
                 result.masked_fill_(bad, 0)
         if result is work:
@@ -119,9 +119,7 @@ class Indices:
 
         1 - p needs no pass over the chunk, but cancels in confident rows. Few classes are summed sooner than looked at.
         """
-        if work.shape[1] == 1:
-            return 1 - work  # 0, or NaN where the row is
-        if work.shape[1] < 64:
+        if 1 < work.shape[1] < 64:  # of one class, a NaN would be lost
             return work.scatter_(1, label, 0).sum(1, keepdim=True)
         true = work.gather(1, label)
         if true.is_cpu and bool(true.amax() <= 0.5):

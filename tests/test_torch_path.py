@@ -77,15 +77,31 @@ def test_written_over_the_logits(shape: tuple[int, ...], layout: object) -> None
     assert_near(logits, truth, torch.float32)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("classes", [slice(None), 0, 1], ids=["every class", "first class", "second class"])
 @pytest.mark.parametrize("shape", [(33, 10), (33, 70), (1, 5, 40, 12)], ids=str)
-def test_ignored_rows_that_hold_anything(shape: tuple[int, ...]) -> None:
+def test_ignored_rows_that_hold_anything(shape: tuple[int, ...], classes: object, value: float) -> None:
     logits, target, spec = make(shape, torch.float32, False, "mean")
     target.view(-1)[::3] = -100
     truth = reference.cross_entropy(logits, target, label_smoothing=0.1)
-    logits.masked_fill_((target == -100).unsqueeze(1), torch.nan)
+    logits[:, classes].masked_fill_((target == -100).unsqueeze(1) if classes == slice(None) else target == -100, value)
     loss, _, grad = _torch_path.loss_and_gradient(logits, target, None, spec)
     assert_near(loss, truth.loss, torch.float32)
     assert_near(grad, truth.grad, torch.float32)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("shape", [(33, 1), (33, 10), (33, 70), (2, 1, 9), (2, 5, 9)], ids=str)
+def test_bad_rows_have_a_bad_gradient(shape: tuple[int, ...], value: float) -> None:
+    logits, target, spec = make(shape, torch.float32, False, "none")
+    logits[1] = value
+    _, saved, grad = _torch_path.loss_and_gradient(logits, target, None, spec)
+    ones = torch.ones_like(target, dtype=torch.float32)
+    again = _torch_path.gradient(ones, logits, target, None, saved, spec)
+    for result in (grad, again):
+        assert result[1].isnan().all()
+        assert result[0].isfinite().all()
+        assert result[2:].isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(1, 19, 12, 40), (7, 3, 5), (1, 2, 1, 999), (5, 100_000), (3, 2, 65, 1)], ids=str)
