@@ -13,6 +13,7 @@ from softmax_fused.training.learner import OPTIMIZERS
 from softmax_fused.training.losses import LOSSES
 from softmax_fused.training.models import MODELS
 from softmax_fused.training.options import DataDir
+from softmax_fused.training.report_command import report
 
 app = typer.Typer(
     help="Softmax regression and an MLP on Fashion-MNIST, with the fused loss or with the losses it replaces.",
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 
 app.command()(data)
+app.command()(report)
 
 DEFAULT = TrainConfig()
 
