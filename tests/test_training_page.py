@@ -188,7 +188,10 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         write_report([run])
 
 
-@pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [1e-9, 3e-9], [-5.0, 1e6], list(range(1, 10_000)), [0.3] * 40])
+@pytest.mark.parametrize(
+    "values",
+    [[1.0], [0.0, 0.0], [1e-9, 3e-9], [-5.0, 1e6], [1e-7, 3.0], [1.0, 1001.0], list(range(1, 10_000)), [0.3] * 40],
+)
 def test_charts_stay_in_their_box(values: list[float]) -> None:
     chart = line_chart("title", {"a": values, "b": [values[0]]})
     points = [point for line in chart.lines for point in line.points]
@@ -221,3 +224,12 @@ def test_a_browser_shows_it_whole_on_any_screen_in_any_light(tmp_path: Path) -> 
                 grounds[scheme] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
         assert tab.evaluate("[...document.querySelectorAll('.scroll')].some(e => e.scrollWidth > e.clientWidth)")
     assert grounds == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}
+
+
+def test_values_of_many_magnitudes_get_a_logarithmic_scale() -> None:
+    chart = line_chart("Loss", {"train": [100.0, 1.0, 0.01]})
+    assert chart.title == "Loss (logarithmic scale)"
+    first, second, third = (point.y for point in chart.lines[0].points)
+    assert second - first == pytest.approx(third - second)
+    assert {"0.01", "1", "100"} <= {tick.text for tick in chart.y_ticks}
+    assert line_chart("Loss", {"train": [100.0, 1.0, 0.0]}).title == "Loss"

@@ -1,5 +1,6 @@
 """Line charts as numbers that a template draws in SVG: no colours, so that the page's own, light or dark, apply."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 360, 230  # about a phone's width, so that text keeps its size there
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 34  # margins
+INSET = 8  # between the vertical axis and the first point
+WIDE = 1000  # from this ratio on, small values would all lie on the axis
 MOST_MARKS = 30
 MOST_POINTS = 500  # more would not be told apart in this width
 
@@ -62,14 +65,17 @@ def line_chart(title: str, curves: Mapping[str, Sequence[float]]) -> Chart:
     """
     longest = max(len(values) for values in curves.values())
     every = [value for values in curves.values() for value in values]
-    low, high = _apart(min(every), max(every))
-    heights = [float(value) for value in MaxNLocator(nbins=5).tick_values(low, high) if low <= value <= high]
+    wide = min(every) > 0 and max(every) / min(every) > WIDE
+    scale = math.log10 if wide else float
+    low, high = _apart(scale(min(every)), scale(max(every)))
+    between = MaxNLocator(nbins=5, integer=wide).tick_values(low, high)
+    heights = [10.0**height if wide else float(height) for height in between if low <= height <= high]
 
     def x(epoch: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * ((epoch - 1) / (longest - 1) if longest > 1 else 0.5)
+        return LEFT + INSET + (WIDTH - LEFT - RIGHT - INSET) * ((epoch - 1) / (longest - 1) if longest > 1 else 0.5)
 
     def y(value: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
+        return TOP + (HEIGHT - TOP - BOTTOM) * (high - scale(value)) / (high - low)
 
     def line(label: str, values: Sequence[float]) -> Line:
         kept = range(0, len(values), -(-len(values) // MOST_POINTS) or 1)
@@ -78,7 +84,7 @@ def line_chart(title: str, curves: Mapping[str, Sequence[float]]) -> Chart:
 
     epochs = MaxNLocator(nbins=6, integer=True).tick_values(1, longest) if longest > 1 else [1]
     return Chart(
-        title,
+        f"{title} (logarithmic scale)" if wide else title,
         [line(label, values) for label, values in curves.items()],
         [Tick(x(epoch), f"{epoch:g}") for epoch in epochs if 1 <= epoch <= longest],
         [Tick(y(value), f"{value:.6g}") for value in heights],
