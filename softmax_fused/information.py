@@ -324,7 +324,8 @@ def perplexity_from_logits(logits: Tensor, dim: int = -1) -> Tensor:
 
 def _p_log_q(p: Tensor, q: Tensor) -> Tensor:
     """Return p log q; where both are 0, xlogy's gradient 0 / 0 would be NaN, so there q stands aside."""
-    return torch.special.xlogy(p, torch.where((p == 0) & (q == 0), 1.0, q))
+    product: Tensor = torch.special.xlogy(p, torch.where((p == 0) & (q == 0), 1.0, q))
+    return product
 
 
 def _mean(log_p: Tensor, values: Tensor, dim: int) -> Tensor:
@@ -362,7 +363,7 @@ def _pair(p_name: str, p: Tensor, q_name: str, q: Tensor, dim: int) -> tuple[Ten
     rule = f"{p_name} and {q_name} must have shapes that broadcast, with as many outcomes along dim {dim}"
     came = f"got {tuple(p.shape)} and {tuple(q.shape)}"
     try:
-        shape = torch.broadcast_shapes(p.shape, q.shape)
+        shape = torch.broadcast_shapes(p.shape, q.shape)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise RuntimeError(f"{rule}; {came}") from error
     if not -len(shape) <= dim < len(shape):
