@@ -109,6 +109,13 @@ def test_times_are_printed_a_line_each(
         assert line.endswith(" images/s")
 
 
+def test_more_workers_than_cores_are_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    batches = loading.start_workers(loading.book_loader(few_digits().train, 300, workers=2))
+    assert sum(len(labels) for _, labels in batches) == 300
+
+
 def test_a_terminal_sees_a_bar() -> None:
     reporter = Reporter()
     reporter.console = Console(file=io.StringIO(), force_terminal=True, width=70, _environ={"TERM": "xterm"})

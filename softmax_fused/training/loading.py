@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
@@ -56,8 +57,7 @@ def time_loading(split: Split, batch_size: int, reporter: Reporter, kept: Path) 
     try:
         for name, batches in ways(split, batch_size):
             start = perf_counter()
-            with signals_held():  # a worker forked now inherits a handler that does not raise
-                started = iter(batches)
+            started = start_workers(batches)
             images = sum(len(labels) for _, labels in tracked(started, steps, name, reporter))
             seconds[name] = perf_counter() - start
             speed = f"{images / seconds[name]:13,.0f} images/s"
@@ -66,6 +66,20 @@ def time_loading(split: Split, batch_size: int, reporter: Reporter, kept: Path) 
         done = f"{len(seconds)} of {len(WORKERS) + 1} ways timed"
         raise Stopped(f"stopped; {kept} is written, {done}", getattr(stop, "status", 130)) from None
     return seconds
+
+
+def start_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Return an iterator whose workers run, if it has any; one forked here inherits a handler that does not raise."""
+    with signals_held(), more_workers_than_cores():
+        return iter(batches)
+
+
+@contextmanager
+def more_workers_than_cores() -> Iterator[None]:
+    """Leave out torch's warning of them, when a loader is made and when it starts: they are measured on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
 
 
 def ways(split: Split, batch_size: int) -> Iterator[tuple[str, Iterable[Batch]]]:
@@ -78,9 +92,7 @@ def ways(split: Split, batch_size: int) -> Iterator[tuple[str, Iterable[Batch]]]
 
 def book_loader(split: Split, batch_size: int, workers: int) -> Iterable[Batch]:
     """Return the DataLoader of Dive into Deep Learning, section 4.2."""
-    with warnings.catch_warnings():
-        # more workers than cores are part of the measurement
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+    with more_workers_than_cores():
         loader: DataLoader[tuple[Tensor, int]] = DataLoader(
             OneByOne(split),
             batch_size=batch_size,
