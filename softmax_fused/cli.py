@@ -4,7 +4,7 @@ import sys
 from importlib.util import find_spec
 from typing import NoReturn
 
-EXTRA = ("matplotlib", "numpy", "platformdirs", "rich", "sklearn", "tensorboard", "torchvision", "typer")
+EXTRA = ("jinja2", "matplotlib", "numpy", "platformdirs", "rich", "sklearn", "tensorboard", "torchvision", "typer")
 
 
 def main(argv: list[str] | None = None) -> NoReturn:

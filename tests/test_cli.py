@@ -62,7 +62,7 @@ def test_a_command_must_be_complete(capsys: pytest.CaptureFixture[str], argument
 def test_help_names_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_cli(capsys, "--help")
     assert outcome.status == 0
-    assert all(command in outcome.out for command in ("train", "compare", "predict", "info"))
+    assert all(command in outcome.out for command in ("train", "compare", "predict", "data", "report", "info"))
     outcome = run_cli(capsys, "train", "--help")
     options = (
         "dataset model loss epochs batch-size lr optimizer device data-dir output seed workers amp compile resume quiet"

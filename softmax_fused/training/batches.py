@@ -64,7 +64,7 @@ class LoaderBatches:
             num_workers=workers,
             persistent_workers=True,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_leave_interrupts_to_the_parent,
+            worker_init_fn=leave_interrupts_to_the_parent,
             generator=torch.Generator().manual_seed(seed),  # else each epoch would draw from the global generator
         )
 
@@ -97,7 +97,8 @@ class _Rows(Dataset[Batch]):
         return self.split.images.index_select(0, rows), self.split.labels.index_select(0, rows)
 
 
-def _leave_interrupts_to_the_parent(worker: int) -> None:  # noqa: ARG001 - DataLoader passes the worker's number
+def leave_interrupts_to_the_parent(worker: int) -> None:  # noqa: ARG001 - DataLoader passes the worker's number
+    """Let the parent alone decide what Ctrl-C does to workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -7,10 +7,13 @@ import typer
 
 from softmax_fused.training.config import TrainConfig, check_name, check_range
 from softmax_fused.training.data import DATASETS
+from softmax_fused.training.data_command import data
 from softmax_fused.training.errors import UsageError
 from softmax_fused.training.learner import OPTIMIZERS
 from softmax_fused.training.losses import LOSSES
 from softmax_fused.training.models import MODELS
+from softmax_fused.training.options import DataDir
+from softmax_fused.training.report_command import report
 
 app = typer.Typer(
     help="Softmax regression and an MLP on Fashion-MNIST, with the fused loss or with the losses it replaces.",
@@ -18,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.command()(data)
+app.command()(report)
 
 DEFAULT = TrainConfig()
 
@@ -51,10 +57,6 @@ BatchSize = Annotated[int, typer.Option(parser=_whole, metavar="INTEGER", help="
 Lr = Annotated[float, typer.Option(parser=_number, metavar="NUMBER", help="Learning rate.")]
 OptimizerName = Annotated[str, typer.Option("--optimizer", metavar="|".join(OPTIMIZERS), help="Rule of the step.")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="auto: the first GPU, else the CPU.")]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the data sets, a torchvision root; else $SOFTMAX_FUSED_DATA, else a per-user cache."),
-]
 Output = Annotated[Path | None, typer.Option(help="Folder for the results; by default a new one under runs/.")]
 Seed = Annotated[
     int, typer.Option(parser=_whole, metavar="INTEGER", help="Of the initial weights and the order of the images.")

@@ -1,0 +1,122 @@
+"""What a report says about runs in its tables and charts: strings and curves, whatever a record lacks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from softmax_fused.training.charts import Chart, line_chart
+from softmax_fused.training.runs import Curves, RunRecord, curves_of
+
+WHAT = ("dataset", "model", "loss")
+HOW = ("optimizer", "lr", "batch_size")
+NAMES = {"lr": "learning rate"}
+ABSENT = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table of all runs."""
+
+    anchor: str
+    name: str
+    cells: dict[str, str]
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """A row of a comparison's table."""
+
+    name: str
+    cells: list[str]
+
+
+def series(run: RunRecord) -> dict[str, Curves]:
+    """Return a run's curves by contender: one nameless for a training run, the losses of a comparison."""
+    found = {name: curves_of(loss) for name, loss in run.losses.items()} or {"": run.curves}
+    return {name: curves for name, curves in found.items() if curves}
+
+
+def grouped(contenders: Mapping[str, Curves]) -> dict[str, Curves]:
+    """Return curves by what they measure: a run's losses share a chart, its accuracies, a comparison's contenders."""
+    groups: dict[str, Curves] = {}
+    for contender, curves in contenders.items():
+        for name, values in curves.items():
+            kin = [other for other in curves if other.rpartition("_")[2] == name.rpartition("_")[2]]
+            if contender or len(kin) == 1:
+                groups.setdefault(name, {})[contender or name] = values
+            else:
+                of, _, group = name.rpartition("_")
+                groups.setdefault(group, {})[of or group] = values
+    return groups
+
+
+def overlays(runs: list[RunRecord]) -> list[Chart]:
+    """Return a chart for each curve that several runs have."""
+    found: dict[str, Curves] = {}
+    owners: dict[str, set[str]] = {}
+    for run in runs:
+        for contender, curves in series(run).items():
+            for name, values in curves.items():
+                found.setdefault(name, {})[f"{run.name}: {contender}" if contender else run.name] = values
+                owners.setdefault(name, set()).add(run.name)
+    return [line_chart(as_words(name), curves) for name, curves in found.items() if len(owners[name]) > 1]
+
+
+def summary_rows(run: RunRecord, anchor: str) -> list[Row]:
+    """Return a run's rows of the first table: what was trained, each curve's last value, and how."""
+    config = run.part("config")
+    what, how = (
+        {name: as_setting(config[name]) for name in names if config.get(name) is not None} for names in (WHAT, HOW)
+    )
+    rows = []
+    for contender, curves in (series(run) or {"": {}}).items():
+        trained = what | ({"loss": contender} if contender else {})
+        epochs = {"epochs": as_number(len(next(iter(curves.values()), [])))}
+        finals = {name: as_number(values[-1]) for name, values in curves.items()}
+        rows.append(Row(anchor, run.name, trained | epochs | finals | how))
+    return rows
+
+
+def loss_rows(run: RunRecord) -> list[LossRow]:
+    """Return final loss, accuracy, distance from torch's loss and times of each loss of a comparison."""
+    rows = []
+    for name, loss in run.losses.items():
+        curves = curves_of(loss)
+        final = f"{curves['train_loss'][-1]:.6f}" if "train_loss" in curves else ABSENT
+        accuracy = as_number(curves["test_accuracy"][-1]) if "test_accuracy" in curves else ABSENT
+        distance = as_number(max(curves["largest_difference"])) if "largest_difference" in curves else ABSENT
+        rows.append(
+            LossRow(name, [final, accuracy, distance, _spread(loss.get("loss_us")), _spread(loss.get("step_us"))])
+        )
+    return rows
+
+
+def _spread(times: Any) -> str:
+    if not isinstance(times, dict) or not {"p20", "median", "p80"} <= set(times):
+        return ABSENT
+    return f"{times['median']:.0f} ({times['p20']:.0f} to {times['p80']:.0f})"
+
+
+def as_setting(value: Any) -> str:
+    """Return a setting as it was given."""
+    return f"{value:g}" if isinstance(value, float) else as_number(value)
+
+
+def as_words(name: str) -> str:
+    """Return a key as a heading."""
+    words = NAMES.get(name, name).replace("_", " ").replace("-", " ")
+    return words[:1].upper() + words[1:]
+
+
+def as_number(value: Any) -> str:
+    """Return any value as a cell shows it."""
+    if isinstance(value, list):
+        return ", ".join(map(as_number, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, (int, float)):
+        return ABSENT if value is None else str(value)
+    if isinstance(value, int) or value == 0:
+        return f"{value:,.0f}"
+    plain = 1e-3 <= abs(value) < 1e5
+    return f"{value:.4f}" if plain else f"{value:.2e}"
