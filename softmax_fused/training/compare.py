@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,10 +14,13 @@ from softmax_fused.training.batches import Batch, make_batches
 from softmax_fused.training.checkpoint import COMPARISON, create_folder, write_atomically, write_json
 from softmax_fused.training.config import TrainConfig, pick_device
 from softmax_fused.training.data import ImageData, data_root, load_dataset
+from softmax_fused.training.errors import UsageError
 from softmax_fused.training.figures import run_title
 from softmax_fused.training.learner import Learner, learner_for
 from softmax_fused.training.loop import mean_loss, predict_classes
-from softmax_fused.training.plots import plot_comparison, to_png
+from softmax_fused.training.losses import LOSSES, NATS
+from softmax_fused.training.plots import to_png
+from softmax_fused.training.plots_comparison import plot_comparison
 from softmax_fused.training.record import default_folder, surroundings
 from softmax_fused.training.report import Reporter
 
@@ -57,6 +61,9 @@ def compare(
 
     Returns:
         The folder.
+
+    Raises:
+        UsageError: if the data set has no classes.
     """
     reporter = reporter or Reporter()
     device = pick_device(config.device)
@@ -64,6 +71,10 @@ def compare(
     if data.fallback:
         reporter.fallback(config.dataset, data)
         config = replace(config, dataset=data.name)
+    if not data.classes:
+        raise UsageError(
+            f"expected a data set of classes to compare losses on, got {data.name}; use softmax-fused train"
+        )
     folder = create_folder(output or default_folder(f"compare-{config.dataset}-{config.model}"))
     data = data.to(device)
     contenders = {
@@ -76,12 +87,29 @@ def compare(
             report.finish("  ".join(f"{name} {contender.train_loss[-1]:.6f}" for name, contender in contenders.items()))
     record = {**surroundings(config, device), "dataset": data.describe(), "losses": _summaries(contenders)}
     del record["config"]["loss"]
-    title = f"{run_title(record)}, {record['device_name']}"
+    record["shows"] = describe_accuracies({name: one.test_accuracy for name, one in contenders.items()})
+    title = f"{run_title(record)}, {record['device_name']}\n{record['shows']}"
     write_json(folder / COMPARISON, record)
     write_atomically(folder / "compare.png", to_png(plot_comparison(title, record["losses"])))
     reporter.comparison(record["losses"])
+    reporter.line(record["shows"])
     reporter.result(str(folder))
     return folder
+
+
+def describe_accuracies(curves: dict[str, list[float]]) -> str:
+    """Return in one line who is ahead after the first epoch and after the last."""
+
+    def ranking(epoch: int) -> str:
+        ranked = sorted(curves, key=lambda name: -curves[name][epoch])
+        text = f"{ranked[0]} {curves[ranked[0]][epoch]:.4f}"
+        for ahead, name in pairwise(ranked):
+            text += f" {'=' if curves[ahead][epoch] == curves[name][epoch] else '>'} {name} {curves[name][epoch]:.4f}"
+        return text
+
+    epochs = len(next(iter(curves.values())))
+    last = f"; after epoch {epochs}: {ranking(-1)}" if epochs > 1 else ""
+    return f"test accuracy after epoch 1: {ranking(0)}{last}"
 
 
 def _epoch(contenders: dict[str, Contender], data: ImageData, batches: Iterable[Batch]) -> None:
@@ -98,7 +126,7 @@ def _epoch(contenders: dict[str, Contender], data: ImageData, batches: Iterable[
             losses[name].append(_step(contenders[name], images, labels))
     for name, contender in contenders.items():
         contender.step_losses.append(torch.stack(losses[name]).cpu().double())
-        contender.train_loss.append(mean_loss(losses[name], sizes))
+        contender.train_loss.append(mean_loss(losses[name], sizes, contender.learner.advice))
         right = predict_classes(contender.learner, data.test) == data.test.labels
         contender.test_accuracy.append(int(right.sum()) / len(right))
 
@@ -131,9 +159,10 @@ def _summaries(contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
     reference = contenders.get(REFERENCE)
     return {
         name: {
+            "unit": LOSSES[name].unit,
             "train_loss": contender.train_loss,
             "test_accuracy": contender.test_accuracy,
-            "largest_difference": _differences(contender, reference),
+            "largest_difference": _differences(contender, reference) if LOSSES[name].unit == NATS else None,
             "loss_us": _microseconds(contender.loss_seconds),
             "step_us": _microseconds(contender.step_seconds),
         }
@@ -142,7 +171,7 @@ def _summaries(contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
 
 
 def _differences(contender: Contender, reference: Contender | None) -> list[float] | None:
-    """Return the largest distance between a step's losses in each epoch; None where torch's loss did not take part."""
+    """Return the largest distance between a step's losses in each epoch; None where torch's did not take part."""
     if reference is None:
         return None
     pairs = zip(contender.step_losses, reference.step_losses, strict=True)

@@ -105,10 +105,22 @@ class EpochReport:
 def describe(results: dict[str, float], images: int) -> str:
     """Return one epoch in one line, units included."""
     seconds = results["epoch_seconds"]
-    return (
-        f"train loss {results['train_loss']:.4f}  accuracy train {results['train_accuracy']:.4f} "
-        f"test {results['test_accuracy']:.4f}  {seconds:.2f} s  {images / seconds:,.0f} images/s"
-    )
+    if "test_loss" in results:
+        scores, unit = f"test loss {results['test_loss']:.3g}", "examples"
+    else:
+        scores, unit = f"accuracy train {results['train_accuracy']:.4f} test {results['test_accuracy']:.4f}", "images"
+    loss = f"{results['train_loss']:.4f}" if unit == "images" else f"{results['train_loss']:.3g}"
+    return f"train loss {loss}  {scores}  {seconds:.2f} s  {images / seconds:,.0f} {unit}/s"
+
+
+def describe_parameters(parameters: dict[str, Any]) -> str:
+    """Return a linear model's weights and bias, beside those the data were made with."""
+
+    def text(weights: list[float], bias: float, digits: int) -> str:
+        return f"weights {', '.join(f'{weight:.{digits}f}' for weight in weights)}  bias {bias:.{digits}f}"
+
+    found = text(parameters["weights"], parameters["bias"], 4)
+    return f"{found}  (made with {text(parameters['true_weights'], parameters['true_bias'], 1)})"
 
 
 def _bar(console: Console, label: str) -> Progress:
