@@ -153,8 +153,9 @@ def train(
 def compare(
     context: typer.Context,
     losses: Annotated[
-        str, typer.Option(help="Which to train side by side, with commas between.")
-    ] = "fused,torch,scratch",
+        str | None,
+        typer.Option(help="Which to train side by side, with commas between.", show_default="fused,torch,scratch"),
+    ] = None,
     dataset: Dataset = DEFAULT.dataset,
     model: Model = None,
     epochs: Epochs = None,
@@ -173,9 +174,10 @@ def compare(
 
     given = _given_settings(context)
     config = TrainConfig.fitting(given)
-    names = [name.strip() for name in losses.split(",")]
+    known = losses_for(config.dataset)
+    names = known[:3] if losses is None else [name.strip() for name in losses.split(",")]
     for name in names:
-        check_name("losses", name, losses_for(config.dataset), f" for --dataset {config.dataset}")
+        check_name("losses", name, known, f" for --dataset {config.dataset}")
     if len(set(names)) < len(names):
         raise UsageError(f"expected --losses without repetition, got {losses!r}; name each loss once")
     compare(names, config, output=output, fallback="dataset" not in given, reporter=Reporter(quiet=quiet))
