@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from softmax_fused.training.compare import compare, describe_accuracies
+from softmax_fused.training.compare import compare
+from softmax_fused.training.comparison import describe_accuracies
 from softmax_fused.training.config import TrainConfig
 from softmax_fused.training.data import pair
 from softmax_fused.training.errors import LabError, UsageError

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from softmax_fused.training.batches import Batch, make_batches
 from softmax_fused.training.checkpoint import COMPARISON, create_folder, write_atomically, write_json
+from softmax_fused.training.comparison import describe_accuracies, largest_differences, microseconds
 from softmax_fused.training.config import TrainConfig, pick_device
 from softmax_fused.training.data import ImageData, data_root, load_dataset
 from softmax_fused.training.errors import UsageError
@@ -24,7 +24,6 @@ from softmax_fused.training.plots_comparison import plot_comparison
 from softmax_fused.training.record import default_folder, surroundings
 from softmax_fused.training.report import Reporter
 
-WARM_UP = 10  # steps whose times are not counted
 REFERENCE = "torch"
 
 
@@ -87,29 +86,20 @@ def compare(
             report.finish("  ".join(f"{name} {contender.train_loss[-1]:.6f}" for name, contender in contenders.items()))
     record = {**surroundings(config, device), "dataset": data.describe(), "losses": _summaries(contenders)}
     del record["config"]["loss"]
-    record["shows"] = describe_accuracies({name: one.test_accuracy for name, one in contenders.items()})
-    title = f"{run_title(record)}, {record['device_name']}\n{record['shows']}"
-    write_json(folder / COMPARISON, record)
-    write_atomically(folder / "compare.png", to_png(plot_comparison(title, record["losses"])))
-    reporter.comparison(record["losses"])
-    reporter.line(record["shows"])
-    reporter.result(str(folder))
+    _write(folder, record, reporter)
     return folder
 
 
-def describe_accuracies(curves: dict[str, list[float]]) -> str:
-    """Return in one line who is ahead after the first epoch and after the last."""
-
-    def ranking(epoch: int) -> str:
-        ranked = sorted(curves, key=lambda name: -curves[name][epoch])
-        text = f"{ranked[0]} {curves[ranked[0]][epoch]:.4f}"
-        for ahead, name in pairwise(ranked):
-            text += f" {'=' if curves[ahead][epoch] == curves[name][epoch] else '>'} {name} {curves[name][epoch]:.4f}"
-        return text
-
-    epochs = len(next(iter(curves.values())))
-    last = f"; after epoch {epochs}: {ranking(-1)}" if epochs > 1 else ""
-    return f"test accuracy after epoch 1: {ranking(0)}{last}"
+def _write(folder: Path, record: dict[str, Any], reporter: Reporter) -> None:
+    """Write compare.json and compare.png, and print what they show."""
+    losses = record["losses"]
+    record["shows"] = describe_accuracies({name: loss["test_accuracy"] for name, loss in losses.items()})
+    title = f"{run_title(record)}, {record['device_name']}\n{record['shows']}"
+    write_json(folder / COMPARISON, record)
+    write_atomically(folder / "compare.png", to_png(plot_comparison(title, losses)))
+    reporter.comparison(losses)
+    reporter.line(record["shows"])
+    reporter.result(str(folder))
 
 
 def _epoch(contenders: dict[str, Contender], data: ImageData, batches: Iterable[Batch]) -> None:
@@ -162,23 +152,14 @@ def _summaries(contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
             "unit": LOSSES[name].unit,
             "train_loss": contender.train_loss,
             "test_accuracy": contender.test_accuracy,
-            "largest_difference": _differences(contender, reference) if LOSSES[name].unit == NATS else None,
-            "loss_us": _microseconds(contender.loss_seconds),
-            "step_us": _microseconds(contender.step_seconds),
+            "largest_difference": _distances(contender, reference) if LOSSES[name].unit == NATS else None,
+            "loss_us": microseconds(contender.loss_seconds),
+            "step_us": microseconds(contender.step_seconds),
         }
         for name, contender in contenders.items()
     }
 
 
-def _differences(contender: Contender, reference: Contender | None) -> list[float] | None:
+def _distances(contender: Contender, reference: Contender | None) -> list[float] | None:
     """Return the largest distance between a step's losses in each epoch; None where torch's did not take part."""
-    if reference is None:
-        return None
-    pairs = zip(contender.step_losses, reference.step_losses, strict=True)
-    return [float((ours - theirs).abs().max()) for ours, theirs in pairs]
-
-
-def _microseconds(seconds: list[float]) -> dict[str, float]:
-    times = torch.tensor(seconds[WARM_UP:] or seconds, dtype=torch.float64) * 1e6
-    p20, middle, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return {"p20": p20, "median": middle, "p80": p80}
+    return None if reference is None else largest_differences(contender.step_losses, reference.step_losses)
