@@ -23,7 +23,7 @@ def evaluate(learner: Learner, data: ImageData) -> tuple[dict[str, float], dict[
     if data.classes:
         counts = confusion_matrix(predict_classes(learner, data.test), data.test, len(data.classes)).cpu()
         return {"test_accuracy": int(counts.diagonal().sum()) / len(data.test)}, _of_classes(counts, data.classes)
-    loss = learner.loss(predict_outputs(learner, data.test), data.test.labels).item()
+    loss = learner.loss(predict_outputs(learner, data.test).float(), data.test.labels).item()  # as in training
     weights, bias = read_parameters(learner, data.test.images)
     found = {"weights": weights, "bias": bias}
     true = {"true_weights": list(data.truth[:-1]), "true_bias": data.truth[-1]} if data.truth else {}
