@@ -18,13 +18,13 @@ from softmax_fused.training.batches import MemoryBatches
 from softmax_fused.training.data import data_root, load_dataset, to_input
 from softmax_fused.training.learner import Learner, build_learner
 from softmax_fused.training.loop import predict_classes, train_epoch
-from softmax_fused.training.losses import LOSSES
-from softmax_fused.training.models import build_model
+from softmax_fused.training.losses import build_loss
+from softmax_fused.training.models import Model, build_model
 
 BATCH = 256
 
 
-def bare_epoch(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def bare_epoch(model: Model, images: Tensor, labels: Tensor) -> float:
     """Seconds of one epoch."""
     loss, optimizer = nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1)
     start = perf_counter()
@@ -43,7 +43,7 @@ def main(rounds: int) -> None:
     batches = MemoryBatches(data.train, BATCH, 0, cpu)
     bare = build_model("softmax", 10)
     learners: dict[str, Learner] = {
-        name: build_learner(build_model("softmax", 10), LOSSES[name](), device=cpu) for name in ("torch", "fused")
+        name: build_learner(build_model("softmax", 10), build_loss(name), device=cpu) for name in ("torch", "fused")
     }
     seconds: dict[str, list[float]] = {"bare loop": [], **{f"lab, {name}": [] for name in learners}, "test set": []}
     for number in range(rounds + 1):  # the first round warms up

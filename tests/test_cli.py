@@ -10,6 +10,7 @@ import pytest
 
 from softmax_fused import cli
 from softmax_fused.training import run as run_module
+from softmax_fused.training.data import DATASETS
 from softmax_fused.training.errors import Stopped
 from softmax_fused.training.signals import signals_held, signals_raise
 from tests.lab import fake_fashion, run_cli, subprocess_arguments, subprocess_environment
@@ -20,19 +21,19 @@ DIGITS = ["--dataset", "digits", "--loss", "torch", "--device", "cpu", "--epochs
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "fashion"], "expected --dataset to be one of fashion-mnist, mnist, digits, got 'fashion'; did"),
-        (["--model", "cnn"], "expected --model to be one of softmax, mlp, got 'cnn'; the default is softmax"),
-        (["--loss", "touch"], "expected --loss to be one of fused, torch, scratch, got 'touch'; did you mean torch?"),
-        (["--optimizer", "lion"], "expected --optimizer to be one of sgd, adam, got 'lion'; the default is sgd"),
+        (["--dataset", "fashion"], f"expected --dataset to be one of {', '.join(DATASETS)}, got 'fashion'; did you"),
+        (["--model", "cnn"], "expected --model to be one of softmax, mlp, scratch-softmax, scratch-mlp for --dataset"),
+        (["--loss", "touch"], "expected --loss to be one of fused, torch, scratch, scratch-naive, mse, softmax-twice"),
+        (["--optimizer", "lion"], "expected --optimizer to be one of sgd, adam, scratch-sgd, got 'lion'; the default"),
         (["--epochs", "0"], "expected --epochs to be from 1 to 1000000, got 0; choose a value in that range"),
         (
             ["--epochs", "ten"],
             "invalid value for '--epochs': expected a whole number, got 'ten'; see softmax-fused train --help",
         ),
         (["--batch-size", "-1"], "expected --batch-size to be from 1 to 2147483647, got -1; choose a value in that"),
-        (["--lr", "0"], "expected --lr to be a finite number above 0, got 0.0; the default is 0.1"),
+        (["--lr", "0"], "expected --lr to be a finite number above 0, got 0.0; 0.1 is usual"),
         (["--lr", "fast"], "invalid value for '--lr': expected a number, got 'fast'; see softmax-fused train --help"),
-        (["--lr", "nan"], "expected --lr to be a finite number above 0, got nan; the default is 0.1"),
+        (["--lr", "nan"], "expected --lr to be a finite number above 0, got nan; 0.1 is usual"),
         (["--seed", "-5"], "expected --seed to be from 0 to 4294967295, got -5; choose a value in that range"),
         (["--workers", "-1"], "expected --workers to be from 0 to 1024, got -1; choose a value in that range"),
         (["--device", "gpu"], "expected --device to be auto, cpu, cuda or cuda:N, got 'gpu'; use --device auto"),
@@ -65,7 +66,8 @@ def test_help_names_commands_and_options(capsys: pytest.CaptureFixture[str]) -> 
     assert all(command in outcome.out for command in ("train", "compare", "predict", "data", "report", "info"))
     outcome = run_cli(capsys, "train", "--help")
     options = (
-        "dataset model loss epochs batch-size lr optimizer device data-dir output seed workers amp compile resume quiet"
+        "dataset model loss epochs batch-size lr optimizer device data-dir output seed workers amp compile activation "
+        "logit-scale label-smoothing mixup one-hot resume quiet"
     )
     assert all(f"--{option}" in outcome.out for option in options.split())
 

@@ -8,9 +8,14 @@ import pytest
 from PIL import Image
 
 from softmax_fused.training.compare import compare
-from softmax_fused.training.errors import LabError
+from softmax_fused.training.comparison import describe_accuracies
+from softmax_fused.training.config import TrainConfig
+from softmax_fused.training.data import pair
+from softmax_fused.training.errors import LabError, UsageError
 from softmax_fused.training.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, run_cli
+
+KNOWN = "fused, torch, scratch, scratch-naive, mse, softmax-twice for --dataset fashion-mnist"
 
 
 def comparison(folder: Path) -> dict[str, Any]:
@@ -47,6 +52,34 @@ def test_distances_need_torch_to_take_part(tmp_path: Path) -> None:
     assert comparison(tmp_path)["losses"]["scratch"]["largest_difference"] is None
 
 
+def test_losses_of_other_kinds_are_compared_by_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--losses", "fused,mse,softmax-twice", "--dataset", "digits", "--lr", 0.5, "--batch-size", 64]
+    outcome = run_cli(capsys, "compare", *options, "--epochs", 2, "--output", tmp_path / "out")
+    record = comparison(tmp_path / "out")
+    assert outcome.out.splitlines()[-2] == record["shows"]
+    assert record["shows"].startswith("test accuracy after epoch 1: ")
+    assert [loss["largest_difference"] for loss in record["losses"].values()] == [None] * 3
+    accuracies = {name: loss["test_accuracy"] for name, loss in record["losses"].items()}
+    assert accuracies["fused"][1] > accuracies["mse"][1]
+
+
+def test_one_line_ranks_the_losses() -> None:
+    curves = {"mse": [0.25, 0.5], "fused": [0.5, 0.75], "torch": [0.5, 0.75]}
+    assert describe_accuracies(curves) == (
+        "test accuracy after epoch 1: fused 0.5000 = torch 0.5000 > mse 0.2500; "
+        "after epoch 2: fused 0.7500 = torch 0.7500 > mse 0.5000"
+    )
+
+
+def test_two_classes_are_compared_and_regressions_are_not(tmp_path: Path) -> None:
+    data = pair(few_digits(), "fashion-pair", 3, 8)
+    config = TrainConfig.fitting({"dataset": "fashion-pair", "epochs": 1, "device": "cpu"})
+    compare(["logistic", "logistic-squared"], config, output=tmp_path / "pair", data=data, reporter=QUIET)
+    assert set(comparison(tmp_path / "pair")["losses"]) == {"logistic", "logistic-squared"}
+    with pytest.raises(UsageError, match="expected a data set of classes to compare losses on, got linear; use"):
+        compare(["squared"], TrainConfig.fitting({"dataset": "linear"}), output=tmp_path / "linear", reporter=QUIET)
+
+
 def test_a_comparison_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "compare.json").touch()
     with pytest.raises(LabError, match="got .* with compare.json; choose another folder"):  # noqa: RUF043
@@ -67,10 +100,10 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (
             "torch,fussed",
-            "error: expected --losses to be one of fused, torch, scratch, got 'fussed'; did you mean fused?",
+            f"error: expected --losses to be one of {KNOWN}, got 'fussed'; did you mean fused?",
         ),
         ("torch,torch", "error: expected --losses without repetition, got 'torch,torch'; name each loss once"),
-        ("", "error: expected --losses to be one of fused, torch, scratch, got ''; the default is fused"),
+        ("", f"error: expected --losses to be one of {KNOWN}, got ''; the default is fused"),
     ],
 )
 def test_wrong_losses(capsys: pytest.CaptureFixture[str], losses: str, message: str) -> None:

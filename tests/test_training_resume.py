@@ -45,7 +45,14 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"model": "mlp", "optimizer": "adam", "lr": 0.01, "batch_size": 64}, {"amp": True}, {"workers": 1}],
+    [
+        {},
+        {"model": "mlp", "optimizer": "adam", "lr": 0.01, "batch_size": 64},
+        {"amp": True},
+        {"workers": 1},
+        {"model": "scratch-mlp", "activation": "tanh", "optimizer": "scratch-sgd", "loss": "scratch"},
+        {"loss": "fused", "mixup": 0.4, "label_smoothing": 0.1},
+    ],
     ids=lambda changes: "-".join(changes) or "plain",
 )
 @pytest.mark.usefixtures("no_pictures")

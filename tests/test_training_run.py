@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from softmax_fused.training.checkpoint import load_checkpoint
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.record import CURVES, default_folder
+from softmax_fused.training.evaluation import CURVES
+from softmax_fused.training.record import default_folder
 from softmax_fused.training.run import train
 from tests.lab import QUIET, SMALL, assert_consistent, few_digits, metrics_of
 

@@ -1,1 +1,1 @@
-"""The lab: softmax regression and a small MLP on Fashion-MNIST, with the fused loss or with the losses it replaces."""
+"""The lab: linear regression, softmax regression and an MLP, with the fused loss or with the losses it replaces."""

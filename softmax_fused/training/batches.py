@@ -14,7 +14,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Batches(Protocol):
-    """The training set, epoch by epoch, as (images float32 of shape (B, 28, 28), labels) on the device."""
+    """The training set, epoch by epoch, as (images float32 of shape (B, 28, 28), labels) on the device.
+
+    A regression has features of shape (B, D) for images; labels may be class probabilities of shape (B, C).
+    """
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch; the last may be smaller."""

@@ -20,7 +20,7 @@ FORMAT = 1
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.json"
 COMPARISON = "compare.json"
-FIGURES = ("curves.png", "predictions.png", "confusion.png")
+FIGURES = ("curves.png", "predictions.png", "confusion.png", "fit.png")
 
 Checkpoint = dict[str, Any]
 

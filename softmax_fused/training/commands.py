@@ -1,22 +1,23 @@
 """The commands of ``softmax-fused``: options and help; the work is done elsewhere and imported when it is needed."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from softmax_fused.training.config import TrainConfig, check_name, check_range
+from softmax_fused.training.config import TrainConfig, check_range
 from softmax_fused.training.data import DATASETS
 from softmax_fused.training.data_command import data
 from softmax_fused.training.errors import UsageError
+from softmax_fused.training.fitting import check_name, losses_for
 from softmax_fused.training.learner import OPTIMIZERS
 from softmax_fused.training.losses import LOSSES
-from softmax_fused.training.models import MODELS
+from softmax_fused.training.models import ACTIVATIONS, MODELS
 from softmax_fused.training.options import DataDir
 from softmax_fused.training.report_command import report
 
 app = typer.Typer(
-    help="Softmax regression and an MLP on Fashion-MNIST, with the fused loss or with the losses it replaces.",
+    help="Linear regression, softmax regression and an MLP, from scratch or from library parts, with the fused loss.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -42,20 +43,42 @@ def _number(text: str) -> float:
         raise typer.BadParameter(f"expected a number, got {text!r}") from None
 
 
-Dataset = Annotated[str, typer.Option(metavar="|".join(DATASETS), help="Images to train on.")]
+FITTING = "what fits the data set"
+
+Dataset = Annotated[str, typer.Option(metavar="|".join(DATASETS), help="What to train on.")]
 Model = Annotated[
-    str, typer.Option(metavar="|".join(MODELS), help="softmax: 784 -> 10; mlp: 784 -> 256 -> ReLU -> 10.")
-]
-LossName = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--loss", metavar="|".join(LOSSES), help="fused: ours; torch: nn.CrossEntropyLoss; scratch: textbook."
+        metavar="|".join(MODELS),
+        help="softmax: 784 -> 10; mlp: 784 -> 256 -> 10; logistic: 784 -> 1; linear: 2 -> 1; scratch-: on raw tensors.",
+        show_default=FITTING,
     ),
 ]
-Epochs = Annotated[int, typer.Option(parser=_whole, metavar="INTEGER", help="Passes over the training set.")]
-BatchSize = Annotated[int, typer.Option(parser=_whole, metavar="INTEGER", help="Images a step.")]
-Lr = Annotated[float, typer.Option(parser=_number, metavar="NUMBER", help="Learning rate.")]
-OptimizerName = Annotated[str, typer.Option("--optimizer", metavar="|".join(OPTIMIZERS), help="Rule of the step.")]
+LossName = Annotated[
+    str | None,
+    typer.Option(
+        "--loss",
+        metavar="|".join(LOSSES),
+        help="fused: ours; torch: nn.CrossEntropyLoss; scratch: textbook; scratch-naive: the same, unstable.",
+        show_default="what fits the model",
+    ),
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option(parser=_whole, metavar="INTEGER", help="Passes over the training set.", show_default=FITTING),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(parser=_whole, metavar="INTEGER", help="Images a step.", show_default=FITTING)
+]
+Lr = Annotated[
+    float | None, typer.Option(parser=_number, metavar="NUMBER", help="Learning rate.", show_default=FITTING)
+]
+OptimizerName = Annotated[
+    str | None,
+    typer.Option(
+        "--optimizer", metavar="|".join(OPTIMIZERS), help="Rule of the step.", show_default="what fits the model"
+    ),
+]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="auto: the first GPU, else the CPU.")]
 Output = Annotated[Path | None, typer.Option(help="Folder for the results; by default a new one under runs/.")]
 Seed = Annotated[
@@ -76,12 +99,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the folder of t
 def train(
     context: typer.Context,
     dataset: Dataset = DEFAULT.dataset,
-    model: Model = DEFAULT.model,
-    loss: LossName = DEFAULT.loss,
-    epochs: Epochs = DEFAULT.epochs,
-    batch_size: BatchSize = DEFAULT.batch_size,
-    lr: Lr = DEFAULT.lr,
-    optimizer: OptimizerName = DEFAULT.optimizer,
+    model: Model = None,
+    loss: LossName = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    optimizer: OptimizerName = None,
     device: Device = DEFAULT.device,
     data_dir: DataDir = None,
     output: Output = None,
@@ -91,53 +114,56 @@ def train(
         bool, typer.Option("--amp", help="Mixed precision: bfloat16, or float16 on GPUs without it.")
     ] = False,
     compile: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
+    activation: Annotated[
+        str | None, typer.Option(metavar="|".join(ACTIVATIONS), help="Of an MLP.", show_default="relu")
+    ] = None,
+    logit_scale: Annotated[
+        float,
+        typer.Option(parser=_number, metavar="NUMBER", help="Multiply the logits: 100 tells stable losses apart."),
+    ] = DEFAULT.logit_scale,
+    label_smoothing: Annotated[
+        float, typer.Option(parser=_number, metavar="NUMBER", help="Share of the target spread over all classes.")
+    ] = DEFAULT.label_smoothing,
+    mixup: Annotated[
+        float, typer.Option(parser=_number, metavar="ALPHA", help="Mix images and targets by Beta(ALPHA, ALPHA).")
+    ] = DEFAULT.mixup,
+    one_hot: Annotated[bool, typer.Option("--one-hot", help="Class probabilities as targets, not indices.")] = False,
     resume: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Continue the run in this folder, with its own settings.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train a classifier and leave metrics, curves, pictures and a checkpoint in a run folder.
+    """Train a model and leave metrics, curves, pictures and a checkpoint in a run folder.
 
     Without --dataset, scikit-learn's digits stand in for Fashion-MNIST where it cannot be downloaded.
     """
     from softmax_fused.training import run
     from softmax_fused.training.report import Reporter
 
-    config = TrainConfig(
-        dataset=dataset,
-        model=model,
-        loss=loss,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        optimizer=optimizer,
-        device=device,
-        data_dir=_absolute(data_dir),
-        seed=seed,
-        workers=workers,
-        amp=amp,
-        compile=compile,
-    )
+    given = _given_settings(context)
     reporter = Reporter(quiet=quiet)
     if resume is None:
-        run.train(config, output=output, fallback=not _given(context, "dataset"), reporter=reporter)
+        config = TrainConfig.fitting(given)
+        run.train(config, output=output, fallback="dataset" not in given, reporter=reporter)
     elif output is not None:
         raise UsageError("expected --resume without --output, got both; leave --output out: a run stays in its folder")
     else:
-        changes = {name: value for name, value in config.as_dict().items() if _given(context, name)}
-        run.resume(resume, changes, reporter=reporter)
+        run.resume(resume, given, reporter=reporter)
 
 
 @app.command()
 def compare(
     context: typer.Context,
-    losses: Annotated[str, typer.Option(help="Which to train side by side, with commas between.")] = ",".join(LOSSES),
+    losses: Annotated[
+        str | None,
+        typer.Option(help="Which to train side by side, with commas between.", show_default="fused,torch,scratch"),
+    ] = None,
     dataset: Dataset = DEFAULT.dataset,
-    model: Model = DEFAULT.model,
-    epochs: Epochs = DEFAULT.epochs,
-    batch_size: BatchSize = DEFAULT.batch_size,
-    lr: Lr = DEFAULT.lr,
-    optimizer: OptimizerName = DEFAULT.optimizer,
+    model: Model = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    optimizer: OptimizerName = None,
     device: Device = DEFAULT.device,
     data_dir: DataDir = None,
     output: Output = None,
@@ -148,23 +174,15 @@ def compare(
     from softmax_fused.training.compare import compare
     from softmax_fused.training.report import Reporter
 
-    names = [name.strip() for name in losses.split(",")]
+    given = _given_settings(context)
+    config = TrainConfig.fitting(given)
+    known = losses_for(config.dataset)
+    names = known[:3] if losses is None else [name.strip() for name in losses.split(",")]
     for name in names:
-        check_name("losses", name, LOSSES)
+        check_name("losses", name, known, f" for --dataset {config.dataset}")
     if len(set(names)) < len(names):
         raise UsageError(f"expected --losses without repetition, got {losses!r}; name each loss once")
-    config = TrainConfig(
-        dataset=dataset,
-        model=model,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        optimizer=optimizer,
-        device=device,
-        data_dir=_absolute(data_dir),
-        seed=seed,
-    )
-    compare(names, config, output=output, fallback=not _given(context, "dataset"), reporter=Reporter(quiet=quiet))
+    compare(names, config, output=output, fallback="dataset" not in given, reporter=Reporter(quiet=quiet))
 
 
 @app.command()
@@ -205,10 +223,14 @@ def info() -> None:
         typer.echo(line)
 
 
-def _given(context: typer.Context, name: str) -> bool:
-    """Return whether an option was on the command line, be it with its default."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def _given_settings(context: typer.Context) -> dict[str, Any]:
+    """Return the settings of a run that were on the command line, be it with their defaults."""
+    given = {}
+    for name in DEFAULT.as_dict():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            given[name] = _absolute(context.params[name]) if name == "data_dir" else context.params[name]
+    return given
 
 
 def _absolute(folder: Path | None) -> str | None:

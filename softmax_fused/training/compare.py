@@ -11,16 +11,19 @@ from torch import Tensor
 
 from softmax_fused.training.batches import Batch, make_batches
 from softmax_fused.training.checkpoint import COMPARISON, create_folder, write_atomically, write_json
+from softmax_fused.training.comparison import describe_accuracies, largest_differences, microseconds
 from softmax_fused.training.config import TrainConfig, pick_device
 from softmax_fused.training.data import ImageData, data_root, load_dataset
+from softmax_fused.training.errors import UsageError
 from softmax_fused.training.figures import run_title
 from softmax_fused.training.learner import Learner, learner_for
 from softmax_fused.training.loop import mean_loss, predict_classes
-from softmax_fused.training.plots import plot_comparison, to_png
+from softmax_fused.training.losses import LOSSES, NATS
+from softmax_fused.training.plots import to_png
+from softmax_fused.training.plots_comparison import plot_comparison
 from softmax_fused.training.record import default_folder, surroundings
 from softmax_fused.training.report import Reporter
 
-WARM_UP = 10  # steps whose times are not counted
 REFERENCE = "torch"
 
 
@@ -57,6 +60,9 @@ def compare(
 
     Returns:
         The folder.
+
+    Raises:
+        UsageError: if the data set has no classes.
     """
     reporter = reporter or Reporter()
     device = pick_device(config.device)
@@ -64,6 +70,10 @@ def compare(
     if data.fallback:
         reporter.fallback(config.dataset, data)
         config = replace(config, dataset=data.name)
+    if not data.classes:
+        raise UsageError(
+            f"expected a data set of classes to compare losses on, got {data.name}; use softmax-fused train"
+        )
     folder = create_folder(output or default_folder(f"compare-{config.dataset}-{config.model}"))
     data = data.to(device)
     contenders = {
@@ -76,12 +86,20 @@ def compare(
             report.finish("  ".join(f"{name} {contender.train_loss[-1]:.6f}" for name, contender in contenders.items()))
     record = {**surroundings(config, device), "dataset": data.describe(), "losses": _summaries(contenders)}
     del record["config"]["loss"]
-    title = f"{run_title(record)}, {record['device_name']}"
-    write_json(folder / COMPARISON, record)
-    write_atomically(folder / "compare.png", to_png(plot_comparison(title, record["losses"])))
-    reporter.comparison(record["losses"])
-    reporter.result(str(folder))
+    _write(folder, record, reporter)
     return folder
+
+
+def _write(folder: Path, record: dict[str, Any], reporter: Reporter) -> None:
+    """Write compare.json and compare.png, and print what they show."""
+    losses = record["losses"]
+    record["shows"] = describe_accuracies({name: loss["test_accuracy"] for name, loss in losses.items()})
+    title = f"{run_title(record)}, {record['device_name']}\n{record['shows']}"
+    write_json(folder / COMPARISON, record)
+    write_atomically(folder / "compare.png", to_png(plot_comparison(title, losses)))
+    reporter.comparison(losses)
+    reporter.line(record["shows"])
+    reporter.result(str(folder))
 
 
 def _epoch(contenders: dict[str, Contender], data: ImageData, batches: Iterable[Batch]) -> None:
@@ -98,7 +116,7 @@ def _epoch(contenders: dict[str, Contender], data: ImageData, batches: Iterable[
             losses[name].append(_step(contenders[name], images, labels))
     for name, contender in contenders.items():
         contender.step_losses.append(torch.stack(losses[name]).cpu().double())
-        contender.train_loss.append(mean_loss(losses[name], sizes))
+        contender.train_loss.append(mean_loss(losses[name], sizes, contender.learner.advice))
         right = predict_classes(contender.learner, data.test) == data.test.labels
         contender.test_accuracy.append(int(right.sum()) / len(right))
 
@@ -131,25 +149,17 @@ def _summaries(contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
     reference = contenders.get(REFERENCE)
     return {
         name: {
+            "unit": LOSSES[name].unit,
             "train_loss": contender.train_loss,
             "test_accuracy": contender.test_accuracy,
-            "largest_difference": _differences(contender, reference),
-            "loss_us": _microseconds(contender.loss_seconds),
-            "step_us": _microseconds(contender.step_seconds),
+            "largest_difference": _distances(contender, reference) if LOSSES[name].unit == NATS else None,
+            "loss_us": microseconds(contender.loss_seconds),
+            "step_us": microseconds(contender.step_seconds),
         }
         for name, contender in contenders.items()
     }
 
 
-def _differences(contender: Contender, reference: Contender | None) -> list[float] | None:
-    """Return the largest distance between a step's losses in each epoch; None where torch's loss did not take part."""
-    if reference is None:
-        return None
-    pairs = zip(contender.step_losses, reference.step_losses, strict=True)
-    return [float((ours - theirs).abs().max()) for ours, theirs in pairs]
-
-
-def _microseconds(seconds: list[float]) -> dict[str, float]:
-    times = torch.tensor(seconds[WARM_UP:] or seconds, dtype=torch.float64) * 1e6
-    p20, middle, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return {"p20": p20, "median": middle, "p80": p80}
+def _distances(contender: Contender, reference: Contender | None) -> list[float] | None:
+    """Return the largest distance between a step's losses in each epoch; None where torch's did not take part."""
+    return None if reference is None else largest_differences(contender.step_losses, reference.step_losses)

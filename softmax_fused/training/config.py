@@ -1,28 +1,24 @@
 """What a run is: every setting that changes its numbers, checked once."""
 
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from softmax_fused.training.data import DATASETS
 from softmax_fused.training.errors import LabError, UsageError
+from softmax_fused.training.fitting import check_name, check_names, check_options, fitting_settings
 from softmax_fused.training.learner import OPTIMIZERS
-from softmax_fused.training.losses import LOSSES
-from softmax_fused.training.models import MODELS
 
 MAY_CHANGE = ("epochs", "device", "data_dir", "workers")  # when a run is resumed
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a run; the defaults are the textbook's.
+    """The settings of a run; the defaults are the textbook's for softmax regression.
 
     Raises:
-        UsageError: if a name is unknown or a number out of range.
+        UsageError: if a name is unknown, a number out of range, or two settings do not fit each other.
     """
 
     dataset: str = "fashion-mnist"
@@ -38,18 +34,29 @@ class TrainConfig:
     workers: int = 0
     amp: bool = False
     compile: bool = False
+    activation: str | None = None
+    logit_scale: float = 1.0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    one_hot: bool = False
+
+    @classmethod
+    def fitting(cls, given: dict[str, Any]) -> "TrainConfig":
+        """Return a config of `given` settings by name, and for the others what fits the data set and the model."""
+        return cls(**fitting_settings(given, cls.dataset))
 
     def __post_init__(self) -> None:
-        check_name("dataset", self.dataset, DATASETS)
-        check_name("model", self.model, MODELS)
-        check_name("loss", self.loss, LOSSES)
+        check_names(self)
         check_name("optimizer", self.optimizer, OPTIMIZERS)
         check_range("epochs", self.epochs, 1, 1_000_000)
         check_range("batch-size", self.batch_size, 1, 2**31 - 1)
         check_range("seed", self.seed, 0, 2**32 - 1)
         check_range("workers", self.workers, 0, 1024)
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UsageError(f"expected --lr to be a finite number above 0, got {self.lr}; the default is 0.1")
+        check_range("label-smoothing", self.label_smoothing, 0, 1)
+        check_range("mixup", self.mixup, 0, 1000)
+        check_positive("lr", self.lr, 0.1)
+        check_positive("logit-scale", self.logit_scale, 1)
+        check_options(self)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as checkpoints and metrics.json hold them."""
@@ -76,19 +83,16 @@ def check_changes(config: TrainConfig, changes: dict[str, Any], *, epochs_done: 
     return config
 
 
-def check_name(option: str, name: str, known: Iterable[str]) -> None:
-    """Raise `UsageError` unless `name` is one of `known`."""
-    names = list(known)
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        advice = f"did you mean {close[0]}?" if close else f"the default is {names[0]}"
-        raise UsageError(f"expected --{option} to be one of {', '.join(names)}, got {name!r}; {advice}")
-
-
-def check_range(option: str, value: int, low: int, high: int) -> None:
+def check_range(option: str, value: float, low: int, high: int) -> None:
     """Raise `UsageError` unless `value` is from `low` to `high`."""
     if not low <= value <= high:
         raise UsageError(f"expected --{option} to be from {low} to {high}, got {value}; choose a value in that range")
+
+
+def check_positive(option: str, value: float, usual: float) -> None:
+    """Raise `UsageError` unless `value` is finite and above 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"expected --{option} to be a finite number above 0, got {value}; {usual} is usual")
 
 
 def pick_device(name: str) -> torch.device:

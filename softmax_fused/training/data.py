@@ -12,14 +12,21 @@ from torch import Tensor
 
 from softmax_fused.training.errors import MissingDataError, UsageError
 from softmax_fused.training.idx import read_folder
+from softmax_fused.training.tasks import Task
 
 SIDE = 28  # pixels
 DIGITS_FOR_TEST = 360  # of 1,797
+PAIR = (2, 4)  # pullover and coat: alike enough to be a task
+WEIGHTS, BIAS, NOISE = (2.0, -1.2), 3.1, 0.01
+EXAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 of shape (N, 28, 28) and class indices int64 of shape (N,), on one device."""
+    """Images uint8 of shape (N, 28, 28) and class indices int64 of shape (N,), on one device.
+
+    A regression has features float32 of shape (N, D) for images, and values float32 of shape (N,) for labels.
+    """
 
     images: Tensor
     labels: Tensor
@@ -40,7 +47,10 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set of 28x28 grey images; `fallback` says why it stands in for the one that was asked for."""
+    """A data set of 28x28 grey images; `fallback` says why it stands in for the one that was asked for.
+
+    A regression has no classes; `truth` are the weights, then the bias, that its examples were made with.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -48,6 +58,7 @@ class ImageData:
     test: Split
     source: str
     fallback: str | None = None
+    truth: tuple[float, ...] = ()
 
     def to(self, device: torch.device) -> "ImageData":
         """Return the same data on `device`."""
@@ -70,7 +81,9 @@ class ImageData:
 
 
 def to_input(images: Tensor) -> Tensor:
-    """Return pixels as the models take them: float32 from 0 to 1."""
+    """Return pixels as the models take them, float32 from 0 to 1; features are that already."""
+    if images.is_floating_point():
+        return images
     return images.to(torch.float32).div_(255)
 
 
@@ -88,6 +101,11 @@ def mnist(root: Path) -> ImageData:
     return _mnist_family("mnist", root, MNIST, tuple("0123456789"))
 
 
+def fashion_pair(root: Path) -> ImageData:
+    """Load the pullovers and coats of Fashion-MNIST, 12,000 + 2,000."""
+    return pair(fashion_mnist(root), "fashion-pair", *PAIR)
+
+
 def digits(root: Path) -> ImageData:  # noqa: ARG001 - the files come with scikit-learn
     """Load scikit-learn's digits: 1,797 images of 8x8 in 17 greys, upscaled; their split is drawn with seed 0."""
     from sklearn.datasets import load_digits
@@ -102,6 +120,27 @@ def digits(root: Path) -> ImageData:  # noqa: ARG001 - the files come with sciki
     return ImageData("digits", tuple("0123456789"), train, test, "scikit-learn")
 
 
+def pair(data: ImageData, name: str, first: int, second: int) -> ImageData:
+    """Return two classes of a data set, as classes 0 and 1."""
+
+    def of_both(split: Split) -> Split:
+        rows = (split.labels == first) | (split.labels == second)
+        return Split(split.images[rows], (split.labels[rows] == second).long())
+
+    classes = data.classes[first], data.classes[second]
+    return replace(data, name=name, classes=classes, train=of_both(data.train), test=of_both(data.test))
+
+
+def linear(root: Path) -> ImageData:  # noqa: ARG001 - made, not read
+    """Make 1,000 + 1,000 examples y = <(2, -1.2), x> + 3.1 + noise, x from N(0, 1), noise from N(0, 0.01), seed 0."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2 * EXAMPLES, len(WEIGHTS), generator=generator)
+    values = features @ torch.tensor(WEIGHTS) + BIAS + NOISE * torch.randn(2 * EXAMPLES, generator=generator)
+    train = Split(features[:EXAMPLES], values[:EXAMPLES])
+    test = Split(features[EXAMPLES:], values[EXAMPLES:])
+    return ImageData("linear", (), train, test, "made with seed 0", truth=(*WEIGHTS, BIAS))
+
+
 def _mnist_family(name: str, root: Path, family: Any, classes: tuple[str, ...]) -> ImageData:
     files = read_folder(root, family)
     train, test = (
@@ -111,10 +150,24 @@ def _mnist_family(name: str, root: Path, family: Any, classes: tuple[str, ...]) 
     return ImageData(name, classes, train, test, str(root / family.__name__ / "raw"))
 
 
-DATASETS: dict[str, Callable[[Path], ImageData]] = {
-    "fashion-mnist": fashion_mnist,
-    "mnist": mnist,
-    "digits": digits,
+@dataclass(frozen=True)
+class DataEntry:
+    """A data set: how to load it, what it asks of a model, and the settings that fit it."""
+
+    load: Callable[[Path], ImageData]
+    task: Task = Task.CLASSES
+    model: str = "softmax"
+    epochs: int = 10
+    batch_size: int = 256
+    lr: float = 0.1
+
+
+DATASETS: dict[str, DataEntry] = {
+    "fashion-mnist": DataEntry(fashion_mnist),
+    "mnist": DataEntry(mnist, batch_size=64, lr=0.5),
+    "digits": DataEntry(digits),
+    "fashion-pair": DataEntry(fashion_pair, Task.BINARY, "logistic"),
+    "linear": DataEntry(linear, Task.REGRESSION, "linear", epochs=3, batch_size=10, lr=0.03),
 }
 
 
@@ -133,7 +186,7 @@ def load_dataset(name: str, root: Path, *, fallback: bool = False) -> ImageData:
     Files that are there but wrong are an error all the same: training on something else would hide them.
     """
     try:
-        return DATASETS[name](root)
+        return DATASETS[name].load(root)
     except MissingDataError as missing:
         if not fallback:
             raise

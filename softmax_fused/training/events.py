@@ -14,6 +14,7 @@ NAMES = {
     "train_loss": "loss/train",
     "train_accuracy": "accuracy/train",
     "test_accuracy": "accuracy/test",
+    "test_loss": "loss/test",
     "epoch_seconds": "time/epoch_seconds",
 }
 
@@ -30,7 +31,8 @@ class EventWriter:
         """Add the last epoch of a record and hand it to the system."""
         with self._explained():
             for curve, name in NAMES.items():
-                self.writer.add_scalar(name, metrics[curve][-1], len(metrics[curve]))
+                if curve in metrics:
+                    self.writer.add_scalar(name, metrics[curve][-1], len(metrics[curve]))
             self.writer.flush()
 
     @contextmanager

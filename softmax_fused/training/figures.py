@@ -8,27 +8,44 @@ from torch import Tensor
 
 from softmax_fused.training.checkpoint import write_atomically
 from softmax_fused.training.data import Split
-from softmax_fused.training.plots import plot_confusion, plot_curves, plot_predictions, to_png
+from softmax_fused.training.learner import Learner
+from softmax_fused.training.loop import predict_classes
+from softmax_fused.training.losses import LOSSES
+from softmax_fused.training.plots import plot_confusion, plot_curves, plot_fit, plot_predictions, to_png
 from softmax_fused.training.record import Metrics
 
 SHOWN = 16  # right ones and as many wrong ones
 
 
-def draw_figures(folder: Path, metrics: Metrics, test: Split, predicted: Tensor) -> None:
-    """Write curves.png, confusion.png and predictions.png."""
-    title = run_title(metrics)
+def draw_figures(folder: Path, metrics: Metrics, test: Split, learner: Learner) -> None:
+    """Write curves.png, and confusion.png and predictions.png, or for a regression fit.png."""
+    title, unit = run_title(metrics), LOSSES[metrics["config"]["loss"]].unit
+    losses = {"training set, during the epoch": metrics["train_loss"]}
+    classes = metrics["dataset"]["classes"]
+    if not classes:
+        losses["test set, after it"] = metrics["test_loss"]
+        write_atomically(folder / "curves.png", to_png(plot_curves(title, unit, losses, {})))
+        write_fit(folder / "fit.png", metrics, test)
+        return
     accuracies = {
         "training set, during the epoch": metrics["train_accuracy"],
         "test set, after it": metrics["test_accuracy"],
     }
-    classes = metrics["dataset"]["classes"]
     pictures = {
-        "curves.png": plot_curves(title, metrics["train_loss"], accuracies),
+        "curves.png": plot_curves(title, unit, losses, accuracies),
         "confusion.png": plot_confusion(f"{title}\ntest set", np.array(metrics["confusion_matrix"]), classes),
     }
     for name, figure in pictures.items():
         write_atomically(folder / name, to_png(figure))
-    write_gallery(folder / "predictions.png", f"{title}, test set", classes, test, predicted)
+    write_gallery(folder / "predictions.png", f"{title}, test set", classes, test, predict_classes(learner, test))
+
+
+def write_fit(path: Path, metrics: Metrics, test: Split) -> None:
+    """Draw a linear model's lines through the test examples."""
+    found = metrics["parameters"]
+    features, values = test.images.cpu().numpy(), test.labels.cpu().numpy()
+    figure = plot_fit(f"{run_title(metrics)}, test set", features, values, found["weights"], found["bias"])
+    write_atomically(path, to_png(figure))
 
 
 def write_gallery(path: Path, title: str, classes: list[str], test: Split, predicted: Tensor) -> None:
@@ -44,8 +61,11 @@ def run_title(metrics: Metrics) -> str:
     """Return what was trained on what; a line above it warns of stand-in data."""
     config, data = metrics["config"], metrics["dataset"]
     warning = "STAND-IN DATA: those asked for were not available\n" if data["fallback"] else ""
-    loss = f"{config['loss']} loss, " if "loss" in config else ""
-    return (
-        f"{warning}{config['model']} on {data['name']}, {loss}{config['optimizer']}, "
-        f"lr {config['lr']:g}, batch {config['batch_size']}"
-    )
+    parts = [f"{config['model']} on {data['name']}"]
+    parts += [config["activation"]] * bool(config.get("activation"))
+    parts += [f"{config.get('loss')} loss"] * ("loss" in config)
+    parts += [f"logits x {config['logit_scale']:g}"] * (config.get("logit_scale", 1) != 1)
+    soft = {name: config.get(name) for name in ("label_smoothing", "mixup")}
+    parts += [f"{name.replace('_', ' ')} {value:g}" for name, value in soft.items() if value]
+    parts += ["one-hot targets"] * config.get("one_hot", False)
+    return warning + ", ".join([*parts, config["optimizer"], f"lr {config['lr']:g}", f"batch {config['batch_size']}"])

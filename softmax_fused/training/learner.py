@@ -6,34 +6,41 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.losses import LOSSES, Loss
-from softmax_fused.training.models import build_model
+from softmax_fused.training.losses import LOSSES, Loss, LossEntry, build_loss
+from softmax_fused.training.models import MODELS, Model, build_model
+from softmax_fused.training.scratch import ScratchSGD
 
 if TYPE_CHECKING:
     from softmax_fused.training.config import TrainConfig
 
-Optimizer = torch.optim.Optimizer
+Optimizer = torch.optim.Optimizer | ScratchSGD
 
-OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], float], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], float], Optimizer]] = {
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
     "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
+    "scratch-sgd": ScratchSGD,
 }
 
 
 @dataclass(frozen=True)
 class Learner:
-    """A model, its loss and its optimiser; `forward` is the model, compiled or not."""
+    """A model, its loss and its optimiser; `forward` is the model, compiled or not, `scale` a factor of its logits.
 
-    model: nn.Module
+    `advice` is what to do about a loss that is not finite.
+    """
+
+    model: Model
     loss: Loss
     optimizer: Optimizer
     device: torch.device
     scaler: torch.amp.GradScaler
     half: torch.dtype | None
     forward: Callable[[Tensor], Tensor]
+    scale: float = 1.0
+    advice: str = LossEntry.advice
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context of mixed precision, if the run asks for it."""
@@ -42,20 +49,21 @@ class Learner:
         return torch.autocast(self.device.type, dtype=self.half)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return scores (N, C) in float32, in which autocast computes torch's loss; so all losses get it."""
+        """Return outputs (N, C) or (N,) in float32, in which autocast computes torch's loss; so all losses get it."""
         with self.autocast():
-            return self.forward(images).float()
+            outputs = self.forward(images).float()
+        return outputs if self.scale == 1 else outputs * self.scale
 
     def update(self, loss: Tensor) -> None:
         """Backpropagate and change the weights."""
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer)  # type: ignore[arg-type]  # without mixed precision it does nothing but step
         self.scaler.update()
 
 
 def build_learner(
-    model: nn.Module,
+    model: Model,
     loss: Loss,
     *,
     optimizer: str = "sgd",
@@ -63,28 +71,35 @@ def build_learner(
     device: torch.device,
     amp: bool = False,
     compile: bool = False,
+    inputs: tuple[int, ...] = (28, 28),
+    scale: float = 1.0,
+    advice: str = LossEntry.advice,
 ) -> Learner:
     """Put the model on the device; float16, where bfloat16 is not supported, gets a gradient scaler."""
     model = model.to(device)
     half = _half_type(device) if amp else None
     scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
     forward = torch.compile(model, dynamic=True) if compile else model  # the last batch is smaller
-    learner = Learner(model, loss, OPTIMIZERS[optimizer](model.parameters(), lr), device, scaler, half, forward)
+    steps = OPTIMIZERS[optimizer](model.parameters(), lr)
+    learner = Learner(model, loss, steps, device, scaler, half, forward, scale, advice)
     if compile:
-        _compile_now(learner)
+        _compile_now(learner, inputs)
     return learner
 
 
 def learner_for(config: "TrainConfig", classes: int, device: torch.device) -> Learner:
     """Return the learner that a run's settings describe, with its initial weights."""
     return build_learner(
-        build_model(config.model, classes, config.seed),
-        LOSSES[config.loss](),
+        build_model(config.model, classes, config.seed, config.activation),
+        build_loss(config.loss, config.label_smoothing),
         optimizer=config.optimizer,
         lr=config.lr,
         device=device,
         amp=config.amp,
         compile=config.compile,
+        inputs=MODELS[config.model].inputs,
+        scale=config.logit_scale,
+        advice=LOSSES[config.loss].advice,
     )
 
 
@@ -95,9 +110,9 @@ def _half_type(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def _compile_now(learner: Learner) -> None:
-    """Compile on one image, so that a missing compiler is reported here and epochs are timed without it."""
-    images = torch.zeros(2, 28, 28, device=learner.device)
+def _compile_now(learner: Learner, inputs: tuple[int, ...]) -> None:
+    """Compile on two blank inputs, so that a missing compiler is reported here and epochs are timed without it."""
+    images = torch.zeros(2, *inputs, device=learner.device)
     try:
         learner.logits(images).sum().backward()  # type: ignore[no-untyped-call]
     except Exception as error:

@@ -18,42 +18,61 @@ def train_epoch(learner: Learner, batches: Iterable[Batch]) -> tuple[float, floa
     """Train on every batch once.
 
     Returns:
-        The mean loss over the epoch's images and the share of them classified correctly, each at its own step.
+        The mean loss over the epoch's images and the share of them classified correctly, each at its own step; of
+        soft labels the likeliest class counts, and for a regression the share is NaN.
 
     Raises:
-        LabError: if a loss is not finite.
+        LabError: if the mean loss is not finite.
     """
     learner.model.train()
     losses, correct, sizes = [], [], []
-    for images, labels in batches:
-        logits = learner.logits(images)
-        loss = learner.loss(logits, labels)
+    for images, target in batches:
+        outputs = learner.logits(images)
+        loss = learner.loss(outputs, target)
         learner.update(loss)
         losses.append(loss.detach())
-        correct.append((logits.detach().argmax(dim=1) == labels).sum())
-        sizes.append(len(labels))
-    return mean_loss(losses, sizes), int(torch.stack(correct).sum()) / sum(sizes)
+        correct.append(_count_right(outputs.detach(), target))
+        sizes.append(len(target))
+    return mean_loss(losses, sizes, learner.advice), torch.stack(correct).sum().item() / sum(sizes)
 
 
-def mean_loss(losses: list[Tensor], sizes: list[int]) -> float:
+def _count_right(outputs: Tensor, target: Tensor) -> Tensor:
+    if target.is_floating_point():
+        if target.dim() == 1:
+            return torch.full((), torch.nan, device=target.device)
+        target = target.argmax(dim=1)
+    return (class_scores(outputs).argmax(dim=1) == target).sum()
+
+
+def class_scores(logits: Tensor) -> Tensor:
+    """Return logits (N, C); for logits (N,) of the second of two classes (N, 2), the first being 0."""
+    return logits if logits.dim() == 2 else torch.stack([torch.zeros_like(logits), logits], dim=1)
+
+
+def mean_loss(losses: list[Tensor], sizes: list[int], advice: str) -> float:
     """Return the mean over images of batches' mean losses, summed in float64.
 
     Raises:
-        LabError: if it is not finite.
+        LabError: if it is not finite; `advice` says what to do about it.
     """
     mean = torch.stack(losses).cpu().double().dot(torch.tensor(sizes).double()).item() / sum(sizes)
     if not math.isfinite(mean):
-        raise LabError(f"expected a finite training loss, got {mean}; choose a smaller --lr")
+        raise LabError(f"expected a finite training loss, got {mean}; {advice}")
     return mean
 
 
 @torch.no_grad()
-def predict_classes(learner: Learner, split: Split) -> Tensor:
-    """Return the class index of every image of a split on the learner's device."""
+def predict_outputs(learner: Learner, split: Split) -> Tensor:
+    """Return what the model makes of every input of a split on the learner's device: logits, or values."""
     learner.model.eval()
     slices = torch.split(split.images, EVALUATION_BATCH)
     with learner.autocast():
-        return torch.cat([learner.model(to_input(images)).argmax(dim=1) for images in slices])
+        return torch.cat([learner.model(to_input(images)) for images in slices])
+
+
+def predict_classes(learner: Learner, split: Split) -> Tensor:
+    """Return the class index of every image of a split on the learner's device."""
+    return class_scores(predict_outputs(learner, split)).argmax(dim=1)
 
 
 def confusion_matrix(predicted: Tensor, split: Split, classes: int) -> Tensor:

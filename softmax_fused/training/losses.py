@@ -1,11 +1,18 @@
-"""The losses that a run can train with: mean over the batch, from logits (N, C) and class indices (N,)."""
+"""The losses that a run can train with: each the mean over a batch."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softmax_fused.training.tasks import Task
+
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+NATS = "mean cross-entropy (nats)"
 
 
 def scratch_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -25,19 +32,99 @@ def scratch_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     Returns:
         The mean loss, a scalar.
     """
-    exp = (logits - logits.detach().amax(dim=1, keepdim=True)).exp()
+    return naive_cross_entropy(logits - logits.detach().amax(dim=1, keepdim=True), target)
+
+
+def naive_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    r"""Return cross-entropy by the definition alone, :math:`p = \exp z / \sum \exp z`: NaN from logits of 89 on.
+
+    Args:
+        logits: Shape (N, C).
+        target: Class indices, shape (N,).
+
+    Returns:
+        The mean loss, a scalar.
+    """
+    exp = logits.exp()
     probabilities = exp / exp.sum(dim=1, keepdim=True)
     return -probabilities.gather(1, target.unsqueeze(1)).log().mean()
 
 
-def _fused() -> Loss:
+def softmax_mse(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean over rows and classes of (softmax(z) - t)^2, t being one-hot.
+
+    Its gradient has a factor p (1 - p), so that a row that is wrong and sure of it hardly learns.
+    """
+    return F.mse_loss(logits.softmax(dim=1), F.one_hot(target, logits.shape[1]).to(logits.dtype))
+
+
+def softmax_twice(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the trap: ``nn.CrossEntropyLoss``, which takes logits, given probabilities.
+
+    The second softmax sees numbers from 0 to 1, so its largest probability is e / (e + C - 1): 0.23 for 10 classes,
+    and the loss stays above 1.46.
+    """
+    return F.cross_entropy(logits.softmax(dim=1), target)
+
+
+def scratch_squared(values: Tensor, target: Tensor) -> Tensor:
+    """Return the mean of (y - t)^2 / 2, whose gradient is y - t."""
+    return ((values - target) ** 2 / 2).mean()
+
+
+def squared(values: Tensor, target: Tensor) -> Tensor:
+    """Return half of torch's mean squared error."""
+    return F.mse_loss(values, target) / 2
+
+
+def logistic(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean of log(1 + exp z) - t z; its gradient by the weights of z = <w, x> is x (sigmoid(z) - t)."""
+    return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
+
+
+def logistic_squared(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean of (s - t)^2 / 2, s = sigmoid(z); its gradient by the weights is x (s - t) s (1 - s)."""
+    return squared(torch.sigmoid(logits), target.to(logits.dtype))
+
+
+def _fused(label_smoothing: float = 0.0) -> Loss:
     from softmax_fused import CrossEntropyLoss
 
-    return cast("Loss", CrossEntropyLoss())
+    return cast("Loss", CrossEntropyLoss(label_smoothing=label_smoothing))
 
 
-LOSSES: dict[str, Callable[[], Loss]] = {
-    "fused": _fused,
-    "torch": nn.CrossEntropyLoss,
-    "scratch": lambda: scratch_cross_entropy,
+@dataclass(frozen=True)
+class LossEntry:
+    """A loss: `soft` ones take probabilities (N, C) too, and label smoothing; `advice` is for a loss gone wrong."""
+
+    build: Callable[..., Loss]
+    task: Task = Task.CLASSES
+    unit: str = NATS
+    soft: bool = False
+    advice: str = "choose a smaller --lr"
+
+
+def _always(loss: Loss) -> Callable[[], Loss]:
+    return lambda: loss
+
+
+NAIVE = "exp overflows in float32 from logits of 89 on; choose --loss fused, which subtracts the maximum"
+UNDERFLOW = "choose a smaller --lr, or --loss fused, which takes no logarithm of a probability that has become 0"
+
+LOSSES: dict[str, LossEntry] = {
+    "fused": LossEntry(_fused, soft=True),
+    "torch": LossEntry(nn.CrossEntropyLoss, soft=True),
+    "scratch": LossEntry(_always(scratch_cross_entropy), advice=UNDERFLOW),
+    "scratch-naive": LossEntry(_always(naive_cross_entropy), advice=NAIVE),
+    "mse": LossEntry(_always(softmax_mse), unit="mean squared error of probabilities"),
+    "softmax-twice": LossEntry(_always(softmax_twice), unit="mean cross-entropy of a second softmax (nats)"),
+    "logistic": LossEntry(_always(logistic), Task.BINARY),
+    "logistic-squared": LossEntry(_always(logistic_squared), Task.BINARY, "half the mean squared error"),
+    "squared": LossEntry(_always(squared), Task.REGRESSION, "half the mean squared error"),
+    "scratch-squared": LossEntry(_always(scratch_squared), Task.REGRESSION, "half the mean squared error"),
 }
+
+
+def build_loss(name: str, label_smoothing: float = 0.0) -> Loss:
+    """Return the loss called `name`; only soft ones may be smoothed."""
+    return LOSSES[name].build(**{"label_smoothing": label_smoothing} if label_smoothing else {})

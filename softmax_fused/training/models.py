@@ -1,37 +1,78 @@
-"""The two classifiers of the textbook chapter, with the textbook's initial weights."""
+"""The models of the textbook chapter, from library parts and from scratch, with the same initial weights."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-PIXELS = 28 * 28
-HIDDEN = 256
+from softmax_fused.training.scratch import ScratchModel, relu
+from softmax_fused.training.tasks import Task
+
 STD = 0.01
 
-
-def softmax_regression(classes: int) -> nn.Module:
-    """Return 784 -> classes."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, classes))
+Model = nn.Module | ScratchModel
 
 
-def mlp(classes: int) -> nn.Module:
-    """Return 784 -> 256 -> ReLU -> classes."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, classes))
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model's shape: 784 -> hidden -> outputs, where images are flattened; `loss` is the one that fits."""
+
+    task: Task
+    loss: str
+    inputs: tuple[int, ...] = (28, 28)
+    hidden: tuple[int, ...] = ()
+    scratch: bool = False
 
 
-MODELS: dict[str, Callable[[int], nn.Module]] = {
-    "softmax": softmax_regression,
-    "mlp": mlp,
+MODELS: dict[str, ModelEntry] = {
+    "softmax": ModelEntry(Task.CLASSES, "fused"),
+    "mlp": ModelEntry(Task.CLASSES, "fused", hidden=(256,)),
+    "scratch-softmax": ModelEntry(Task.CLASSES, "scratch", scratch=True),
+    "scratch-mlp": ModelEntry(Task.CLASSES, "scratch", hidden=(256,), scratch=True),
+    "logistic": ModelEntry(Task.BINARY, "logistic"),
+    "linear": ModelEntry(Task.REGRESSION, "squared", inputs=(2,)),
+    "scratch-linear": ModelEntry(Task.REGRESSION, "scratch-squared", inputs=(2,), scratch=True),
+}
+
+ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] = {
+    "relu": (nn.ReLU, relu),
+    "sigmoid": (nn.Sigmoid, torch.sigmoid),
+    "tanh": (nn.Tanh, torch.tanh),
 }
 
 
-def build_model(name: str, classes: int, seed: int = 0) -> nn.Module:
-    """Return a model with weights drawn from N(0, 0.01), the same for the same seed on every device, and biases 0."""
-    model = MODELS[name](classes)
+def build_model(name: str, classes: int, seed: int = 0, activation: str | None = None) -> Model:
+    """Return a model with weights drawn from N(0, 0.01), the same for the same seed on every device, and biases 0.
+
+    Args:
+        name: One of `MODELS`.
+        classes: The number of outputs; models of two classes and of regression have one.
+        seed: Of the weights.
+        activation: One of `ACTIVATIONS`, between the layers of an MLP; by default the first.
+
+    Returns:
+        A module, or its equal from scratch, which maps (N, ...) to (N, classes), or to (N,) where there is one output.
+    """
+    entry = MODELS[name]
+    flat = entry.task is not Task.CLASSES
+    sizes = (math.prod(entry.inputs), *entry.hidden, 1 if flat else classes)
     generator = torch.Generator().manual_seed(seed)
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=STD, generator=generator)
-            nn.init.zeros_(layer.bias)
-    return model
+    weights = [torch.empty(n, m).normal_(std=STD, generator=generator) for m, n in pairwise(sizes)]
+    module, function = ACTIVATIONS[activation or next(iter(ACTIVATIONS))]
+    if entry.scratch:
+        layers = [(weight.T.contiguous(), torch.zeros(len(weight))) for weight in weights]
+        return ScratchModel(layers, function, flat)
+    return _library_model(weights, module, flat)
+
+
+def _library_model(weights: Sequence[Tensor], activation: Callable[[], nn.Module], flat: bool) -> nn.Module:
+    parts: list[nn.Module] = [nn.Flatten()]
+    for weight in weights:
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.weight.data.copy_(weight)
+        nn.init.zeros_(layer.bias)
+        parts += [layer, activation()]
+    return nn.Sequential(*parts[:-1], *[nn.Flatten(0)] * flat)  # (N, 1) -> (N,)

@@ -27,17 +27,46 @@ def to_png(figure: Figure, dpi: int = 120) -> bytes:
     return buffer.getvalue()
 
 
-def plot_curves(title: str, train_loss: Sequence[float], accuracies: dict[str, Sequence[float]]) -> Figure:
-    """Draw training loss, and accuracy on each set, over epochs."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
-    epochs = range(1, len(train_loss) + 1)
-    draw_lines(left, {"training set": train_loss}, epochs)
-    left.set(title="Loss", xlabel="epoch", ylabel="mean cross-entropy (nats)")
-    draw_lines(right, accuracies, epochs)
-    right.set(title="Accuracy", xlabel="epoch", ylabel="share classified correctly")
-    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+def plot_curves(
+    title: str, unit: str, losses: Mapping[str, Sequence[float]], accuracies: Mapping[str, Sequence[float]]
+) -> Figure:
+    """Draw losses, and accuracies if there are any, over epochs."""
+    figure = Figure(figsize=(11, 4.2) if accuracies else (7, 4.2), layout="constrained")
+    figure.suptitle(title, fontsize=None if accuracies else "medium")
+    panels = figure.subplots(1, 2 if accuracies else 1, squeeze=False)[0]
+    epochs = range(1, len(next(iter(losses.values()))) + 1)
+    draw_lines(panels[0], losses, epochs)
+    panels[0].set(title="Loss", xlabel="epoch", ylabel=unit)
+    if accuracies:
+        draw_accuracies(panels[1], accuracies, epochs)
+        panels[1].set(title="Accuracy")
+    else:
+        panels[0].set(yscale="log")
+    return figure
+
+
+def draw_accuracies(axes: "Axes", accuracies: Mapping[str, Sequence[float]], epochs: range) -> None:
+    """Draw shares over epochs, in percent."""
+    draw_lines(axes, accuracies, epochs)
+    axes.set(xlabel="epoch", ylabel="share classified correctly")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+
+
+def plot_fit(title: str, features: Array, values: Array, weights: Sequence[float], bias: float) -> Figure:
+    """Draw values over each feature, less what the other features explain, and the model's line through them."""
+    figure = Figure(figsize=(5.2 * len(weights), 4.2), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    slopes = np.array(weights)
+    for place, axes in enumerate(figure.subplots(1, len(weights), squeeze=False)[0]):
+        x = features[:, place]
+        others = features @ slopes - slopes[place] * x
+        ends = np.array([x.min(), x.max()])
+        axes.plot(x, values - others, ".", color=SKY, ms=4, label="examples")
+        line = f"{slopes[place]:.3f} x + {bias:.3f}"
+        axes.plot(ends, slopes[place] * ends + bias, color=ORANGE, label=line)
+        axes.set(xlabel=f"feature {place + 1}", ylabel="value, less the other features' share")
+        axes.grid(alpha=0.3)
+        axes.legend()
     return figure
 
 
@@ -51,46 +80,6 @@ def draw_lines(axes: "Axes", lines: Mapping[str, Sequence[float] | Array], epoch
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-
-
-def plot_comparison(title: str, losses: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw loss curves, their distance from torch's, and microseconds, of losses trained side by side."""
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
-    figure.suptitle(title)
-    curves, distances, times = figure.subplots(1, 3)
-    curve_of = {name: loss["train_loss"] for name, loss in losses.items()}
-    epochs = range(1, len(next(iter(curve_of.values()))) + 1)
-    draw_lines(curves, curve_of, epochs)
-    curves.set(title="Training loss", xlabel="epoch", ylabel="mean cross-entropy (nats)")
-    _draw_distances(distances, losses, epochs)
-    _draw_times(times, losses)
-    return figure
-
-
-def _draw_distances(axes: "Axes", losses: Mapping[str, Mapping[str, Any]], epochs: range) -> None:
-    """Draw distances on a log axis, which has no place for zeros: the legend names the losses that are nothing else."""
-    axes.set(title="Largest difference of a step's loss from torch's", xlabel="epoch", ylabel="nats")
-    distances = {name: np.array(loss["largest_difference"] or [], dtype=float) for name, loss in losses.items()}
-    seen = np.concatenate([values[values > 0] for values in distances.values()])
-    if not len(seen):
-        axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes)
-        return
-    labels = {name: name if values.any() else f"{name} (0 throughout)" for name, values in distances.items()}
-    draw_lines(axes, {labels[name]: np.where(values > 0, values, np.nan) for name, values in distances.items()}, epochs)
-    low, high = np.floor(np.log10(seen.min())), np.floor(np.log10(seen.max())) + 1
-    axes.set(yscale="log", ylim=(10.0**low, 10.0**high))
-
-
-def _draw_times(axes: "Axes", losses: Mapping[str, Mapping[str, Any]]) -> None:
-    parts = {"loss_us": ("loss, forward + backward", BLUE, ""), "step_us": ("whole step", SKY, "//")}
-    for offset, (key, (label, colour, hatch)) in zip((-0.2, 0.2), parts.items(), strict=True):
-        medians = [loss[key]["median"] for loss in losses.values()]
-        bars = axes.bar(np.arange(len(losses)) + offset, medians, 0.36, label=label, color=colour, hatch=hatch)
-        axes.bar_label(bars, fmt="%.0f", padding=3)
-    axes.set_xticks(range(len(losses)), list(losses))
-    axes.margins(y=0.25)
-    axes.set(title="Median time", xlabel="loss", ylabel="microseconds")
-    axes.legend(loc="upper center", ncols=2)
 
 
 def plot_confusion(title: str, counts: Array, classes: Sequence[str]) -> Figure:

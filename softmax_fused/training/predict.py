@@ -12,9 +12,9 @@ from softmax_fused.training.checkpoint import load_checkpoint
 from softmax_fused.training.config import TrainConfig, pick_device
 from softmax_fused.training.data import SIDE, data_root, load_dataset, to_input
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.figures import run_title, write_gallery
+from softmax_fused.training.figures import run_title, write_fit, write_gallery
 from softmax_fused.training.learner import Learner, learner_for
-from softmax_fused.training.loop import predict_classes
+from softmax_fused.training.loop import class_scores, predict_classes
 from softmax_fused.training.record import Metrics
 
 BRIGHT = 127.5  # a border lighter than this is taken for a light background
@@ -83,16 +83,27 @@ def read_picture(path: Path) -> Picture:
 
 @torch.no_grad()
 def classify(trained: Trained, picture: Picture, top: int) -> list[tuple[str, float]]:
-    """Return the `top` likeliest classes with their probabilities, likeliest first."""
+    """Return the `top` likeliest classes with their probabilities, likeliest first.
+
+    Raises:
+        LabError: if the model is no classifier.
+    """
+    if not trained.classes:
+        model, data = trained.config.model, trained.config.dataset
+        raise LabError(f"expected the checkpoint of a classifier, got {model} on {data}; leave the pictures out")
     images = to_input(picture.pixels.unsqueeze(0).to(trained.learner.device))
-    probabilities, classes = trained.learner.logits(images).softmax(dim=1)[0].topk(min(top, len(trained.classes)))
+    scores = class_scores(trained.learner.logits(images))
+    probabilities, classes = scores.softmax(dim=1)[0].topk(min(top, len(trained.classes)))
     return [(trained.classes[i], share) for i, share in zip(classes.tolist(), probabilities.tolist(), strict=True)]
 
 
 def draw_gallery(trained: Trained, path: Path, data_dir: str | None = None) -> Path:
-    """Draw right and wrong predictions of the test set that belongs to a checkpoint."""
+    """Draw right and wrong predictions, or a regression's fit, of the test set that belongs to a checkpoint."""
     data = load_dataset(trained.config.dataset, data_root(data_dir or trained.config.data_dir))
     test = data.test.to(trained.learner.device)
+    if not trained.classes:
+        write_fit(path, trained.metrics, test)
+        return path
     write_gallery(
         path, f"{run_title(trained.metrics)}, test set", trained.classes, test, predict_classes(trained.learner, test)
     )

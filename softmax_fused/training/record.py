@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from softmax_fused.training.config import TrainConfig
 from softmax_fused.training.data import ImageData
-
-CURVES = ("train_loss", "train_accuracy", "test_accuracy", "epoch_seconds")
+from softmax_fused.training.evaluation import curve_names
 
 Metrics = dict[str, Any]
 
@@ -22,9 +20,8 @@ def new_metrics(config: TrainConfig, data: ImageData, device: torch.device) -> M
     return {
         **surroundings(config, device),
         "dataset": data.describe(),
-        **{name: [] for name in CURVES},
-        "per_class_accuracy": {},
-        "confusion_matrix": [],
+        **{name: [] for name in curve_names(data)},
+        **({"per_class_accuracy": {}, "confusion_matrix": []} if data.classes else {"parameters": {}}),
     }
 
 
@@ -38,13 +35,11 @@ def surroundings(config: TrainConfig, device: torch.device) -> Metrics:
     }
 
 
-def add_results(metrics: Metrics, results: dict[str, float], counts: Tensor) -> None:
-    """Append an epoch; `counts` is the test set's confusion matrix, rows being true classes."""
-    for name in CURVES:
-        metrics[name].append(results[name])
-    shares = (counts.diagonal().double() / counts.sum(dim=1).clamp(min=1)).tolist()
-    metrics["per_class_accuracy"] = dict(zip(metrics["dataset"]["classes"], shares, strict=True))
-    metrics["confusion_matrix"] = counts.tolist()
+def add_results(metrics: Metrics, results: dict[str, float], last: Metrics) -> None:
+    """Append an epoch to the curves; `last` replaces what is known of the last epoch alone."""
+    for name, value in results.items():
+        metrics[name].append(value)
+    metrics.update(last)
 
 
 def versions() -> dict[str, str | None]:

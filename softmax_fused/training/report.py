@@ -14,10 +14,8 @@ from softmax_fused.training.data import ImageData
 
 UPDATES = 50  # of the bar, an epoch: redrawing costs as much as a training step
 
-TABLE_NOTE = (
-    "off torch by: largest difference of a step's loss from torch's\n"
-    "us: median microseconds of the loss, forward + backward, and of the whole step"
-)
+DISTANCE_NOTE = "off torch by: largest difference of a step's loss from torch's\n"
+TIME_NOTE = "us: median microseconds of the loss, forward + backward, and of the whole step"
 
 
 class Reporter:
@@ -52,13 +50,16 @@ class Reporter:
         """Print a table of losses trained side by side."""
         if self.quiet:
             return
-        table = Table(caption=TABLE_NOTE)
-        for heading in ("loss", "final loss", "test accuracy", "off torch by", "loss (us)", "step (us)"):
+        apart = any(loss["largest_difference"] for loss in losses.values())
+        table = Table(caption=DISTANCE_NOTE * apart + TIME_NOTE)
+        for heading in ("loss", "final loss", "test accuracy", *["off torch by"] * apart, "loss (us)", "step (us)"):
             table.add_column(heading, justify="left" if heading == "loss" else "right", no_wrap=True)
         for name, loss in losses.items():
-            far = "-" if loss["largest_difference"] is None else f"{max(loss['largest_difference']):.1e}"
-            numbers = f"{loss['train_loss'][-1]:.6f}", f"{loss['test_accuracy'][-1]:.4f}", far
-            table.add_row(name, *numbers, f"{loss['loss_us']['median']:.0f}", f"{loss['step_us']['median']:.0f}")
+            cells = [name, f"{loss['train_loss'][-1]:.6f}", f"{loss['test_accuracy'][-1]:.4f}"]
+            if apart:
+                far = loss["largest_difference"]
+                cells.append("-" if far is None else f"{max(far):.1e}")
+            table.add_row(*cells, *[f"{loss[key]['median']:.0f}" for key in ("loss_us", "step_us")])
         self.console.print(table)
 
     def epoch(self, number: int, epochs: int) -> "EpochReport":
@@ -105,10 +106,22 @@ class EpochReport:
 def describe(results: dict[str, float], images: int) -> str:
     """Return one epoch in one line, units included."""
     seconds = results["epoch_seconds"]
-    return (
-        f"train loss {results['train_loss']:.4f}  accuracy train {results['train_accuracy']:.4f} "
-        f"test {results['test_accuracy']:.4f}  {seconds:.2f} s  {images / seconds:,.0f} images/s"
-    )
+    if "test_loss" in results:
+        scores, unit = f"test loss {results['test_loss']:.3g}", "examples"
+    else:
+        scores, unit = f"accuracy train {results['train_accuracy']:.4f} test {results['test_accuracy']:.4f}", "images"
+    loss = f"{results['train_loss']:.4f}" if unit == "images" else f"{results['train_loss']:.3g}"
+    return f"train loss {loss}  {scores}  {seconds:.2f} s  {images / seconds:,.0f} {unit}/s"
+
+
+def describe_parameters(parameters: dict[str, Any]) -> str:
+    """Return a linear model's weights and bias, beside those the data were made with."""
+
+    def text(weights: list[float], bias: float, digits: int) -> str:
+        return f"weights {', '.join(f'{weight:.{digits}f}' for weight in weights)}  bias {bias:.{digits}f}"
+
+    found = text(parameters["weights"], parameters["bias"], 4)
+    return f"{found}  (made with {text(parameters['true_weights'], parameters['true_bias'], 1)})"
 
 
 def _bar(console: Console, label: str) -> Progress:

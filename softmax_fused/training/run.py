@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmax_fused.training.batches import make_batches
+from softmax_fused.training.batches import Batches, make_batches
 from softmax_fused.training.checkpoint import CHECKPOINT, create_folder, load_checkpoint, remove_figures, save_run
 from softmax_fused.training.config import TrainConfig, check_changes, pick_device
 from softmax_fused.training.data import ImageData, data_root, load_dataset
 from softmax_fused.training.errors import LabError, Stopped, WriteError
+from softmax_fused.training.evaluation import curve_names, evaluate
 from softmax_fused.training.events import event_writer
 from softmax_fused.training.figures import draw_figures
 from softmax_fused.training.learner import Learner, learner_for
-from softmax_fused.training.loop import confusion_matrix, predict_classes, train_epoch
-from softmax_fused.training.record import CURVES, Metrics, add_results, default_folder, new_metrics, surroundings
-from softmax_fused.training.report import Reporter, describe
+from softmax_fused.training.loop import train_epoch
+from softmax_fused.training.record import Metrics, add_results, default_folder, new_metrics, surroundings
+from softmax_fused.training.report import Reporter, describe, describe_parameters
 from softmax_fused.training.signals import signals_held
+from softmax_fused.training.targets import SoftBatches
 
 
 @dataclass
@@ -126,30 +128,40 @@ def resume(
 
 def _finish(run: Run, reporter: Reporter) -> None:
     """Train the epochs that are left, draw the pictures, say where everything is."""
-    config, device = run.config, run.learner.device
-    batches = make_batches(run.data.train, config.batch_size, config.seed, device, config.workers)
+    config = run.config
+    batches = _batches(run)
     with event_writer(run.folder, run.metrics) as events:
         for number in range(run.epochs_done + 1, config.epochs + 1):
             with reporter.epoch(number, config.epochs) as report:
-                results, counts = _epoch(run, report.track(batches.epoch(number), len(batches)))
+                results, last = _epoch(run, report.track(batches.epoch(number), len(batches)))
                 report.finish(describe(results, len(run.data.train)))
             with signals_held():
-                add_results(run.metrics, results, counts)
+                add_results(run.metrics, results, last)
                 run.save()
                 events.add_epoch(run.metrics)
-    draw_figures(run.folder, run.metrics, run.data.test, predict_classes(run.learner, run.data.test))
+    if not run.data.classes:
+        reporter.line(describe_parameters(run.metrics["parameters"]))
+    draw_figures(run.folder, run.metrics, run.data.test, run.learner)
     reporter.result(str(run.folder))
 
 
-def _epoch(run: Run, batches: Any) -> tuple[dict[str, float], Tensor]:
-    """Train one epoch and count the test set; the seconds are those of both."""
-    test = run.data.test
+def _batches(run: Run) -> Batches:
+    """Return the batches that the settings describe; labels are indices where nothing asks for probabilities."""
+    config = run.config
+    batches = make_batches(run.data.train, config.batch_size, config.seed, run.learner.device, config.workers)
+    if config.one_hot or config.mixup:
+        return SoftBatches(batches, len(run.data.classes), config.mixup, config.seed)
+    return batches
+
+
+def _epoch(run: Run, batches: Any) -> tuple[dict[str, float], Metrics]:
+    """Train one epoch and look at the test set; the seconds are those of both."""
     start = perf_counter()
     loss, accuracy = train_epoch(run.learner, batches)
-    counts = confusion_matrix(predict_classes(run.learner, test), test, len(run.data.classes)).cpu()
+    scores, last = evaluate(run.learner, run.data)
     seconds = perf_counter() - start
-    values = (loss, accuracy, int(counts.diagonal().sum()) / len(test), seconds)
-    return dict(zip(CURVES, values, strict=True)), counts
+    values = {"train_loss": loss, "train_accuracy": accuracy, **scores, "epoch_seconds": seconds}
+    return {name: values[name] for name in curve_names(run.data)}, last
 
 
 def _same_data(metrics: Metrics, data: ImageData) -> ImageData:

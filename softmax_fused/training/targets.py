@@ -1,0 +1,38 @@
+"""Soft labels: batches whose targets are class probabilities, and mixup."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from softmax_fused.training.batches import Batch, Batches
+
+
+class SoftBatches:
+    r"""Batches with one-hot targets of shape (B, C), mixed with one another where `mixup` is above 0.
+
+    .. math::
+        \tilde x = \lambda x_i + (1 - \lambda) x_j, \qquad \tilde t = \lambda t_i + (1 - \lambda) t_j, \qquad
+        \lambda \sim \mathrm{Beta}(\alpha, \alpha)
+
+    One :math:`\lambda` a batch, and j a permutation of it (Zhang et al. 2018). Both are functions of (seed, epoch).
+    """
+
+    def __init__(self, batches: Batches, classes: int, mixup: float, seed: int) -> None:
+        self.batches, self.classes, self.mixup, self.seed = batches, classes, mixup, seed
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """See `Batches.epoch`."""
+        random = np.random.default_rng([self.seed, number])
+        for images, labels in self.batches.epoch(number):
+            target = F.one_hot(labels, self.classes).to(torch.float32)
+            if self.mixup:
+                share = random.beta(self.mixup, self.mixup)
+                others = torch.from_numpy(random.permutation(len(labels))).to(labels.device)
+                yield images.lerp(images[others], 1 - share), target.lerp(target[others], 1 - share)
+            else:
+                yield images, target
