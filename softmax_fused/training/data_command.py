@@ -5,8 +5,10 @@ from typing import Annotated
 
 import typer
 
-from softmax_fused.training.config import TrainConfig, check_name, check_range
+from softmax_fused.training.config import TrainConfig, check_range
 from softmax_fused.training.data import DATASETS
+from softmax_fused.training.errors import UsageError
+from softmax_fused.training.fitting import check_name
 from softmax_fused.training.options import DataDir
 
 DEFAULT = TrainConfig()
@@ -36,6 +38,8 @@ def data(
     source = context.get_parameter_source("dataset")
     fallback = source is None or source.name != "COMMANDLINE"
     images = load_dataset(dataset, data_root(data_dir), fallback=fallback)
+    if images.train.images.ndim != 3:
+        raise UsageError(f"--dataset must name a data set of images; got {dataset!r}, which has none")
     reporter = Reporter()
     if images.fallback:
         reporter.fallback(dataset, images)
