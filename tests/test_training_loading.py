@@ -70,7 +70,8 @@ def test_other_data_are_announced(
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--dataset", "cifar"], 2, "expected --dataset to be one of fashion-mnist, mnist, digits, got 'cifar'; the"),
+        (["--dataset", "cifar"], 2, "expected --dataset to be one of fashion-mnist, mnist, digits, fashion-pair, "),
+        (["--dataset", "linear"], 2, "--dataset must name a data set of images; got 'linear', which has none"),
         (["--batch-size", "0"], 2, "expected --batch-size to be from 1 to 2147483647, got 0; choose a value in that"),
         (["--dataset", "digits", "--output", "/nowhere/a.png"], 1, "expected to write /nowhere/a.png, got No such"),
     ],
