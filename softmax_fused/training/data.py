@@ -166,7 +166,7 @@ DATASETS: dict[str, DataEntry] = {
     "fashion-mnist": DataEntry(fashion_mnist),
     "mnist": DataEntry(mnist, batch_size=64, lr=0.5),
     "digits": DataEntry(digits),
-    "fashion-pair": DataEntry(fashion_pair, Task.BINARY, "logistic"),
+    "fashion-pair": DataEntry(fashion_pair, Task.BINARY, "logistic", lr=0.01),
     "linear": DataEntry(linear, Task.REGRESSION, "linear", epochs=3, batch_size=10, lr=0.03),
 }
 
