@@ -37,9 +37,9 @@ def growth(name: str, case: Case) -> int:
     """Peak of the call over the peak of what was there before it."""
     provider = PROVIDERS[name]
     small = Inputs(Case((8, *case.shape[1:]), case.dtype), "cpu")
-    both_job(provider.build(small.case, "cpu"), small, overwrites=False).call()  # libraries and threads are there
+    both_job(provider.build(small.case, "cpu"), small, provider.overwrites).call()  # libraries and threads are there
     inputs = Inputs(case, "cpu")
-    job = both_job(provider.build(case, "cpu"), inputs, overwrites=False)  # no copy: this process ends here
+    job = both_job(provider.build(case, "cpu"), inputs, provider.overwrites)
     before = resident_peak()
     job.call()
     return resident_peak() - before
