@@ -113,9 +113,15 @@ def launch(kernel: Any, programs: int, warps: int, device: torch.device, *args: 
         kernel[(programs,)](*args, num_warps=warps, **OPTIONS)
 
 
-def plan(rows: Rows, itemsize: int, table: tuple[tuple[float, int, int], ...]) -> tuple[Tile, int]:
-    """Return the tile and the number of programs, before long rows are split."""
-    adjacent = rows.strides[0][-1] == 1 or rows.classes == 1
+def plan(
+    rows: Rows, itemsize: int, table: tuple[tuple[float, int, int], ...], *strides: tuple[int, ...]
+) -> tuple[Tile, int]:
+    """Return the tile and the number of programs, before long rows are split.
+
+    `strides` are those of the logits and, where it is written, of the gradient: it may lie otherwise, when the logits
+    share memory.
+    """
+    adjacent = rows.classes == 1 or all(stride[-1] == 1 for stride in strides)
     if adjacent and rows.classes > LONG:
         return long_tile(rows.classes, itemsize, table), math.prod(rows.sizes)
     tile = choose_tile(rows.classes, rows.sizes, adjacent, itemsize)
@@ -178,7 +184,7 @@ def outputs(logits: Tensor, weight: Tensor | None, spec: Spec, programs: int, sa
 def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save: bool) -> tuple[Tensor, list[Tensor]]:
     """Compute the loss; with `save` also what `gradient` needs: row statistics, and the denominator of a mean."""
     rows = describe(logits, target)
-    tile, programs = plan(rows, logits.itemsize, FORWARD_WARPS)
+    tile, programs = plan(rows, logits.itemsize, FORWARD_WARPS, rows.strides[0])
     parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
     out = outputs(logits, weight, spec, 1 if parts > 1 else programs, save)
     helper, acc = constants(spec)
@@ -256,7 +262,7 @@ def fill_gradient(
         upstream = upstream.expand((*logits.shape[: min(logits.ndim - 1, 1)], *logits.shape[2:]))
     rows = describe(logits, target, grad, upstream)
     logits_strides, target_strides, grad_strides, upstream_strides = rows.strides
-    tile, programs = plan(rows, logits.itemsize, FORWARD_WARPS)
+    tile, programs = plan(rows, logits.itemsize, FORWARD_WARPS, logits_strides, grad_strides)
     helper, acc = constants(spec)
     tensors = (grad, stats, upstream, denominator, logits, target, packed(weight), rows.sizes)
     options = (spec.ignore_index, split(spec.label_smoothing), wanted == "not one", helper, acc)
@@ -285,12 +291,12 @@ def loss_and_gradient(
     """
     grad = torch.empty_like(logits)
     rows = describe(logits, target, grad)
-    tile, programs = plan(rows, logits.itemsize, BOTH_WARPS)
+    logits_strides, target_strides, grad_strides = rows.strides
+    tile, programs = plan(rows, logits.itemsize, BOTH_WARPS, logits_strides, grad_strides)
     if tile.lanes and split_rows(programs, rows.classes, tile.classes) > 1:
         return *loss(logits, target, weight, spec, save=True), None
     out = outputs(logits, weight, spec, programs, True)
     helper, acc = constants(spec)
-    logits_strides, target_strides, grad_strides = rows.strides
     options = (spec.ignore_index, split(spec.label_smoothing))
     weight, ticket, weights = packed(weight), None, None
     if out.sums is not None:

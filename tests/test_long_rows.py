@@ -1,7 +1,10 @@
 """Rows of many classes: blocks, their ends, the labelled class anywhere, rows that begin anywhere, rows in parts."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from softmax_fused import _launch, cross_entropy
 from tests.cases import assert_right, make_indices, make_logits, make_probabilities
@@ -35,6 +38,22 @@ def test_rows_that_begin_anywhere(kernels: Place, dtype: torch.dtype, offset: in
     base = make_logits((4, 1033), dtype, kernels.device)
     logits = base.detach()[:, offset : offset + 1021].requires_grad_()
     assert_right(kernels, logits, make_indices((4, 1021), kernels.device), reduction="none")
+
+
+@pytest.mark.parametrize("option", [{}, {"grad_in_forward": True}], ids=str)
+@pytest.mark.parametrize(
+    "overlapping",
+    [
+        lambda: torch.randn(320).unfold(0, 300, 1),
+        lambda: torch.randn(4, 300, 1).expand(4, 300, 3),
+        lambda: torch.randn(1, 300).expand(5, 300),
+    ],
+    ids=["unfolded", "expanded behind the classes", "expanded rows"],
+)
+def test_logits_whose_elements_share_memory(kernels: Place, overlapping: Callable[[], Tensor], option: dict) -> None:
+    logits = overlapping().to(kernels.device).requires_grad_()  # their gradient lies otherwise than they
+    assert logits.stride(1) == 1
+    assert_right(kernels, logits, make_indices(tuple(logits.shape), kernels.device), reduction="sum", **option)
 
 
 @pytest.mark.parametrize("programs", [1, 8, 64])
