@@ -71,11 +71,12 @@ def logits_and_refresh(inputs: Inputs, overwrites: bool) -> tuple[Tensor, Callab
 
 
 def forward_job(loss: Loss, inputs: Inputs, overwrites: bool) -> Job:
-    """The loss alone, recorded for backward as in training."""
+    """The loss alone, without gradient: recorded for backward, some compute the gradient with it."""
     logits, refresh = logits_and_refresh(inputs, overwrites)
 
     def call() -> None:
-        loss(logits, inputs.target)
+        with torch.no_grad():
+            loss(logits, inputs.target)
 
     return Job(refresh, call)
 

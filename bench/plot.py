@@ -41,6 +41,7 @@ def provenance(record: dict[str, Any]) -> str:
     machine = record["machine"]
     where = [machine["name"]]
     where += [f"{machine['threads']} threads"] if machine.get("threads") else []
+    where += [f"beside {machine['busy']} busy processes"] if machine.get("busy") else []
     where += [f"driver {machine['driver']}"] if machine.get("driver") else []
     where += [f"copy {record['copy_gb_per_s']:,.0f} GB/s"] if record["copy_gb_per_s"] else []
     versions = [f"{name} {version}" for name, version in record["versions"].items() if version]

@@ -4,6 +4,7 @@ Written after every case, to a file beside it that then takes its place: who int
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import gc
@@ -16,7 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -76,9 +77,21 @@ def version(module: str) -> str | None:
         return "unknown"
 
 
-def header(clock: Clock, copy_gb_per_s: float, command: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def company(processes: int) -> Iterator[None]:
+    """Keep so many processes busy meanwhile, as DataLoader workers are."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def header(clock: Clock, copy_gb_per_s: float, command: str, busy: int) -> dict[str, Any]:
     return {
-        "machine": machine(clock.device),
+        "machine": machine(clock.device) | ({"busy": busy} if busy else {}),
         "versions": {"python": platform.python_version()} | {name: version(it) for name, it in PACKAGES.items()},
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": command,
@@ -88,13 +101,13 @@ def header(clock: Clock, copy_gb_per_s: float, command: str) -> dict[str, Any]:
 
 
 def run(
-    cases: Sequence[Case], clock: Clock, path: Path, minutes: float, command: str, copy_bytes: int
+    cases: Sequence[Case], clock: Clock, path: Path, minutes: float, command: str, copy_bytes: int, busy: int = 0
 ) -> dict[str, Any]:
     """Measure case after case; each gets an equal share of the time that is left."""
     end = monotonic() + 60 * minutes
     bandwidth = copy_bandwidth(clock, copy_bytes)
     clock.release()
-    record = header(clock, bandwidth, command) | {"points": [], "skipped": []}
+    record = header(clock, bandwidth, command, busy) | {"points": [], "skipped": []}
     print(f"{record['machine']['name']}: copy {bandwidth:,.0f} GB/s; writing {path}", flush=True)
     for number, case in enumerate(cases):
         start = monotonic()
@@ -122,10 +135,13 @@ def main(module: str, cases: Sequence[Case], make_clock: Callable[[], Clock], mi
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
     parser.add_argument("--json", type=Path, help="default: bench/results/MACHINE.json")
     parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--busy", action="store_true", help="beside one busy process a core")
     options = parser.parse_args()
     clock = make_clock()
     name = "cpu" if clock.device == "cpu" else slug(torch.cuda.get_device_name())
-    path = options.json or RESULTS / f"{name}.json"
+    busy = (os.cpu_count() or 1) if options.busy else 0
+    path = options.json or RESULTS / f"{name}{'-busy' if busy else ''}.json"
     command = " ".join([f"python -m {module}", *sys.argv[1:]])
-    run(cases, clock, path, options.minutes, command, copy_bytes)
+    with company(busy):
+        run(cases, clock, path, options.minutes, command, copy_bytes, busy)
     return path

@@ -289,12 +289,14 @@ def loss_and_gradient(
 
     No gradient where rows are few and long: splitting them over programs, as `loss` does, is faster.
     """
+    rows = describe(logits, target)
+    tile, programs = plan(rows, logits.itemsize, BOTH_WARPS, rows.strides[0])
+    if tile.lanes and split_rows(programs, rows.classes, tile.classes) > 1:
+        return *loss(logits, target, weight, spec, save=True), None
     grad = torch.empty_like(logits)
     rows = describe(logits, target, grad)
     logits_strides, target_strides, grad_strides = rows.strides
     tile, programs = plan(rows, logits.itemsize, BOTH_WARPS, logits_strides, grad_strides)
-    if tile.lanes and split_rows(programs, rows.classes, tile.classes) > 1:
-        return *loss(logits, target, weight, spec, save=True), None
     out = outputs(logits, weight, spec, programs, True)
     helper, acc = constants(spec)
     options = (spec.ignore_index, split(spec.label_smoothing))

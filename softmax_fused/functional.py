@@ -142,8 +142,8 @@ def cross_entropy(
         label_smoothing: Share e of the target spread evenly over the classes, at most 1.
         backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
         grad_in_forward: Compute the gradient with the loss, in one launch that reads the logits from memory once; right
-            for every upstream gradient, fastest for 1. Holds a logits-sized buffer between forward and backward. Pure
-            torch operations do so for a mean or sum, anyway.
+            for every upstream gradient, fastest for 1. Holds a logits-sized buffer between forward and backward. On
+            the CPU a mean or sum does so anyway.
         inplace_backward: Write the gradient over the logits: no further logits-sized buffer. The logits are lost with
             the backward pass, and autograd refuses operations that still need them.
 
@@ -201,8 +201,8 @@ def cross_entropy(
     if input.requires_grad and torch.is_grad_enabled():
         if inplace_backward:
             _check.writable(input)
-        # in torch operations the gradient comes with the loss, of one upstream gradient: an exponential a logit saved
-        together = grad_in_forward or (compute is _torch_path and reduction != "none")
+        # on the CPU the gradient of a mean or sum comes with the loss and is scaled: an exponential a logit saved
+        together = grad_in_forward or (compute is _torch_path and input.is_cpu and reduction != "none")
         when = "in place" if inplace_backward else "forward" if together else "backward"
         differentiable: Tensor = CrossEntropy.apply(input, target, weight, spec, compute, when)
         return differentiable

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -301,6 +302,19 @@ def test_a_case_too_large_for_the_machine_stops_no_other(tmp_path: Path, monkeyp
     written = record.run([TINY, STEP], CpuClock(), tmp_path / "cpu.json", 0, "python -m bench.cpu", 1000)
     assert len(written["points"]) == 1
     assert [skip["case"] for skip in written["skipped"]] == ["4x6-float32"]
+
+
+def test_busy_processes_run_meanwhile_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command: (started.append(real(command)), started[-1])[1])
+    with record.company(2):
+        assert [process.poll() for process in started] == [None, None]
+    assert all(process.returncode for process in started)
+    header = record.header(CpuClock(), 1.0, "python -m bench.cpu --busy", 2)
+    assert header["machine"]["busy"] == 2
+    assert "beside 2 busy processes" in plot.provenance(header)
+    assert "busy" not in record.header(CpuClock(), 1.0, "python -m bench.cpu", 0)["machine"]
 
 
 def test_slug() -> None:
