@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from softmax_fused._torch_rows import Workspace, exponentials, log_softmax, with_classes
+from softmax_fused._torch_rows import Workspace, log_softmax, with_classes
 from softmax_fused._torch_targets import Indices, Probabilities, class_indices, probability_share
 
 if TYPE_CHECKING:
@@ -52,13 +52,11 @@ def sweep(
     for part in workspace.parts:
         at = with_classes(part)
         work = workspace.chunk(z[at], at)
-        log_softmax(z[at], work, workspace.few)
-        dot = None if losses is None else a.dot(work, at)
-        sums = exponentials(work, workspace.few) if workspace.few or grad is not None else None
-        if losses is not None and dot is not None:
-            losses[part] = (-dot if sums is None else a.sum(at) * sums.log() - dot).squeeze(1)
+        log_softmax(z[at], work)
+        if losses is not None:
+            losses[part] = a.loss(work, at).squeeze(1)
         if grad is not None:
-            a.gradient(work, sums, g[at], at, grad[at])
+            a.gradient(work.exp_(), g[at], at, grad[at])
 
 
 def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:  # noqa: ARG001

@@ -52,6 +52,11 @@ def product(a: Tensor, log_p: Tensor) -> Tensor:
     return (a * log_p).masked_fill_((a == 0) & (log_p == -torch.inf), 0)
 
 
+def without(p: Tensor, label: Tensor) -> Tensor:
+    """Return the sums of p without the class `label` of each row, which is lost."""
+    return p.scatter_(1, label, p.new_zeros(()).expand_as(label)).sum(1, keepdim=True)
+
+
 class Indices:
     """a of class indices: everything a row needs of it is a number or two."""
 
@@ -75,15 +80,15 @@ class Indices:
             return self.rows.new_tensor(self.rows.numel())
         return self.live(self.rows if self.w is None else self.true.squeeze(1)).sum()
 
-    def dot(self, log_p: Tensor, at: tuple[slice, ...]) -> Tensor:
-        """Return <a, log p> of a chunk."""
+    def loss(self, log_p: Tensor, at: tuple[slice, ...]) -> Tensor:
+        """Return -<a, log p> of a chunk."""
         true = log_p.gather(1, self.label[at])
         if self.w is not None:
             true = product(self.true[at], true)
         if not self.smoothing:
-            return true
+            return -true
         spread = log_p if self.w is None else product(self.w.expand_as(log_p), log_p)
-        return self.off * spread.sum(1, keepdim=True) + (0 if self.smoothing == 1 else (1 - self.smoothing) * true)
+        return -self.off * spread.sum(1, keepdim=True) - (0 if self.smoothing == 1 else (1 - self.smoothing) * true)
 
     def sum(self, at: tuple[slice, ...]) -> Tensor | float:
         """Return A of a chunk."""
@@ -93,17 +98,16 @@ class Indices:
         """Return A - a of the true class."""
         return self.sum(at) - (1 if self.w is None else self.true[at]) * (1 - self.smoothing + self.off)
 
-    def gradient(self, work: Tensor, sums: Tensor | None, g: Tensor, at: tuple[slice, ...], out: Tensor) -> None:
-        """Fill `out` with the gradient of a chunk from `work`, the numerators of p, and their sums where not 1.
+    def gradient(self, p: Tensor, g: Tensor, at: tuple[slice, ...], out: Tensor) -> None:
+        """Fill `out` with the gradient of a chunk from its softmax; `p` is written over.
 
         The true class gets g * (A - a - A * (the others' p)), in which no digit cancels where the row is confident.
         """
         label, rest = self.label[at], self.rest(at)
-        others = self.others(work, sums, label)
         scale = g if self.w is None else self.total[at] * g
-        true = others * -scale if sums is None else others * -(scale := scale / sums)
-        result = out if out.dtype == work.dtype else work
-        torch.mul(work, scale, out=result)
+        true = self.others(p, label) * -scale
+        result = out if out.dtype == p.dtype else p
+        torch.mul(p, scale, out=result)
         if self.smoothing:
             result.sub_(self.off * g if self.w is None else self.off * g * self.w)
         result.scatter_(1, label, true if self.w is None and not self.smoothing else true.add_(rest * g))
@@ -111,20 +115,24 @@ class Indices:
             bad = true.isnan() & ~self.keep.unsqueeze(1)[at]
             if not bad.is_cpu or bool(bad.any()):
                 result.masked_fill_(bad, 0)
-        if result is work:
-            out.copy_(work)
+        if result is p:
+            out.copy_(p)
 
-    def others(self, work: Tensor, sums: Tensor | None, label: Tensor) -> Tensor:
-        """Return the sum of all numerators but the true class's; what `work` holds of that one may be lost.
+    def others(self, p: Tensor, label: Tensor) -> Tensor:
+        """Return the sum of all p but the true class's; what `p` holds of that one may be lost.
 
-        1 - p is exact up to p = 1/2 and needs no pass over the chunk; beyond, it cancels. Few classes are summed sooner
-        than looked at. A sum everywhere would be three times as far off as torch where classes are few.
+        1 - p is exact up to p = 1/2 and needs no pass over the chunk; beyond, it cancels, and the others are summed. A
+        sum everywhere would be three times as far off as torch where classes are few.
         """
-        true = work.gather(1, label)
-        whole = 1 if sums is None else sums
-        if work.shape[1] >= 64 and true.is_cpu and bool(true.amax() <= 0.5):
-            return whole - true
-        return torch.where(true > 0.5 * whole, work.scatter_(1, label, 0).sum(1, keepdim=True), whole - true)
+        true = p.gather(1, label)
+        confident = true > 0.5
+        if p.is_cpu:
+            rows = confident.flatten().nonzero().squeeze(1)
+            if not len(rows):
+                return 1 - true
+            if p.ndim == 2 and 4 * len(rows) < len(p):
+                return (1 - true).index_copy_(0, rows, without(p[rows], label[rows]))
+        return torch.where(confident, without(p, label), 1 - true)
 
 
 class Probabilities:
@@ -146,16 +154,11 @@ class Probabilities:
         """Return a of a chunk."""
         return probability_share(self.t[at], self.w, self.spec)
 
-    def dot(self, log_p: Tensor, at: tuple[slice, ...]) -> Tensor:
-        """Return <a, log p> of a chunk."""
-        return product(self.share(at), log_p).sum(1, keepdim=True)
+    def loss(self, log_p: Tensor, at: tuple[slice, ...]) -> Tensor:
+        """Return -<a, log p> of a chunk."""
+        return -product(self.share(at), log_p).sum(1, keepdim=True)
 
-    def sum(self, at: tuple[slice, ...]) -> Tensor | float:
-        """Return A of a chunk."""
-        return self.share(at).sum(1, keepdim=True)
-
-    def gradient(self, work: Tensor, sums: Tensor | None, g: Tensor, at: tuple[slice, ...], out: Tensor) -> None:
-        """Fill `out` with the gradient of a chunk from `work`, the numerators of p, and their sums where not 1."""
+    def gradient(self, p: Tensor, g: Tensor, at: tuple[slice, ...], out: Tensor) -> None:
+        """Fill `out` with the gradient of a chunk from its softmax; `p` is written over."""
         a = self.share(at)
-        total = a.sum(1, keepdim=True)
-        out.copy_(work.mul_(total if sums is None else total / sums).sub_(a).mul_(g))
+        out.copy_(p.mul_(a.sum(1, keepdim=True)).sub_(a).mul_(g))

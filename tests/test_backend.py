@@ -102,7 +102,7 @@ def test_auto_on_the_cpu_hands_small_inputs_to_torch(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_torch_path, "loss", lambda *args, **options: (calls.append(args), (None, []))[1])
     cross_entropy(torch.zeros(256, 10), torch.zeros(256, dtype=torch.long))
     assert not calls
-    rows = functional.HAND_OVER_FORWARD // 8
+    rows = functional.HAND_OVER_FORWARD // (8 * 4)
     cross_entropy(torch.zeros(rows, 8), torch.zeros(rows, dtype=torch.long))
     assert len(calls) == 1
     cross_entropy(torch.zeros(256, 10), torch.zeros(256, 10))

@@ -30,7 +30,6 @@ def assert_near(got: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
 @pytest.fixture(params=[2**22, 64], ids=["one chunk", "many chunks"], autouse=True)
 def chunk_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_torch_rows, "CHUNK", request.param)
-    monkeypatch.setattr(_torch_rows, "MANY", 8)
 
 
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
@@ -119,7 +118,25 @@ def test_one_large_image_needs_scratch_of_a_chunk() -> None:
     z = torch.empty(1, 19, 64, 64)
     workspace = _torch_rows.Workspace(z, None, torch.float32)
     assert workspace.scratch is not None
-    assert workspace.scratch.numel() <= max(_torch_rows.CHUNK // 2, 19 * 64)
+    assert workspace.scratch.numel() <= max(_torch_rows.CHUNK, 19 * 64)
+
+
+def test_confident_rows_among_others() -> None:
+    """The true class's gradient is -(1 - p), right relative to itself."""
+    logits = torch.randn(40, 10)
+    target = make_indices((40, 10), "cpu")
+    target[target == -100] = 0
+    confident = {3: 1e-3, 17: 1e-7, 38: 1e-20}
+    for row, rest in confident.items():
+        logits[row] = 0
+        logits[row, target[row]] = torch.tensor(9 / rest).log()
+    spec = make_spec(logits, target, "sum", -100, 0.0, torch.float32)
+    grad = _torch_path.gradient(torch.ones(()), logits, target, None, [], spec).double()
+    truth = reference.cross_entropy(logits, target, reduction="sum").grad
+    assert_near(grad, truth, torch.float32)
+    for row in confident:
+        others = truth[row].sum() - truth[row, target[row]]
+        torch.testing.assert_close(grad[row, target[row]], -others, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(60_000, 10), (4, 19, 64, 64)], ids=str)
