@@ -2,10 +2,10 @@
 
 Usage: python bench/codegen.py [--targets sm_90 ...] [--dtypes bfloat16 ...] [--classes 32000 ...] [--json FILE]
 
-Calls of the loss are made on tensors without memory; their launches are compiled for a GPU that need not be there, by a
-driver that only names it. The machine code's inner loops are then counted, and the time that bytes, issue slots and
-EX2 allow on an H200 is predicted, the longest of the three. NVIDIA machine code only: for gfx942 it says that it
-compiled.
+Calls of the loss and of softmax are made on tensors without memory; their launches are compiled for a GPU that need not
+be there, by a driver that only names it. The machine code's inner loops are then counted, and the time that bytes,
+issue slots and EX2 allow on an H200 is predicted, the longest of the three. NVIDIA machine code only: for gfx942 it
+says that it compiled.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
 from bench.machine_code import Loop, inspect
 from bench.record import write_json
-from softmax_fused import _launch
+from softmax_fused import _launch, _launch_softmax
 from softmax_fused._autograd import make_spec
 
 TARGETS = {
@@ -44,7 +44,8 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 BYTES_PER_US = 4.3e6
 ISSUE_PER_US = 132 * 128 * 1.98e3
 EX2_PER_US = 132 * 16 * 1.98e3
-PASSES = {"forward": 1, "backward": 2, "both": 2}  # of the logits' bytes through memory; probabilities are one more
+PASSES = {"forward": 1, "backward": 2, "both": 2}  # of the logits' bytes through memory
+MORE_PASSES = ("probabilities", "softmax", "log softmax")  # one more: the targets, or the output
 
 
 class NamedDriver:
@@ -67,10 +68,10 @@ class NamedDriver:
 
 
 class Case(NamedTuple):
-    """A call of the loss."""
+    """A call of the loss or of softmax."""
 
     shape: tuple[int, ...]
-    kind: str = "indices"  # or "probabilities", or "weights and smoothing" (of indices)
+    kind: str = "indices"  # or "probabilities", "weights and smoothing" (of indices); "softmax", "log softmax"
     reduction: str = "mean"
 
 
@@ -90,6 +91,8 @@ CASES = [
     Case((8192, 32_000), "probabilities", "none"),
     Case((8192, 32_000), "weights and smoothing"),
     Case((60_000, 10), "weights and smoothing"),
+    *(Case((8192, classes), kind) for kind in ("softmax", "log softmax") for classes in (4096, 32_000, 128_256)),
+    *(Case(shape, "softmax") for shape in ((60_000, 10), (4096, 100), (16, 19, 512, 1024))),
 ]
 
 
@@ -100,6 +103,10 @@ def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def make_calls(case: Case, dtype: torch.dtype) -> None:
     """Do what forward, backward and grad_in_forward do, on tensors without memory."""
     logits = meta(case.shape, dtype)
+    if "softmax" in case.kind:
+        out = _launch_softmax.forward(logits, 1, dtype, case.kind == "log softmax")
+        _launch_softmax.backward(out, out, 1, dtype, case.kind == "log softmax")
+        return
     indices = case.kind != "probabilities"
     target = meta(case.shape[:1] + case.shape[2:], torch.int64) if indices else logits
     general = case.kind == "weights and smoothing"
@@ -132,10 +139,12 @@ def describe(
     loops = code.element_loops()
     if mode is None:
         loops = []  # nothing there goes over the logits
-    plain = case.kind == "indices"
+    softmax = "softmax" in case.kind
+    reads = 2 if softmax and mode == "backward" else 1
+    plain = case.kind == "indices" or softmax
     tile = constants.get("ROWS", 1) * constants.get("CLASSES", 0) / (32 * warps)
     share = useful(case, constants)
-    elements = [(loop.load_bits / 8 / itemsize if plain else tile) * share for loop in loops]
+    elements = [(loop.load_bits / 8 / itemsize / reads if plain else tile) * share for loop in loops]
     record: dict[str, Any] = {
         "registers": code.registers,
         "stack_bytes": code.stack,
@@ -150,7 +159,7 @@ def describe(
     if loops and dtype != "float64":  # its arithmetic has units of its own, half as many or fewer
         logits = math.prod(case.shape)
         microseconds = {
-            "bytes": (PASSES[mode] + (case.kind == "probabilities")) * itemsize * logits / BYTES_PER_US,
+            "bytes": (PASSES[mode] + (case.kind in MORE_PASSES)) * itemsize * logits / BYTES_PER_US,
             "issue": record["instructions_per_element"] * logits / ISSUE_PER_US,
             "EX2": record["ex2_per_element"] * logits / EX2_PER_US,
         }

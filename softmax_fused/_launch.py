@@ -128,12 +128,14 @@ def plan(
     return tile, math.prod(rows.sizes[:-1]) * -(-rows.sizes[-1] // tile.rows)
 
 
+def accumulator(dtype: torch.dtype) -> Any:
+    """Return the type to compute in."""
+    return tl.float64 if dtype is torch.float64 else tl.float32
+
+
 def constants(spec: Spec) -> tuple[Any, Any]:
     """Return the target helper and the accumulation type."""
-    return (
-        index_target if spec.indices else probability_target,
-        tl.float64 if spec.acc is torch.float64 else tl.float32,
-    )
+    return index_target if spec.indices else probability_target, accumulator(spec.acc)
 
 
 def packed(weight: Tensor | None) -> Tensor | None:

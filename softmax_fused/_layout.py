@@ -43,12 +43,11 @@ class Rows(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def rows_of(shape: tuple[int, ...], *strides: tuple[int, ...]) -> Rows:
-    """Lay out logits of `shape`, and tensors of as many dimensions or of one less, without classes.
+def rows_of(shape: tuple[int, ...], class_dim: int, *strides: tuple[int, ...]) -> Rows:
+    """Lay out a tensor of `shape` and its classes, and tensors of as many dimensions or without the class dimension.
 
     Kept for the shapes of a training run: it is half of what a call costs the host.
     """
-    class_dim = min(len(shape) - 1, 1)
     whole = [len(stride) == len(shape) for stride in strides]
     row_strides = [
         (*stride[:class_dim], *stride[class_dim + 1 :]) if has_classes else stride
@@ -61,4 +60,9 @@ def rows_of(shape: tuple[int, ...], *strides: tuple[int, ...]) -> Rows:
 
 def describe(logits: Tensor, *others: Tensor) -> Rows:
     """Describe the layout of logits (C,) or (N, C, d1..dk) and of tensors with or without the class dimension."""
-    return rows_of(tuple(logits.shape), logits.stride(), *[tensor.stride() for tensor in others])
+    return along(min(logits.ndim - 1, 1), logits, *others)
+
+
+def along(dim: int, tensor: Tensor, *others: Tensor) -> Rows:
+    """Describe the layout of a tensor whose classes lie along `dim`, and of others of its shape or without `dim`."""
+    return rows_of(tuple(tensor.shape), dim, tensor.stride(), *[other.stride() for other in others])

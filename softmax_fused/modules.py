@@ -1,4 +1,4 @@
-"""The loss as a module."""
+"""The loss and the softmax as modules."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from softmax_fused.activation import log_softmax, softmax
 from softmax_fused.functional import cross_entropy
 
 if TYPE_CHECKING:
@@ -81,3 +82,37 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         }
         usual = ("auto", False)
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value not in usual)
+
+
+class Softmax(nn.Softmax):
+    """Softmax along a dimension, computed by :func:`softmax`: a `torch.nn.Softmax` otherwise.
+
+    Args:
+        dim: Dimension that sums to 1; None, as torch's, guesses with a warning.
+
+    Example:
+        >>> import torch
+        >>> Softmax(dim=1)(torch.tensor([[2.0, 0.0, -1.0]]))
+        tensor([[0.8438, 0.1142, 0.0420]])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the softmax of `input`."""
+        return softmax(input, self.dim)
+
+
+class LogSoftmax(nn.LogSoftmax):
+    """Logarithm of the softmax along a dimension, computed by :func:`log_softmax`: a `torch.nn.LogSoftmax` otherwise.
+
+    Args:
+        dim: Dimension along which the exponentials sum to 1; None, as torch's, guesses with a warning.
+
+    Example:
+        >>> import torch
+        >>> LogSoftmax(dim=1)(torch.tensor([[2.0, 0.0, -1.0]]))
+        tensor([[-0.1698, -2.1698, -3.1698]])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the logarithm of the softmax of `input`."""
+        return log_softmax(input, self.dim)
