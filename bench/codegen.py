@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
 from bench.machine_code import Loop, inspect
 from bench.record import write_json
-from softmax_fused import _launch, _launch_softmax
+from softmax_fused import _launch, _launch_row_outputs, _launch_softmax
 from softmax_fused._autograd import make_spec
+from softmax_fused.row_outputs import RowSpec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -67,11 +68,16 @@ class NamedDriver:
         return torch.device("cpu")
 
 
+ROW_OUTPUTS = ("loss, prediction", "loss, logsumexp, prediction, entropy", "loss, softcap")
+
+
 class Case(NamedTuple):
     """A call of the loss or of softmax."""
 
     shape: tuple[int, ...]
-    kind: str = "indices"  # or "probabilities", "weights and smoothing" (of indices); "softmax", "log softmax"
+    kind: str = (
+        "indices"  # or "probabilities", "weights and smoothing" (of indices); "softmax", "log softmax"; outputs of rows
+    )
     reduction: str = "mean"
 
 
@@ -93,6 +99,8 @@ CASES = [
     Case((60_000, 10), "weights and smoothing"),
     *(Case((8192, classes), kind) for kind in ("softmax", "log softmax") for classes in (4096, 32_000, 128_256)),
     *(Case(shape, "softmax") for shape in ((60_000, 10), (4096, 100), (16, 19, 512, 1024))),
+    *(Case((8192, 32_000), kind) for kind in ROW_OUTPUTS),
+    Case((60_000, 10), "loss, prediction"),
 ]
 
 
@@ -107,6 +115,9 @@ def make_calls(case: Case, dtype: torch.dtype) -> None:
         out = _launch_softmax.forward(logits, 1, dtype, case.kind == "log softmax")
         _launch_softmax.backward(out, out, 1, dtype, case.kind == "log softmax")
         return
+    if case.kind in ROW_OUTPUTS:
+        make_row_calls(case, logits, dtype)
+        return
     indices = case.kind != "probabilities"
     target = meta(case.shape[:1] + case.shape[2:], torch.int64) if indices else logits
     general = case.kind == "weights and smoothing"
@@ -115,6 +126,17 @@ def make_calls(case: Case, dtype: torch.dtype) -> None:
     loss, saved = _launch.loss(logits, target, weight, spec, save=True)
     _launch.gradient(loss, logits, target, weight, saved, spec)
     _launch.loss_and_gradient(logits, target, weight, spec)
+
+
+def make_row_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
+    """Do what the outputs of rows do forward and backward."""
+    *outputs, last = case.kind.split(", ")
+    softcap = 30.0 if last == "softcap" else None
+    target = meta(case.shape[:1], torch.int64)
+    spec = make_spec(logits, target, "none", -100, 0.0, dtype)
+    options = RowSpec(spec, 1.0, softcap, tuple(outputs if softcap else (*outputs, last)))
+    out, stats = _launch_row_outputs.forward(logits, target, None, options, save=True)
+    _launch_row_outputs.gradient((out.loss, out.logsumexp, out.entropy), logits, target, None, stats, options)
 
 
 def useful(case: Case, constants: dict[str, Any]) -> float:
@@ -141,7 +163,7 @@ def describe(
         loops = []  # nothing there goes over the logits
     softmax = "softmax" in case.kind
     reads = 2 if softmax and mode == "backward" else 1
-    plain = case.kind == "indices" or softmax
+    plain = case.kind not in ("probabilities", "weights and smoothing")
     tile = constants.get("ROWS", 1) * constants.get("CLASSES", 0) / (32 * warps)
     share = useful(case, constants)
     elements = [(loop.load_bits / 8 / itemsize / reads if plain else tile) * share for loop in loops]

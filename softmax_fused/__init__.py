@@ -4,15 +4,18 @@ from softmax_fused import information
 from softmax_fused.activation import log_softmax, softmax
 from softmax_fused.functional import cross_entropy
 from softmax_fused.modules import CrossEntropyLoss, LogSoftmax, Softmax
+from softmax_fused.row_outputs import RowOutputs, cross_entropy_rows
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CrossEntropyLoss",
     "LogSoftmax",
+    "RowOutputs",
     "Softmax",
     "__version__",
     "cross_entropy",
+    "cross_entropy_rows",
     "information",
     "log_softmax",
     "softmax",

@@ -21,6 +21,7 @@ KERNELS = {
     *(f"cross_entropy_{name}" for name in ("forward", "backward", "both", "reduce", "weights", "combine")),
     *(f"cross_entropy_long_{name}" for name in ("forward", "backward", "both")),
     *(f"softmax_{name}" for name in ("forward", "backward", "long_forward", "long_backward")),
+    *(f"row_outputs_{name}" for name in ("forward", "backward", "long_forward", "long_backward")),
 }
 
 # On sm_90, for class indices without weights: instructions and EX2 of an element of the logits.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -87,10 +86,22 @@ def logistic_squared(logits: Tensor, target: Tensor) -> Tensor:
     return squared(torch.sigmoid(logits), target.to(logits.dtype))
 
 
-def _fused(label_smoothing: float = 0.0) -> Loss:
-    from softmax_fused import CrossEntropyLoss
+class Fused:
+    """The fused loss, which finds the predicted classes in the same pass over the logits."""
 
-    return cast("Loss", CrossEntropyLoss(label_smoothing=label_smoothing))
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the mean loss."""
+        return self.with_predictions(logits, target)[0]
+
+    def with_predictions(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean loss, and each row's class of the largest logit."""
+        from softmax_fused import cross_entropy_rows
+
+        rows = cross_entropy_rows(logits, target, label_smoothing=self.label_smoothing, outputs=("loss", "prediction"))
+        return rows.loss.mean(), rows.prediction
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ NAIVE = "exp overflows in float32 from logits of 89 on; choose --loss fused, whi
 UNDERFLOW = "choose a smaller --lr, or --loss fused, which takes no logarithm of a probability that has become 0"
 
 LOSSES: dict[str, LossEntry] = {
-    "fused": LossEntry(_fused, soft=True),
+    "fused": LossEntry(Fused, soft=True),
     "torch": LossEntry(nn.CrossEntropyLoss, soft=True),
     "scratch": LossEntry(_always(scratch_cross_entropy), advice=UNDERFLOW),
     "scratch-naive": LossEntry(_always(naive_cross_entropy), advice=NAIVE),

@@ -1,0 +1,262 @@
+"""Several outputs of each row: values and gradients against float64, each alone and together, in every place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softmax_fused import RowOutputs, cross_entropy_rows
+from softmax_fused.row_outputs import FIELDS
+from tests.cases import ULPS, make_indices, make_logits, make_probabilities
+from tests.conftest import INTERPRETER, Place
+
+INF = float("inf")
+SOFT = ("loss", "logsumexp", "entropy")
+
+
+def reference(
+    z: Tensor, target: Tensor, weight: Tensor | None = None, *, logit_scale: float = 1.0, softcap: float | None = None,
+    ignore_index: int = -100, label_smoothing: float = 0.0,
+) -> RowOutputs:  # fmt: skip
+    """The definitions, in float64."""
+    x = z.double() * logit_scale
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    dim = min(z.ndim - 1, 1)
+    target = target if target.ndim < z.ndim else target.double()
+    loss = F.cross_entropy(
+        x, target, None if weight is None else weight.double(),
+        ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing,
+    )  # fmt: skip
+    log_p = torch.log_softmax(x, dim)
+    entropy = -torch.where(log_p == -INF, 0, log_p.exp() * log_p).sum(dim)
+    return RowOutputs(loss, torch.logsumexp(x, dim), x.argmax(dim), entropy)
+
+
+def assert_near(got: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    eps = ULPS[dtype] * torch.finfo(dtype).eps
+    size = truth.nan_to_num(posinf=0, neginf=0).abs().max().item()
+    atol = eps * max(size, 1) + 1e-7 * (eps > 1e-4)
+    torch.testing.assert_close(got.double(), truth, rtol=eps, atol=atol, equal_nan=True)
+
+
+def assert_right(
+    place: Place,
+    z: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    outputs: tuple[str, ...] = FIELDS,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> None:
+    """Compare the outputs, and the gradient under random upstream gradients of all of them, with float64."""
+    before, version = z.detach().clone(), z._version
+    rows = cross_entropy_rows(z, target, weight, outputs=outputs, dtype=dtype, backend=place.backend, **options)
+    leaf = z.detach().double().requires_grad_()
+    truth = reference(leaf, target, weight, **options)
+    for name in FIELDS:
+        got, exact = getattr(rows, name), getattr(truth, name)
+        if name not in outputs:
+            assert got is None
+        elif name == "prediction":
+            assert got.dtype is torch.int64
+            assert torch.equal(got, exact)
+        else:
+            assert (got.shape, got.dtype) == (exact.shape, dtype or z.dtype)
+            assert_near(got.detach(), exact.detach(), got.dtype)
+    soft = [name for name in SOFT if name in outputs]
+    if not soft:
+        return
+    upstream = [
+        torch.randn(getattr(truth, name).shape, dtype=torch.float64).to(z.device, dtype or z.dtype) for name in soft
+    ]
+    (grad,) = torch.autograd.grad([getattr(rows, name) for name in soft], z, upstream)
+    (exact,) = torch.autograd.grad([getattr(truth, name) for name in soft], leaf, [g.double() for g in upstream])
+    assert (grad.shape, grad.dtype) == (z.shape, z.dtype)
+    assert_near(grad, exact, z.dtype)
+    assert torch.equal(z.detach(), before)
+    assert z._version == version
+
+
+SHAPES = [(10,), (7, 10), (5, 1), (3, 100), (2, 129), (3, 1003), (1, 5000), (2, 6, 40), (2, 19, 3, 9)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_output(place: Place, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_right(place, make_logits(shape, dtype, place.device), make_indices(shape, place.device))
+
+
+@pytest.mark.parametrize(
+    "outputs", [(name,) for name in FIELDS] + [("loss", "prediction"), ("logsumexp", "entropy")], ids=str
+)
+@pytest.mark.parametrize("shape", [(7, 10), (2, 300)], ids=str)
+def test_any_outputs(place: Place, shape: tuple[int, ...], outputs: tuple[str, ...]) -> None:
+    z, target = make_logits(shape, torch.float32, place.device), make_indices(shape, place.device)
+    assert_right(place, z, target, outputs=outputs, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("logit_scale", [1.0, 0.3, -2.0])
+@pytest.mark.parametrize("shape", [(7, 11), (3, 333), (2, 5, 40)], ids=str)
+def test_scaled_and_capped(place: Place, shape: tuple[int, ...], logit_scale: float, softcap: float | None) -> None:
+    for dtype in (torch.float32, torch.float64):
+        z, target = make_logits(shape, dtype, place.device), make_indices(shape, place.device)
+        assert_right(place, z, target, logit_scale=logit_scale, softcap=softcap)
+
+
+@pytest.mark.parametrize("kind", ["weights", "smoothing", "probabilities", "everything"])
+@pytest.mark.parametrize("shape", [(7, 11), (3, 333), (2, 5, 40)], ids=str)
+def test_every_target(place: Place, shape: tuple[int, ...], kind: str) -> None:
+    z = make_logits(shape, torch.float64, place.device)
+    soft = kind in ("probabilities", "everything")
+    target = make_probabilities(shape, z.dtype, place.device) if soft else make_indices(shape, place.device)
+    weight = torch.rand(shape[1], dtype=z.dtype).to(place.device) if kind in ("weights", "everything") else None
+    assert_right(place, z, target, weight, label_smoothing=0.2 * (kind in ("smoothing", "everything")), softcap=8.0)
+
+
+@pytest.mark.parametrize("classes", [11, 333])
+def test_ignored_rows_have_no_loss_but_the_rest(place: Place, classes: int) -> None:
+    z, target = make_logits((6, classes), torch.float32, place.device), make_indices((6, classes), place.device)
+    target[::2] = -100
+    assert_right(place, z, target, label_smoothing=0.1)
+    assert_right(place, z, target % classes, ignore_index=int(target[1]))
+    with torch.no_grad():
+        z[2] = float("nan")
+    rows = cross_entropy_rows(z, target, outputs=("loss",), backend=place.backend)
+    (grad,) = torch.autograd.grad(rows.loss.sum(), z)
+    assert rows.loss[::2].eq(0).all()
+    assert grad[::2].eq(0).all()
+
+
+@pytest.mark.parametrize("classes", [10, 300])
+def test_predictions_of_ties_infinities_and_nan(place: Place, classes: int) -> None:
+    z = make_logits((7, classes), torch.float32, place.device).detach()
+    z[0] = 0
+    z[1] = -INF
+    z[2, 4:7] = 50
+    z[3, 8] = INF
+    z[4, 9] = float("nan")
+    z[5, :-1] = -INF
+    target = torch.full((7,), classes - 1, device=place.device)
+    rows = cross_entropy_rows(z, target, backend=place.backend)
+    truth = reference(z, target)
+    expected = z.argmax(1)
+    assert rows.prediction.tolist() == expected.tolist()
+    for name in SOFT:
+        assert_near(getattr(rows, name), getattr(truth, name), torch.float32)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e36], ids=str)
+@pytest.mark.parametrize("classes", [10, 300])
+def test_large_logits(place: Place, classes: int, size: float) -> None:
+    z = (make_logits((5, classes), torch.float32, place.device).detach() * size).requires_grad_()
+    assert_right(place, z, make_indices((5, classes), place.device))
+
+
+LAYOUTS = {
+    "classes first": lambda z: z.t().contiguous().t(),
+    "gaps": lambda z: z.repeat_interleave(2, -1)[..., ::2],
+    "offset": lambda z: F.pad(z, (1, 2))[..., 1:-2],
+    "expanded": lambda z: z[:1].expand(6, -1),
+}
+
+
+@pytest.mark.parametrize("classes", [10, 300])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(place: Place, layout: str, classes: int) -> None:
+    z = LAYOUTS[layout](make_logits((6, classes), torch.float32, place.device).detach()).requires_grad_()
+    assert_right(place, z, make_indices((6, classes), place.device))
+
+
+def test_float32_outputs_of_16_bit_logits(place: Place) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        if place == INTERPRETER and dtype is torch.bfloat16:
+            continue  # it cuts the gradient off where a GPU rounds
+        z, target = make_logits((5, 300), dtype, place.device), make_indices((5, 300), place.device)
+        assert_right(place, z, target, dtype=torch.float32)
+
+
+def test_no_gradient_flows_where_none_is_asked_for(place: Place) -> None:
+    z, target = make_logits((4, 10), torch.float32, place.device), make_indices((4, 10), place.device)
+    rows = cross_entropy_rows(z, target, backend=place.backend)
+    assert not rows.prediction.requires_grad
+    (grad,) = torch.autograd.grad(rows.logsumexp.sum(), z)
+    torch.testing.assert_close(grad, torch.softmax(z.detach(), 1))
+    with torch.no_grad():
+        assert not cross_entropy_rows(z, target, backend=place.backend).loss.requires_grad
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0, "logit_scale": 0.7, "label_smoothing": 0.1}], ids=str)
+def test_second_derivatives(place: Place, options: dict[str, Any]) -> None:
+    z, target = make_logits((3, 5), torch.float64, place.device, 1.0), make_indices((3, 5), place.device)
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        rows = cross_entropy_rows(x, target, outputs=SOFT, backend=place.backend, **options)
+        return rows.loss, rows.logsumexp, rows.entropy
+
+    assert torch.autograd.gradcheck(function, (z,))
+    assert torch.autograd.gradgradcheck(function, (z,))
+
+
+def test_torch_func_and_compile(place: Place) -> None:
+    z, target = make_logits((3, 5), torch.float64, place.device).detach(), make_indices((3, 5), place.device)
+
+    def total(x: Tensor) -> Tensor:
+        rows = cross_entropy_rows(x, target, softcap=4.0, outputs=SOFT, backend=place.backend)
+        return (rows.loss + rows.logsumexp.square() + rows.entropy).sum()
+
+    def exact(x: Tensor) -> Tensor:
+        rows = reference(x, target, softcap=4.0)
+        return (rows.loss + rows.logsumexp.square() + rows.entropy).sum()
+
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
+        torch.testing.assert_close(transform(total)(z), transform(exact)(z))
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(z), exact(z))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"outputs": ("loss", "argmax")},
+            ValueError,
+            "outputs must name some of loss, logsumexp, prediction, entropy; got",
+        ),
+        ({"outputs": ()}, ValueError, "outputs must name some of"),
+        ({"softcap": 0.0}, ValueError, "softcap must be a positive number or None; got 0.0"),
+        ({"softcap": "30"}, TypeError, "softcap must be a number; got str '30'"),
+        ({"logit_scale": INF}, ValueError, "logit_scale must be finite; got inf"),
+        ({"logit_scale": torch.tensor(2.0)}, TypeError, "logit_scale must be a number; got a float32 tensor"),
+        ({"dtype": torch.int64}, ValueError, "dtype must be a floating point type or None; got torch.int64"),
+        ({"backend": "cuda"}, ValueError, "backend must be 'auto', 'triton' or 'torch'; got 'cuda'"),
+        ({"label_smoothing": 2.0}, RuntimeError, "label_smoothing must be a number of at most 1; got 2.0"),
+    ],
+    ids=str,
+)
+def test_errors_say_what_was_expected(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cross_entropy_rows(torch.zeros(2, 3), torch.tensor([0, 1]), **options)
+
+
+def test_torchs_errors_for_targets(place: Place) -> None:
+    z = torch.zeros(2, 3, device=place.device)
+    with pytest.raises(ValueError, match="target must have shape"):
+        cross_entropy_rows(z, torch.zeros(3, dtype=torch.long, device=place.device), backend=place.backend)
+    if place.backend == "torch" and place.device == "cpu":
+        with pytest.raises(IndexError, match="target must hold class indices from 0 to 2"):
+            cross_entropy_rows(z, torch.tensor([0, 3]), backend=place.backend)
+
+
+def test_chunks_of_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    from softmax_fused import _torch_rows
+
+    monkeypatch.setattr(_torch_rows, "CHUNK", 64)
+    for shape in ((33, 10), (2, 5, 6, 7), (5, 100)):
+        z, target = make_logits(shape, torch.float32, "cpu"), make_indices(shape, "cpu")
+        assert_right(Place("cpu", "torch"), z, target, softcap=4.0, label_smoothing=0.1)
