@@ -1,0 +1,103 @@
+"""Every recipe in docs/recipes.md does what its formula says, gradient included."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TEXT = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+SETUP, *BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+TITLES = re.findall(r"^## (.*)$", TEXT, re.MULTILINE)
+RECIPES = dict(zip(TITLES, BLOCKS, strict=True))
+
+
+def names(classes: int, ignored: bool) -> dict[str, Any]:
+    target = torch.randint(0, classes, (12,))
+    if ignored:
+        target[::4] = -100
+    return {
+        "torch": torch,
+        "logits": (3 * torch.randn(12, classes, dtype=torch.float64)).requires_grad_(),
+        "target": target,
+        "row_weight": torch.rand(12, dtype=torch.float64),
+        "tokens": 40,
+        "teacher": 3 * torch.randn(12, classes, dtype=torch.float64),
+        "T": 2.5,
+    }
+
+
+def each(n: dict[str, Any]) -> Tensor:
+    return F.cross_entropy(n["logits"], n["target"], reduction="none")
+
+
+def focal(n: dict[str, Any]) -> Tensor:
+    p = n["logits"].softmax(1).gather(1, n["target"].clamp(min=0)[:, None])[:, 0]
+    return ((1 - p) ** 2 * each(n)).mean()
+
+
+def distilled(n: dict[str, Any]) -> Tensor:
+    student, teacher = ((n[name] / n["T"]).log_softmax(1) for name in ("logits", "teacher"))
+    return n["T"] ** 2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def penalised(n: dict[str, Any]) -> Tensor:
+    p = n["logits"].softmax(1)
+    return (each(n) + 0.1 * (p * p.log()).sum(1)).mean()
+
+
+def z_loss(n: dict[str, Any]) -> Tensor:
+    kept = n["target"] != -100
+    return F.cross_entropy(n["logits"], n["target"]) + 1e-4 * n["logits"].logsumexp(1)[kept].square().mean()
+
+
+PLAIN: dict[str, Callable[[dict[str, Any]], Tensor]] = {
+    "z-loss": z_loss,
+    "Weights of rows": lambda n: (n["row_weight"] * each(n)).sum() / n["row_weight"].sum(),
+    "An explicit denominator, for gradient accumulation": lambda n: each(n).sum() / 40,
+    "Token accuracy without a second pass": lambda n: F.cross_entropy(n["logits"], n["target"]),
+    "Focal loss": focal,
+    "Knowledge distillation": distilled,
+    "Confidence penalty": penalised,
+    "Capped logits": lambda n: F.cross_entropy(30 * torch.tanh(n["logits"] / 30), n["target"]),
+}
+
+
+def test_every_recipe_has_a_formula() -> None:
+    assert list(RECIPES) == list(PLAIN)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("title", PLAIN)
+def test_recipe(title: str, ignored: bool) -> None:
+    found = names(11, ignored and title not in ("Confidence penalty", "Capped logits"))
+    exec(SETUP + RECIPES[title], found)
+    truth = PLAIN[title](found)
+    torch.testing.assert_close(found["loss"], truth)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, found["logits"])[0] for loss in (found["loss"], truth)))
+    if "accuracy" in found:
+        kept = found["target"] != -100
+        right = found["logits"].argmax(1)[kept] == found["target"][kept]
+        assert found["accuracy"].item() == pytest.approx(right.double().mean().item())
+
+
+def test_micro_batches_with_one_denominator_make_the_batch() -> None:
+    found = names(11, ignored=True)
+    logits, target = found["logits"], found["target"]
+    found["tokens"] = (target != -100).sum()
+    whole = F.cross_entropy(logits, target)
+    parts = []
+    for rows in (slice(0, 3), slice(3, 12)):
+        found |= {"logits": logits[rows], "target": target[rows]}
+        exec(SETUP + RECIPES["An explicit denominator, for gradient accumulation"], found)
+        parts.append(found["loss"])
+    torch.testing.assert_close(sum(parts), whole)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (sum(parts), whole)))
