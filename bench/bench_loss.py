@@ -11,7 +11,7 @@ from bench.cases import Case
 
 
 def rows(cases: list[Case]) -> list[Case]:
-    return [case for case in cases if len(case.shape) == 2 and "both" in case.modes]
+    return [case for case in cases if len(case.shape) == 2 and "both" in case.modes and case.operation == "loss"]
 
 
 CASES = suite.cases(rows(cpu.CASES), rows(gpu.CASES))

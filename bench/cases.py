@@ -14,11 +14,12 @@ PIXELS = 28 * 28
 
 
 class Case(NamedTuple):
-    """Logits of one shape and dtype, with class indices as targets."""
+    """Logits of one shape and dtype, with class indices as targets; or their softmax, which has no target."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     modes: tuple[str, ...] = LOSS_MODES
+    operation: str = "loss"  # or "softmax"
 
     @property
     def logits(self) -> int:
@@ -26,7 +27,8 @@ class Case(NamedTuple):
         return prod(self.shape)
 
     def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.shape))}-{str(self.dtype).removeprefix('torch.')}"
+        kind = "" if self.operation == "loss" else f"-{self.operation}"
+        return f"{'x'.join(map(str, self.shape))}-{str(self.dtype).removeprefix('torch.')}{kind}"
 
 
 STEP = Case((256, 10), torch.float32, ("step",))
@@ -41,6 +43,7 @@ class Inputs:
         self.case, self.device = case, device
         self.logits = torch.randn(case.shape, dtype=case.dtype, device=device).requires_grad_()
         self.target = torch.randint(0, case.shape[1], (case.shape[0], *case.shape[2:]), device=device)
+        self.upstream = None if case.operation == "loss" else torch.randn_like(self.logits)
         self.scratch: Tensor | None = None
 
     def logits_to_overwrite(self) -> Tensor:
@@ -91,7 +94,7 @@ def backward_job(loss: Loss, inputs: Inputs, overwrites: bool) -> Job:
         recorded[:] = [loss(logits, inputs.target)]
 
     def call() -> None:
-        torch.autograd.grad(recorded.pop(), logits)
+        torch.autograd.grad(recorded.pop(), logits, inputs.upstream)
 
     return Job(prepare, call)
 
@@ -101,7 +104,7 @@ def both_job(loss: Loss, inputs: Inputs, overwrites: bool) -> Job:
     logits, refresh = logits_and_refresh(inputs, overwrites)
 
     def call() -> None:
-        torch.autograd.grad(loss(logits, inputs.target), logits)
+        torch.autograd.grad(loss(logits, inputs.target), logits, inputs.upstream)
 
     return Job(refresh, call)
 

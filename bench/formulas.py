@@ -6,14 +6,19 @@ from math import floor, prod
 OURS, BASE = "ours", "torch"
 """Whose speed is asked for, and what it is divided by."""
 
-PASSES = {"forward": 1, "backward": 2, "both": 2}
-"""Logits-sized passes that cannot be avoided: read; read and write; and for both still one read and one write, which
-only a loss that computes its gradient in the forward pass gets down to. What is counted per row is left out."""
+PASSES = {
+    "loss": {"forward": 1, "backward": 2, "both": 2},
+    "softmax": {"forward": 2, "backward": 3, "both": 5},
+}
+"""Logits-sized passes that cannot be avoided. Of the loss: read; read and write; and for both still one read and one
+write, which only a loss that computes its gradient in the forward pass gets down to. Of softmax: read and write; read
+output and upstream gradient, write. What is counted per row is left out."""
 
 
-def minimal_bytes(mode: str, shape: Sequence[int], itemsize: int) -> int | None:
-    """Bytes of the unavoidable passes; None for what is not a loss alone."""
-    return PASSES[mode] * prod(shape) * itemsize if mode in PASSES else None
+def minimal_bytes(mode: str, shape: Sequence[int], itemsize: int, operation: str = "loss") -> int | None:
+    """Bytes of the unavoidable passes; None for what is not one operation alone."""
+    passes = PASSES[operation]
+    return passes[mode] * prod(shape) * itemsize if mode in passes else None
 
 
 def gb_per_s(count: float, microseconds: float) -> float:

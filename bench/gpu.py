@@ -26,6 +26,7 @@ SHAPES = [
 ]
 CASES = [Case(shape, dtype) for dtype in (torch.bfloat16, torch.float32) for shape in SHAPES]
 CASES.insert(len(SHAPES), STEP)
+CASES += [Case(shape, torch.bfloat16, operation="softmax") for shape in SHAPES[:2]]
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():

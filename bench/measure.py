@@ -76,7 +76,7 @@ def timing(times: list[float], base: list[float] | None) -> dict[str, Any]:
 
 
 def rates(case: Case, mode: str, p50_us: float, copy_gb_per_s: float | None) -> dict[str, Any]:
-    count = minimal_bytes(mode, case.shape, case.dtype.itemsize)
+    count = minimal_bytes(mode, case.shape, case.dtype.itemsize, case.operation)
     if count is None:
         return {"bytes": None, "gb_per_s": None, "percent_of_copy": None}
     rate = gb_per_s(count, p50_us)
@@ -126,7 +126,7 @@ def measure_mode(
     times = time_in_turns(jobs, clock, calls, until)
     for name, job in jobs.items():
         point = {"provider": name, "mode": mode, "dtype": str(case.dtype)[6:], "shape": list(case.shape)}
-        point |= {"device": clock.device} | timing(times[name], times.get(BASE))
+        point |= {"operation": case.operation, "device": clock.device} | timing(times[name], times.get(BASE))
         point |= rates(case, mode, point["p50_us"], copy_gb_per_s)
         point |= {key: attempt(result, case, name, act) for key, act in counts(job, case, mode, clock).items()}
         result.points.append(point)

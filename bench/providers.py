@@ -1,4 +1,4 @@
-"""Who computes the loss. Rivals are imported when asked for, and say why when they cannot do a case.
+"""Who computes the loss, or the softmax. Rivals are imported when asked for, and say why when they cannot do a case.
 
 Liger-Kernel computes the gradient in the forward pass and writes it over the logits. It gets a copy of them, refreshed
 outside the timed region: users who need their logits afterwards pay for a copy that is not counted here.
@@ -34,21 +34,31 @@ class Provider(NamedTuple):
     overwrites: bool = False
 
 
+def of_logits(softmax: Callable[..., Tensor]) -> Loss:
+    """A softmax along the classes in the place of a loss: it looks at no target."""
+    return lambda logits, _: softmax(logits, 1)
+
+
 def ours(case: Case, device: str, *, option: str | None = None) -> Loss:  # noqa: ARG001
+    if case.operation == "softmax":
+        if option:
+            raise Unavailable(f"softmax has no {option}")
+        return of_logits(softmax_fused.softmax)
     if option is None:
         return softmax_fused.cross_entropy
     return functools.partial(softmax_fused.cross_entropy, **{option: True})
 
 
 def torch_eager(case: Case, device: str) -> Loss:  # noqa: ARG001
-    return F.cross_entropy
+    return F.cross_entropy if case.operation == "loss" else of_logits(F.softmax)
 
 
-def torch_compiled(case: Case, device: str) -> Loss:  # noqa: ARG001
+def torch_compiled(case: Case, device: str) -> Loss:
     """Compile afresh for each case: shapes are constants, as torch.compile makes them for a first batch."""
+    eager = torch_eager(case, device)
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits, target)
+        return eager(logits, target)
 
     torch.compiler.reset()  # else the ninth shape would run uncompiled
     return torch.compile(loss, dynamic=False)
@@ -68,10 +78,17 @@ def rival(module: str, case: Case, device: str) -> ModuleType:
 
 
 def liger(case: Case, device: str) -> Loss:
-    return rival("liger_kernel.transformers.functional", case, device).liger_cross_entropy
+    module = rival("liger_kernel.transformers.functional", case, device)
+    return module.liger_cross_entropy if case.operation == "loss" else of_logits(along_last(module.liger_softmax))
+
+
+def along_last(softmax: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda logits, _: softmax(logits)
 
 
 def flash_attn(case: Case, device: str) -> Loss:
+    if case.operation == "softmax":
+        raise Unavailable("flash-attn has no softmax of its own")
     losses = rival("flash_attn.ops.triton.cross_entropy", case, device).cross_entropy_loss
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:

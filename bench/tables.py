@@ -18,11 +18,13 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     step: bool
+    operation: str
     points: dict[tuple[str, str], Point]
 
     @property
     def name(self) -> str:
-        return "training step, 784 → 10, batch 256" if self.step else f"({', '.join(map(str, self.shape))})"
+        kind = "" if self.operation == "loss" else f"{self.operation} "
+        return "training step, 784 → 10, batch 256" if self.step else f"{kind}({', '.join(map(str, self.shape))})"
 
     @property
     def whole(self) -> str:
@@ -35,9 +37,9 @@ class Row(NamedTuple):
 
 def rows(points: list[Point]) -> list[Row]:
     """In the order of measuring."""
-    found: dict[tuple[tuple[int, ...], str, bool], Row] = {}
+    found: dict[tuple[tuple[int, ...], str, bool, str], Row] = {}
     for point in points:
-        key = tuple(point["shape"]), point["dtype"], point["mode"] == "step"
+        key = tuple(point["shape"]), point["dtype"], point["mode"] == "step", point.get("operation", "loss")
         row = found.setdefault(key, Row(*key, {}))
         row.points[point["mode"], point["provider"]] = point
     return list(found.values())
