@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from softmax_fused import _launch, cross_entropy
+from softmax_fused import _launch, cross_entropy, cross_entropy_rows, log_softmax, softmax
 from softmax_fused._layout import merge_rows
 from tests.cases import make_indices, make_logits
 from tests.conftest import Place
@@ -119,6 +119,21 @@ def test_at_most_two_launches_forward_and_one_backward(
     assert launches == [f"cross_entropy_{name}backward"]
 
 
+@pytest.mark.parametrize(("shape", "name"), [((600, 10), ""), ((2, 4, 5, 5), ""), ((5, 1500), "long_")], ids=str)
+def test_softmax_and_outputs_of_rows_are_one_launch_each_way(
+    kernels: Place, launches: list[str], shape: tuple[int, ...], name: str
+) -> None:
+    logits, target = make_logits(shape, torch.float32, kernels.device), make_indices(shape, kernels.device)
+    for function in (softmax, log_softmax):
+        y = function(logits, 1, backend="triton")
+        torch.autograd.grad(y, logits, torch.ones_like(logits).contiguous())
+    assert launches == [f"softmax_{name}forward", f"softmax_{name}backward"] * 2
+    launches.clear()
+    rows = cross_entropy_rows(logits, target, backend="triton")
+    (rows.loss + rows.logsumexp + rows.entropy).sum().backward()
+    assert launches == [f"row_outputs_{name}forward", f"row_outputs_{name}backward"]
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_nothing_is_saved_that_nobody_needs(kernels: Place, monkeypatch: pytest.MonkeyPatch, grad: bool) -> None:
     kept = []
@@ -152,6 +167,9 @@ class TestOnGpu:
         try:
             gradient(logits, target, options)
             cross_entropy(logits * 1, target, weight, label_smoothing=0.1, **options).backward()
+            softmax(logits, 1).log().sum().backward()
+            rows = cross_entropy_rows(logits, target, weight, softcap=30.0)
+            (rows.loss + rows.logsumexp + rows.entropy).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
