@@ -46,9 +46,10 @@ def replacement(
     if chosen is None:
         return torch_function(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if has_torch_function_variadic(input, target, weight):
+        tensors = [tensor for tensor in (input, target, weight) if tensor is not None]
         loss: Tensor = handle_torch_function(
-            known_function(input, target, weight),
-            (input, target, weight),
+            known_function(tensors),
+            tensors,
             input,
             target,
             weight=weight,
@@ -64,10 +65,9 @@ def replacement(
     )
 
 
-def known_function(*tensors: Any) -> Callable[..., Tensor]:
-    """Return what __torch_function__ sees: types that bring one, torch's function; modes, what its name leads to."""
-    plain = all(tensor is None or type(tensor) in _check.TENSORS for tensor in tensors)
-    return replacement if plain else torch_function
+def known_function(tensors: list[Tensor]) -> Callable[..., Tensor]:
+    """Return what __torch_function__ is told: torch's function to types that bring one, the replacement to modes."""
+    return replacement if all(type(tensor) in _check.TENSORS for tensor in tensors) else torch_function
 
 
 class Patch:
@@ -106,7 +106,6 @@ def settle() -> None:
     options = patches[-1].options if patches else None
     current = F.cross_entropy
     if patches and current is not replacement:
-        fill_tables()
         found = current
         F.cross_entropy = replacement
     elif not patches and current is replacement:
@@ -128,7 +127,7 @@ def patch(*, backend: str = "auto", grad_in_forward: bool = False) -> Patch:
     meanwhile the options of the latest hold.
 
     Not reached: a module's own copy of the name, made by `from torch.nn.functional import cross_entropy` before the
-    patch. A copy made while patched computes with torch again once undone.
+    patch. A copy made while patched computes with torch again once undone. torch.jit.script refuses a patched name.
 
     Args:
         backend: As for :func:`cross_entropy`.
@@ -152,6 +151,7 @@ def patch(*, backend: str = "auto", grad_in_forward: bool = False) -> Patch:
         >>> everywhere.undo()
     """
     _check.backend(backend)
+    fill_tables()
     with lock:
         if patches and F.cross_entropy is not replacement:
             raise RuntimeError(
