@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmax_fused import patch
+from tests.tiny import REASON, digits, language_model, lightnings_warnings, sentences
 
-REASON = "the extra integrations is not installed"
 STEPS = 5
 Calls = list[dict[str, Any]]
 
@@ -31,28 +31,6 @@ def with_and_without(train: Callable[[], list[float]], calls: Calls, least: int 
     assert len(theirs) >= STEPS
     assert theirs[-1] < theirs[0]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=1e-6)
-
-
-def language_model() -> nn.Module:
-    """A Llama of two layers, from its configuration."""
-    transformers = pytest.importorskip("transformers", reason=REASON)
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def sentences() -> list[dict[str, Tensor]]:
-    """Tokens, and labels of which the first three are ignored."""
-    tokens = torch.randint(97, (8, 12), generator=torch.Generator().manual_seed(0))
-    labels = tokens.clone()
-    labels[:, :3] = -100
-    return [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
 
 
 def test_transformers(calls: Calls) -> None:
@@ -95,17 +73,7 @@ def test_transformers_trainer(calls: Calls, tmp_path: Path) -> None:
     with_and_without(train, calls, 2 * STEPS)
 
 
-def digits() -> tuple[Tensor, Tensor]:
-    """A batch of 64 of scikit-learn's digits, 8 x 8."""
-    datasets = pytest.importorskip("sklearn.datasets", reason="the extra train is not installed")
-    images, labels = datasets.load_digits(return_X_y=True)
-    return torch.tensor(images[:64] / 16, dtype=torch.float32), torch.tensor(labels[:64])
-
-
-@pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec.* is deprecated:FutureWarning",  # lightning's use of torch's pytree
-    "ignore:The .*dataloader.* does not have many workers",
-)
+@lightnings_warnings
 def test_lightning(calls: Calls, tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning", reason=REASON)
     losses: list[float] = []
