@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -93,10 +94,8 @@ class Patch:
 
 
 def fill_tables() -> None:
-    """Have torch look up its functions by name, once a process, while the name still leads to torch's."""
-    from torch._dynamo.trace_rules import get_torch_obj_rule_map
-
-    get_torch_obj_rule_map()
+    """Have torch list its functions by name, once a process, while the name still leads to torch's."""
+    importlib.import_module("torch._dynamo")
     get_overridable_functions()
 
 

@@ -69,6 +69,8 @@ def test_it_looks_like_torchs() -> None:
         )
         pickled = pickle.dumps((ours, nn.CrossEntropyLoss(label_smoothing=0.1)))
         assert pickle.loads(pickled)[0] is ours
+        with pytest.raises(pickle.PicklingError):
+            pickle.dumps(TORCHS)
     function, criterion = pickle.loads(pickled)
     assert function is TORCHS
     assert criterion.label_smoothing == 0.1
@@ -213,6 +215,13 @@ def test_torch_function(calls: Calls) -> None:
         graph = torch.fx.symbolic_trace(nn.CrossEntropyLoss()).graph
         assert TORCHS in [node.target for node in graph.nodes]
     assert resolve_name(F.cross_entropy) == "torch.nn.functional.cross_entropy"
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
+def test_torchs_own_callers(calls: Calls) -> None:
+    with patch():
+        F.linear_cross_entropy(torch.randn(4, 3), torch.randn(5, 3), torch.arange(4))
+    assert len(calls) == 1
 
 
 def test_default_device_is_a_mode_and_ours_computes(calls: Calls) -> None:
