@@ -115,7 +115,7 @@ def survives(mutant: Mutant) -> bool:
         if mutant.right not in source:
             raise SystemExit(f"{mutant.file} no longer contains: {mutant.right}")
         path.write_text(source.replace(mutant.right, mutant.wrong))
-        tests = [f"tests/test_{name}.py" for name in (("patch",) if mutant.file == PATCHING else TESTS)]
+        tests = [f"tests/test_{name}.py" for name in (("patch", "patch_compile") if mutant.file == PATCHING else TESTS)]
         place = "not interpreter" if mutant.file in (TORCH, TARGETS, CHUNKS, PATCHING) else "interpreter or launch"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", "-k", place, *tests]
         run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True)
