@@ -4,6 +4,7 @@ from softmax_fused import information
 from softmax_fused.activation import log_softmax, softmax
 from softmax_fused.functional import cross_entropy
 from softmax_fused.modules import CrossEntropyLoss, LogSoftmax, Softmax
+from softmax_fused.patching import patch
 from softmax_fused.row_outputs import RowOutputs, cross_entropy_rows
 
 __version__ = "0.1.0"
@@ -18,5 +19,6 @@ __all__ = [
     "cross_entropy_rows",
     "information",
     "log_softmax",
+    "patch",
     "softmax",
 ]

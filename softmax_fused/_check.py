@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BACKENDS = ("auto", "triton", "torch")
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -77,6 +78,16 @@ def plain_weight(input: Tensor, target: Tensor, weight: Any) -> bool:
         and weight.dtype in (input.dtype, loss_dtype(input, target))
         and not (weight.requires_grad and torch.is_grad_enabled())
     )
+
+
+def backend(name: str) -> None:
+    """Refuse a backend that does not exist.
+
+    Raises:
+        ValueError: If so.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be 'auto', 'triton' or 'torch'; got {name!r}")
 
 
 def writable(input: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from softmax_fused import _check, _torch_path
 from softmax_fused._autograd import batched
-from softmax_fused.functional import BACKENDS, operations, transformed
+from softmax_fused.functional import operations, transformed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,8 +66,7 @@ def compute(input: Tensor, dim: int | None, dtype: torch.dtype | None, backend: 
             overridden: Tensor = handle_torch_function(function, (input,), input, dim, dtype, backend=backend)
             return overridden
         return torchs(input, dim, dtype=dtype)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch'; got {backend!r}")
+    _check.backend(backend)
     if torch.compiler.is_compiling() or transformed() or not plain(input, dim, dtype):
         return torchs(input, dim, 4, dtype=dtype)
     if operations(backend, input.device) is _torch_path:

@@ -18,7 +18,8 @@ from softmax_fused._autograd import CrossEntropy, Operations, make_spec
 if TYPE_CHECKING:
     from torch import Tensor
 
-BACKENDS = ("auto", "triton", "torch")
+torch_function = F.cross_entropy
+"""Torch's own, also while `patch` has its name lead to ours."""
 
 HAND_OVER = 2**20
 """On the CPU, fewer logits than this go to torch's own operator: its buffers come without page faults, and no time is
@@ -185,8 +186,8 @@ def cross_entropy(
         )
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch'; got {backend!r}")
+    if backend != "auto":
+        _check.backend(backend)
     if grad_in_forward and inplace_backward:
         raise ValueError("grad_in_forward and inplace_backward exclude each other; got True for both")
     if torch.compiler.is_compiling():
@@ -225,7 +226,7 @@ def compiled(
         or torch._C._are_functorch_transforms_active()
         or not _check.plain(input, target, weight, ignore_index, reduction, label_smoothing)
     ):
-        return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+        return torch_function(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     dtype = _check.loss_dtype(input, target)
     loss: Tensor = _ops.cross_entropy(
         input, target, weight, reduction, ignore_index, float(label_smoothing), dtype, backend

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from softmax_fused import _check, _torch_path, _torch_row_outputs
 from softmax_fused._autograd import Spec, batched, make_spec
-from softmax_fused.functional import BACKENDS, cross_entropy, operations, small_on_cpu, torch_cross_entropy, transformed
+from softmax_fused.functional import cross_entropy, operations, small_on_cpu, torch_cross_entropy, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -117,8 +117,7 @@ def check_options(logit_scale: Any, softcap: Any, outputs: Any, dtype: Any, back
         raise ValueError(f"outputs must name some of {', '.join(FIELDS)}; got {outputs!r}")
     if dtype is not None and dtype not in _check.FLOATS:
         raise ValueError(f"dtype must be a floating point type or None; got {dtype!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch'; got {backend!r}")
+    _check.backend(backend)
     return tuple(name for name in FIELDS if name in wanted)
 
 

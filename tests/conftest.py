@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+import softmax_fused.functional
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -91,6 +93,20 @@ def place(request: pytest.FixtureRequest) -> Place:
 def kernels(request: pytest.FixtureRequest) -> Place:
     """The Triton kernels, wherever they can run."""
     return resolve(request)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The keywords of each call that a patched name hands to our function."""
+    seen: list[dict[str, Any]] = []
+    ours = softmax_fused.functional.cross_entropy
+
+    def counted(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        seen.append(keywords)
+        return ours(*arguments, **keywords)
+
+    monkeypatch.setattr(softmax_fused.functional, "cross_entropy", counted)
+    return seen
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ KERNEL, LONG, ROWS, LAUNCH, TORCH, TARGETS, CHUNKS = (
     "softmax_fused/_torch_targets.py",
     "softmax_fused/_torch_rows.py",
 )
+PATCHING = "softmax_fused/patching.py"
 MUTANTS = {
     "tile reads classes beyond C": Mutant(KERNEL, "inside = exists[:, None] & live[None, :]\n        z = load_tile", "inside = (exists | True)[:, None] & live[None, :]\n        z = load_tile"),
     "tile's gradient written beyond C": Mutant(KERNEL, "grad.to(grad_ptr.dtype.element_ty), mask=inside", "grad.to(grad_ptr.dtype.element_ty), mask=live[None, :]"),
@@ -91,6 +92,14 @@ MUTANTS = {
     "torch path: any upstream gradient is 1": Mutant(TORCH, "bool((upstream == 1).all())", "True"),
     "second backward doubled": Mutant("softmax_fused/_autograd.py", "grad = ctx.operations.gradient(*arguments)\n        return", "ctx.n = getattr(ctx, 'n', 0) + 1\n            grad = ctx.n * ctx.operations.gradient(*arguments)\n        return"),
     "second-order term dropped": Mutant("softmax_fused/_autograd.py", "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),
+    "patch: the first undo puts torch back": Mutant(PATCHING, "elif not patches and current is replacement", "elif current is replacement"),
+    "patch: options of the first hold": Mutant(PATCHING, "patches[-1].options", "patches[0].options"),
+    "patch: what was found is forgotten": Mutant(PATCHING, "F.cross_entropy = found", "F.cross_entropy = torch_function"),
+    "patch: ours after undo": Mutant(PATCHING, "if chosen is None:", "chosen = chosen or {}\n    if False:"),
+    "patch: subclasses see ours": Mutant(PATCHING, "return replacement if all", "return replacement if True or all"),
+    "patch: torch lists ours as its own": Mutant(PATCHING, "    fill_tables()\n    with lock", "    with lock"),
+    "patch: another's replacement clobbered": Mutant(PATCHING, "elif not patches and current is not found:", "elif not patches:\n        F.cross_entropy = found"),
+    "patch: no lock": Mutant(PATCHING, "lock = threading.Lock()", "import contextlib\nlock = contextlib.nullcontext()"),
 }  # fmt: skip
 
 
@@ -106,8 +115,8 @@ def survives(mutant: Mutant) -> bool:
         if mutant.right not in source:
             raise SystemExit(f"{mutant.file} no longer contains: {mutant.right}")
         path.write_text(source.replace(mutant.right, mutant.wrong))
-        tests = [f"tests/test_{name}.py" for name in TESTS]
-        place = "not interpreter" if mutant.file in (TORCH, TARGETS, CHUNKS) else "interpreter or launch"
+        tests = [f"tests/test_{name}.py" for name in (("patch", "patch_compile") if mutant.file == PATCHING else TESTS)]
+        place = "not interpreter" if mutant.file in (TORCH, TARGETS, CHUNKS, PATCHING) else "interpreter or launch"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", "-k", place, *tests]
         run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True)
         return run.returncode == 0

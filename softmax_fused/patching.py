@@ -1,0 +1,163 @@
+"""Let torch's name for the loss lead to ours, for code that is not to be changed."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch.overrides import get_overridable_functions, handle_torch_function, has_torch_function_variadic
+
+from softmax_fused import _check, functional
+from softmax_fused.functional import torch_function
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+lock = threading.Lock()
+
+patches: list[Patch] = []
+"""Those in force, in the order of their calls."""
+
+options: dict[str, Any] | None = None
+"""What the last of them passes to every call; None where there is none."""
+
+found: Callable[..., Tensor] = torch_function
+"""What the first of them found under torch's name, to be put back."""
+
+
+@functools.wraps(torch_function)
+def replacement(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Stand under torch's name; compute what torch does once undone, for whoever still refers to it."""
+    chosen = options  # read once: another thread may undo
+    if chosen is None:
+        return torch_function(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    if has_torch_function_variadic(input, target, weight):
+        tensors = [tensor for tensor in (input, target, weight) if tensor is not None]
+        loss: Tensor = handle_torch_function(
+            known_function(tensors),
+            tensors,
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+        return loss
+    return functional.cross_entropy(
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, **chosen
+    )
+
+
+def known_function(tensors: list[Tensor]) -> Callable[..., Tensor]:
+    """Return what __torch_function__ is told: torch's function to types that bring one, the replacement to modes."""
+    return replacement if all(type(tensor) in _check.TENSORS for tensor in tensors) else torch_function
+
+
+class Patch:
+    """What :func:`patch` returns: a context manager, or undone by hand."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+
+    def undo(self) -> None:
+        """Undo this patch; does nothing the second time. With the last one torch's function is back."""
+        with lock:
+            if self in patches:
+                patches.remove(self)
+                settle()
+
+    def __enter__(self) -> Patch:
+        if self not in patches:
+            raise RuntimeError("this patch has been undone; call softmax_fused.patch() anew")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+
+def fill_tables() -> None:
+    """Have torch list its functions by name, once a process, while the name still leads to torch's."""
+    importlib.import_module("torch._dynamo")
+    get_overridable_functions()
+
+
+def settle() -> None:
+    """Make the last patch hold, or put back what was found."""
+    global options, found
+    options = patches[-1].options if patches else None
+    current = F.cross_entropy
+    if patches and current is not replacement:
+        found = current
+        F.cross_entropy = replacement
+    elif not patches and current is replacement:
+        F.cross_entropy = found
+    elif not patches and current is not found:
+        warnings.warn(
+            f"torch.nn.functional.cross_entropy has been replaced by {current!r} since softmax_fused.patch(); it is "
+            "left as it is",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def patch(*, backend: str = "auto", grad_in_forward: bool = False) -> Patch:
+    """Have `torch.nn.functional.cross_entropy` computed by :func:`cross_entropy` from now on, until undone.
+
+    With it `torch.nn.CrossEntropyLoss`, and every model that calls either, whatever library it comes from. In force in
+    all threads of the process. Patches nest: torch's function is back when the last is undone, in whatever order;
+    meanwhile the options of the latest hold.
+
+    Not reached: a module's own copy of the name, made by `from torch.nn.functional import cross_entropy` before the
+    patch. A copy made while patched computes with torch again once undone. torch.jit.script refuses a patched name.
+
+    Args:
+        backend: As for :func:`cross_entropy`.
+        grad_in_forward: As for :func:`cross_entropy`. There is no `inplace_backward`: it takes a caller who knows that
+            nothing reads the logits after the backward pass.
+
+    Returns:
+        A context manager that undoes the patch at its end; or call its method `undo()`.
+
+    Raises:
+        ValueError: Unknown backend.
+        RuntimeError: Another library has replaced the function since an earlier patch that is still in force.
+
+    Example:
+        >>> import torch
+        >>> criterion = torch.nn.CrossEntropyLoss(reduction="sum")
+        >>> with patch():
+        ...     criterion(torch.zeros(2, 4), torch.tensor([0, 1]))
+        tensor(2.7726)
+        >>> everywhere = patch(backend="torch")
+        >>> everywhere.undo()
+    """
+    _check.backend(backend)
+    fill_tables()
+    with lock:
+        if patches and F.cross_entropy is not replacement:
+            raise RuntimeError(
+                f"torch.nn.functional.cross_entropy has been replaced by {F.cross_entropy!r} since "
+                "softmax_fused.patch(); undo that first"
+            )
+        made = Patch({"backend": backend, "grad_in_forward": grad_in_forward})
+        patches.append(made)
+        settle()
+    return made

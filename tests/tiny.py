@@ -1,0 +1,42 @@
+"""Models and data small enough to train in a second, built without a download."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+REASON = "the extra integrations is not installed"
+
+lightnings_warnings = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.* is deprecated:FutureWarning",  # its use of torch's pytree
+    "ignore:The .*dataloader.* does not have many workers",
+    "ignore:The number of training batches",
+)
+
+
+def language_model() -> nn.Module:
+    """A Llama of two layers, from its configuration."""
+    transformers = pytest.importorskip("transformers", reason=REASON)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def sentences() -> list[dict[str, Tensor]]:
+    """Tokens, and labels of which the first three are ignored."""
+    tokens = torch.randint(97, (8, 12), generator=torch.Generator().manual_seed(0))
+    labels = tokens.clone()
+    labels[:, :3] = -100
+    return [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """A batch of 64 of scikit-learn's digits, 8 x 8."""
+    datasets = pytest.importorskip("sklearn.datasets", reason="the extra train is not installed")
+    images, labels = datasets.load_digits(return_X_y=True)
+    return torch.tensor(images[:64] / 16, dtype=torch.float32), torch.tensor(labels[:64])
