@@ -34,7 +34,8 @@ EX2 allow at best: no kernel can be faster, a real one will be slower.
 def records(results: Path) -> dict[str, dict[str, Any]]:
     """By file name; other files in the folder are not of this format."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
-    return {stem: it for stem, it in found.items() if isinstance(it, dict) and {"machine", "points"} <= it.keys()}
+    ours = {stem: it for stem, it in found.items() if isinstance(it, dict) and {"machine", "points"} <= it.keys()}
+    return dict(sorted(ours.items(), key=lambda item: item[1]["machine"].get("busy", 0)))  # idle machines first
 
 
 def provenance(record: dict[str, Any]) -> str:

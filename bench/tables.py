@@ -123,7 +123,7 @@ def device_table(points: list[Point]) -> str:
 
 def predicted_table(kernels: list[dict[str, Any]]) -> str:
     """What the machine code for an H100 or H200 holds, for every call whose kernels go over the logits."""
-    titles = ["logits", "dtype", "target", "launch", "registers", "instructions per logit", "EX2 per logit"]
+    titles = ["logits", "dtype", "call", "launch", "registers", "instructions per logit", "EX2 per logit"]
     lines = [
         [
             f"({', '.join(map(str, kernel['shape']))})",
