@@ -49,7 +49,9 @@ def draw(path: Path, record: dict[str, Any], dtype: str) -> None:
         axes.set_xticks([], minor=True)
         axes.set_xlim(min(low * 0.95, 0.7), max(high * 1.1, 1.5))
         axes.set_xlabel("slower  ←  torch eager's time over theirs, loss and gradient  →  faster")
-        axes.set_title(f"{record['machine']['name']}, {dtype}", loc="left")
+        busy = record["machine"].get("busy")
+        beside = f", beside {busy} busy processes" if busy else ""
+        axes.set_title(f"{record['machine']['name']}{beside}, {dtype}", loc="left")
         figure.legend(loc="outside upper right", ncols=3, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, metadata={"Software": None})
