@@ -105,19 +105,19 @@ def subclasses(tensors: Iterable[Any]) -> bool:
     return any(isinstance(t, torch.Tensor) and type(t) not in TENSORS for t in tensors)
 
 
-def product_dtype(input: Tensor) -> torch.dtype:
-    """Return the type in which a linear layer multiplies `input`: that of autocast where it is on."""
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype is not torch.float64:
+def layer_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the type that a linear layer takes a tensor in: that of autocast where it is on."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device) and tensor.dtype is not torch.float64:
         return torch.get_autocast_dtype(device)
-    return input.dtype
+    return tensor.dtype
 
 
 def plain_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> bool:
     """Whether the chunked path covers a linear layer's tensors."""
     tensors = [tensor for tensor in (input, linear_weight, linear_bias) if tensor is not None]
     return all(
-        plain_logits(tensor) and tensor.device == input.device and product_dtype(tensor) == product_dtype(input)
+        plain_logits(tensor) and tensor.device == input.device and layer_dtype(tensor) == layer_dtype(input)
         for tensor in tensors
     )
 

@@ -33,7 +33,8 @@ class Plan(NamedTuple):
     operations: Operations
     sizes: tuple[int, ...]  # (C, d1, ..., dk) of a row of logits
     rows: int  # in a chunk at most
-    dtype: torch.dtype  # of the matrix products
+    dtype: torch.dtype  # of the layer
+    products: torch.dtype  # in which its tensors are multiplied
 
 
 class Layer(NamedTuple):
@@ -45,10 +46,12 @@ class Layer(NamedTuple):
     target: Tensor
     weight: Tensor | None
 
-    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    def operands(self, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return x, W and b as the matrix products take them."""
-        bias = self.linear_bias
-        return self.input.to(dtype), self.linear_weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, w, b = (None if t is None else t.to(plan.dtype).to(plan.products) for t in self[:3])
+        assert x is not None
+        assert w is not None
+        return x, w, b
 
 
 def default_rows(rows: int, features: int, classes: int) -> int:
@@ -64,18 +67,23 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the type to multiply in: not in 16 bits on the CPU, where G W took 50 times as long as in float32."""
+    return wide(dtype) if device.type == "cpu" else dtype
+
+
 def project(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
     """Fill `out` with x W^T + b."""
     return torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
 
 
 def add_product(total: Tensor, g: Tensor, x: Tensor) -> None:
-    """Add G^T x to `total`, in its type: float32 where G and x are of 16 bits, the product of a chunk not rounded."""
-    if total.dtype == g.dtype or g.is_cpu:  # a CPU's matrix products of 16 bits are the slow ones
-        total.addmm_(g.to(total.dtype).t(), x.to(total.dtype))
-    elif hasattr(torch.ops.aten.addmm, "dtype_out") and not torch.version.hip:
+    """Add G^T x to `total`, in its type: float32 where G and x are of 16 bits."""
+    if total.dtype == g.dtype:
+        total.addmm_(g.t(), x)
+    elif g.is_cuda and not torch.version.hip and hasattr(torch.ops.aten.addmm, "dtype_out"):
         torch.ops.aten.addmm.dtype_out(total, g.t(), x, total.dtype, out=total)
-    else:  # torch before 2.8: each chunk's product is rounded, their sum is not
+    else:  # torch before 2.8, ROCm: each chunk's product is rounded, their sum is not
         total.add_(g.t() @ x)
 
 
@@ -100,7 +108,7 @@ def sweep(
     layer: Layer, plan: Plan, needs: Sequence[bool], upstream: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the loss of each row, and the gradients of x, W and b that `needs` names, for `upstream` (N, ...) or 1."""
-    x, w, b = layer.cast(plan.dtype)
+    x, w, b = layer.operands(plan)
     losses = x.new_empty((len(x), *plan.sizes[1:]), dtype=plan.spec.acc)
     grad_x = torch.empty_like(x) if needs[0] else None
     grad_w = torch.zeros_like(w, dtype=wide(w.dtype)) if needs[1] else None
@@ -190,7 +198,8 @@ def scaled(grad: Tensor, scale: Tensor | None) -> Tensor:
 def differentiable_gradients(upstream: Tensor, layer: Layer, plan: Plan) -> list[Tensor | None]:
     """Compute the gradients in operations that autograd follows, with all logits at once."""
     with torch.autocast(layer.input.device.type, enabled=False):
-        x, w, b = layer.cast(plan.dtype)
+        x, w, b = layer.operands(plan)
         logits = F.linear(x, w, b).view(-1, *plan.sizes)
-        g = _torch_path.differentiable_gradient(upstream, logits, layer.target, layer.weight, plan.spec).flatten(1)
+        g = _torch_path.differentiable_gradient(upstream, logits, layer.target, layer.weight, plan.spec)
+        g = g.view(len(x), len(w))
         return [g @ w, g.t() @ x, g.sum(0)]

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from softmax_fused import _check
 from softmax_fused._autograd import make_spec
-from softmax_fused._linear import Layer, LinearCrossEntropy, Plan, default_rows, reduce, sweep
+from softmax_fused._linear import Layer, LinearCrossEntropy, Plan, default_rows, product_dtype, reduce, sweep
 from softmax_fused.functional import BACKENDS, HAND_OVER, automatic, cross_entropy, operations, transformed
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def linear_cross_entropy(
     whole = torch.compiler.is_compiling() or transformed() or not _check.plain_layer(input, linear_weight, linear_bias)
     if whole or (chunk_rows is None and backend == "auto" and few(input, shape)):
         return at_once(*tensors, *options, shape, backend)
-    dtype = _check.product_dtype(input)
+    dtype = _check.layer_dtype(input)
     logits = input.new_empty(1, dtype=dtype).expand(shape)  # says what they will be
     if not _check.plain(logits, target, weight, ignore_index, reduction, label_smoothing):
         return at_once(*tensors, *options, shape, backend)
@@ -118,7 +118,8 @@ def linear_cross_entropy(
         weight,
     )
     chunk = chunk_rows or default_rows(len(rows), rows.shape[1], len(layer.linear_weight))
-    plan = Plan(spec, operations(backend, input.device), shape if single else shape[1:], chunk, dtype)
+    sizes, products = shape if single else shape[1:], product_dtype(dtype, input.device)
+    plan = Plan(spec, operations(backend, input.device), sizes, chunk, dtype, products)
     loss = computed(layer, plan)
     return loss.squeeze(0) if single and reduction == "none" else loss
 
