@@ -27,11 +27,10 @@ def train_epoch(learner: Learner, batches: Iterable[Batch]) -> tuple[float, floa
     learner.model.train()
     losses, correct, sizes = [], [], []
     for images, target in batches:
-        outputs = learner.logits(images)
-        loss = learner.loss(outputs, target)
+        outputs, loss = learner.outputs_and_loss(images, target)
         learner.update(loss)
         losses.append(loss.detach())
-        correct.append(_count_right(outputs.detach(), target))
+        correct.append(_count_right(outputs, target))
         sizes.append(len(target))
     return mean_loss(losses, sizes, learner.advice), torch.stack(correct).sum().item() / sum(sizes)
 
