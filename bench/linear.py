@@ -156,6 +156,7 @@ def main() -> None:
     clock: Clock = CudaClock() if options.gpu else CpuClock()
     path = options.json or RESULTS / f"linear-{slug(torch.cuda.get_device_name()) if options.gpu else 'cpu'}.json"
     record = header(clock, 0, " ".join(["python -m bench.linear", *sys.argv[1:]]), 0) | {"rows": []}
+    del record["copy_gb_per_s"]  # products bound the time, not copies
     for case in ON_GPU if options.gpu else CASES:
         record["rows"] += measure(case, clock, options.rounds)
         record["complete"] = case == (ON_GPU if options.gpu else CASES)[-1]
