@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from softmax_fused import _check
+from softmax_fused import _check, _linear_ops
 from softmax_fused._autograd import make_spec
 from softmax_fused._linear import Layer, LinearCrossEntropy, Plan, default_rows, product_dtype, reduce, sweep
 from softmax_fused.functional import BACKENDS, HAND_OVER, automatic, cross_entropy, operations, transformed
@@ -55,9 +56,9 @@ def linear_cross_entropy(
             as the input or the weight, whichever is larger, and not below 2**24 logits.
         backend: As in `cross_entropy`.
 
-    All logits at once, through `torch.nn.functional.linear` and `cross_entropy`: under torch.compile, torch.func,
-    forward-mode AD and tracing, for derivatives of higher order, tensor subclasses and gradients of class weights or
-    probabilities, and, unless `chunk_rows` is given, for fewer than 2**20 logits on the CPU.
+    All logits at once, through `torch.nn.functional.linear` and `cross_entropy`: under torch.func, forward-mode AD and
+    tracing, for derivatives of higher order, tensor subclasses and gradients of class weights or probabilities, and,
+    unless `chunk_rows` is given, for fewer than 2**20 logits on the CPU.
 
     Returns:
         A scalar, or with reduction "none" a tensor of the target's shape as class indices; of the dtype that
@@ -100,7 +101,7 @@ def linear_cross_entropy(
         )  # fmt: skip
         return loss
     shape = _check.logits_shape(input, linear_weight, linear_bias)
-    whole = torch.compiler.is_compiling() or transformed() or not _check.plain_layer(input, linear_weight, linear_bias)
+    whole = watched() or not _check.plain_layer(input, linear_weight, linear_bias)
     if whole or (chunk_rows is None and backend == "auto" and few(input, shape)):
         return at_once(*tensors, *options, shape, backend)
     dtype = _check.layer_dtype(input)
@@ -117,21 +118,46 @@ def linear_cross_entropy(
         target.unsqueeze(0) if single else target,
         weight,
     )
-    chunk = chunk_rows or default_rows(len(rows), rows.shape[1], len(layer.linear_weight))
+    chunk = chunk_rows or default_rows(rows.shape[0], rows.shape[1], layer.linear_weight.shape[0])
     sizes, products = shape if single else shape[1:], product_dtype(dtype, input.device)
-    plan = Plan(spec, operations(backend, input.device), sizes, chunk, dtype, products)
-    loss = computed(layer, plan)
+    if torch.compiler.is_compiling():
+        loss = _linear_ops.linear_cross_entropy(
+            *layer,
+            asked(layer),
+            reduction,
+            ignore_index,
+            float(label_smoothing),
+            spec.dtype,
+            sizes,
+            chunk,
+            dtype,
+            backend,
+        )[0]
+    else:
+        loss = computed(layer, Plan(spec, operations(backend, input.device), sizes, chunk, dtype, products))
     return loss.squeeze(0) if single and reduction == "none" else loss
 
 
 def few(input: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether there are so few logits, on the CPU, that chunks save no time and no memory worth it."""
-    return input.is_cpu and automatic("cpu") == "torch" and torch.Size(shape).numel() < HAND_OVER
+    return input.is_cpu and automatic("cpu") == "torch" and math.prod(shape) < HAND_OVER
+
+
+def watched() -> bool:
+    """Whether something beyond autograd and torch.compile is watching."""
+    if torch.compiler.is_compiling():
+        return torch._C._are_functorch_transforms_active()
+    return transformed()
+
+
+def asked(layer: Layer) -> list[bool]:
+    """Return which of x, W and b ask for a gradient."""
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in layer[:3]]
 
 
 def computed(layer: Layer, plan: Plan) -> Tensor:
     """Return the loss, differentiable where x, W or b asks for it."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in layer[:3]):
+    if any(asked(layer)):
         loss: Tensor = LinearCrossEntropy.apply(plan, *layer)
         return loss
     return reduce(sweep(layer, plan, (False, False, False))[0], layer, plan)[0]

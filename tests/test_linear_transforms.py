@@ -8,13 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from softmax_fused import LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
+from softmax_fused import LinearCrossEntropyLoss, _linear, cross_entropy, linear_cross_entropy
 from tests.cases import make_indices, make_probabilities
 from tests.conftest import CPU, Place
 from tests.test_errors import outcome
 from tests.test_linear import at_once, make_layer
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"  # opcheck's own
+)
 needs_torchs = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has none of its own")
 X, W, B = torch.randn(8, 4), torch.randn(10, 4), torch.randn(10)
 Y = torch.arange(8)
@@ -129,7 +133,41 @@ def test_transforms(place: Place, transform: Callable[..., object], reduction: s
     torch.testing.assert_close(transform(ours, *tensors), transform(theirs, *tensors))
 
 
-def test_forward_mode_and_tracing() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("wanted", range(1, 8), ids="{:03b}".format)
+def test_compiled_it_goes_in_chunks_too(wanted: int, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    project = _linear.project
+    monkeypatch.setattr(_linear, "project", lambda *args: (seen.append(len(args[0])), project(*args))[1])
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda *tensors: linear_cross_entropy(*tensors[:3], linear_bias=tensors[3], reduction=reduction, chunk_rows=3),
+        fullgraph=True, backend=counter, dynamic=True,
+    )  # fmt: skip
+    for rows in (7, 5):
+        tensors = make_layer((rows,), (11,), 5, torch.float32, CPU)
+        target = make_indices((rows, 11), "cpu")
+        asked = [t.requires_grad_(bool(wanted & bit)) for t, bit in zip(tensors, (4, 2, 1), strict=True)]
+        asked = [t for t in asked if t.requires_grad]
+        loss, expected = compiled(*tensors[:2], target, tensors[2]), at_once(tensors, target, reduction=reduction)
+        upstream = torch.rand_like(expected)
+        ours, theirs = (torch.autograd.grad(value, asked, upstream) for value in (loss, expected))
+        torch.testing.assert_close((loss, ours), (expected, theirs))
+    assert counter.frame_count == 1
+    chunks = [3, 3, 1] if reduction != "none" else [3, 3, 1] * 2
+    assert seen == [*chunks, *([3, 2] if reduction != "none" else [3, 2] * 2)]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_operator_is_what_it_says(reduction: str) -> None:
+    x, w, _ = make_layer((7,), (11,), 5, torch.float32, CPU)
+    target = make_indices((7, 11), "cpu")
+    options = ([True, True, False], reduction, -100, 0.1, torch.float32, [11], 3, torch.float32, "torch")
+    torch.library.opcheck(torch.ops.softmax_fused.linear_cross_entropy.default, (x, w, None, target, None, *options))
+
+
+def test_forward_mode() -> None:
     x, w, _ = make_layer((5,), (6,), 3, torch.float64, CPU)
     target = make_indices((5, 6), "cpu")
     with torch.autograd.forward_ad.dual_level():
