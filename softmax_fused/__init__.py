@@ -3,7 +3,8 @@
 from softmax_fused import information
 from softmax_fused.activation import log_softmax, softmax
 from softmax_fused.functional import cross_entropy
-from softmax_fused.modules import CrossEntropyLoss, LogSoftmax, Softmax
+from softmax_fused.linear import linear_cross_entropy
+from softmax_fused.modules import CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, Softmax
 from softmax_fused.patching import patch
 from softmax_fused.row_outputs import RowOutputs, cross_entropy_rows
 
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "RowOutputs",
     "Softmax",
@@ -18,6 +20,7 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_rows",
     "information",
+    "linear_cross_entropy",
     "log_softmax",
     "patch",
     "softmax",

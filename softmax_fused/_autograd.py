@@ -57,9 +57,12 @@ class Operations(Protocol):
         """Compute the gradient of the logits, into `grad` where given, which may be the logits themselves."""
 
     def loss_and_gradient(
-        self, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, grad: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Compute the loss, what `gradient` needs, and the gradient for an upstream gradient of 1, if that pays."""
+        """Compute the loss, what `gradient` needs, and the gradient for an upstream gradient of 1, if that pays.
+
+        It is written to `grad` where given, which may be the logits themselves.
+        """
 
     def unless_one(
         self,

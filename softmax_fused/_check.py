@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -109,6 +111,70 @@ def writable(input: Tensor) -> None:
         )
 
 
+def subclasses(tensors: Iterable[Any]) -> bool:
+    """Whether there is a tensor among them that is more than a tensor."""
+    return any(isinstance(t, torch.Tensor) and type(t) not in TENSORS for t in tensors)
+
+
+def layer_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the type that a linear layer takes a tensor in: that of autocast where it is on."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device) and tensor.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def plain_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> bool:
+    """Whether the chunked path covers a linear layer's tensors."""
+    tensors = [tensor for tensor in (input, linear_weight, linear_bias) if tensor is not None]
+    return all(
+        plain_logits(tensor) and tensor.device == input.device and layer_dtype(tensor) == layer_dtype(input)
+        for tensor in tensors
+    )
+
+
+def logits_shape(input: Any, linear_weight: Any, linear_bias: Any) -> tuple[int, ...]:
+    """Return the shape of a linear layer's logits.
+
+    Raises:
+        TypeError: If an argument is no tensor.
+        RuntimeError: If the shapes do not fit one another.
+    """
+    named = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
+    for name, value in named.items():
+        if not isinstance(value, torch.Tensor) and not (name == "linear_bias" and value is None):
+            raise TypeError(f"{name} must be a tensor; got {describe(value)}")
+    if input.ndim not in (1, 2):
+        raise RuntimeError(f"input must have shape (D,) or (N, D): flatten other dimensions; got {describe(input)}")
+    if linear_weight.ndim < 2 or linear_weight.shape[-1] != input.shape[-1]:
+        raise RuntimeError(
+            f"linear_weight must have shape (C, D) or (C, d1, ..., dk, D) with D = {input.shape[-1]} for input of "
+            f"shape {tuple(input.shape)}; got {describe(linear_weight)}"
+        )
+    sizes = tuple(linear_weight.shape[:-1])
+    if linear_bias is not None and linear_bias.shape != sizes:
+        raise RuntimeError(
+            f"linear_bias must have shape {sizes} for linear_weight of shape {tuple(linear_weight.shape)}; got "
+            f"{describe(linear_bias)}"
+        )
+    if len(sizes) > 1 and input.ndim == 1:
+        raise RuntimeError(
+            f"input must have shape (N, {input.shape[-1]}) for linear_weight of shape {tuple(linear_weight.shape)}; "
+            f"got {describe(input)}"
+        )
+    return (*input.shape[:-1], *sizes)
+
+
+def chunk_rows(value: Any) -> None:
+    """Refuse what is no number of rows.
+
+    Raises:
+        ValueError: If it is neither a positive integer nor None.
+    """
+    if value is not None and not (type(value) is int and value > 0):
+        raise ValueError(f"chunk_rows must be a positive integer or None; got {value!r}")
+
+
 def describe(value: Any) -> str:
     """Say what came."""
     if isinstance(value, torch.Tensor):
@@ -130,7 +196,7 @@ def explain_target(input: Tensor, target: Any, ignore_index: Any) -> str | None:
     indices, probabilities = target_shapes(tuple(input.shape))
     expected = (
         f"target must have shape {indices} (class indices, int64) or {probabilities} (class probabilities, floating "
-        f"point) for input of shape {probabilities}"
+        f"point) for logits of shape {probabilities}"
     )
     if not isinstance(target, torch.Tensor) or target.shape not in (indices, probabilities):
         return f"{expected}; got {describe(target)}"

@@ -285,17 +285,18 @@ def fill_gradient(
 
 
 def loss_and_gradient(
-    logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
+    logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, grad: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """Compute the loss, what `gradient` needs, and the gradient for an upstream gradient of 1.
 
-    No gradient where rows are few and long: splitting them over programs, as `loss` does, is faster.
+    It is written to `grad` where given, which may be the logits themselves. No gradient where rows are few and long:
+    splitting them over programs, as `loss` does, is faster.
     """
     rows = describe(logits, target)
     tile, programs = plan(rows, logits.itemsize, BOTH_WARPS, rows.strides[0])
     if tile.lanes and split_rows(programs, rows.classes, tile.classes) > 1:
         return *loss(logits, target, weight, spec, save=True), None
-    grad = torch.empty_like(logits)
+    grad = torch.empty_like(logits) if grad is None else grad
     rows = describe(logits, target, grad)
     logits_strides, target_strides, grad_strides = rows.strides
     tile, programs = plan(rows, logits.itemsize, BOTH_WARPS, logits_strides, grad_strides)

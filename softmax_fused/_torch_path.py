@@ -120,10 +120,13 @@ def gradient(
 
 
 def loss_and_gradient(
-    logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
+    logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, grad: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Compute the loss, the denominator of a mean, and the gradient for an upstream gradient of 1."""
-    grad = torch.empty_like(logits)
+    """Compute the loss, the denominator of a mean, and the gradient for an upstream gradient of 1.
+
+    `grad`, where given, is filled and returned; it may be `logits`.
+    """
+    grad = torch.empty_like(logits) if grad is None else grad
     return *forward(logits, target, weight, spec, grad), grad
 
 

@@ -271,7 +271,7 @@ def overridden(
 ) -> Tensor:
     """Serve __torch_function__: tensor subclasses see torch's function, which they know; modes see ours."""
     tensors = (input, target, weight)
-    if any(isinstance(t, torch.Tensor) and type(t) not in _check.TENSORS for t in tensors):
+    if _check.subclasses(tensors):
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     loss: Tensor = handle_torch_function(
         cross_entropy,

@@ -1,15 +1,19 @@
-"""The loss and the softmax as modules."""
+"""The losses and softmax as modules."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.nn.modules.loss import _WeightedLoss
 
 from softmax_fused.activation import log_softmax, softmax
 from softmax_fused.functional import cross_entropy
+from softmax_fused.linear import linear_cross_entropy
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -82,6 +86,83 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         }
         usual = ("auto", False)
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value not in usual)
+
+
+class LinearCrossEntropyLoss(_WeightedLoss):
+    """A linear layer, which the module owns, and its cross-entropy, computed by :func:`linear_cross_entropy`.
+
+    The arguments, parameters and state of torch's module of that name, on every torch; `chunk_rows` takes the place of
+    its `options`. See :func:`linear_cross_entropy` for the formula, shapes and errors.
+
+    Args:
+        in_features: Features D of a row.
+        num_classes: Classes C.
+        out_features: Further dimensions (d1, ..., dk) of the logits.
+        bias: Whether the layer has one.
+        device: Of the layer's parameters.
+        dtype: Of the layer's parameters.
+        reduction: "mean", "sum" or "none".
+        weight: Weight of each class (C,).
+        ignore_index: Class index whose rows have no loss and no gradient; None is -100.
+        label_smoothing: Share of the target spread evenly over the classes, from 0 to 1.
+        chunk_rows: Rows of input whose logits exist at a time, at most.
+        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+
+    Raises:
+        RuntimeError: If `weight` is not of shape (C,), or label_smoothing not from 0 to 1.
+
+    Example:
+        >>> import torch
+        >>> criterion = LinearCrossEntropyLoss(5, 10, out_features=(4, 3), bias=True)
+        >>> criterion(torch.randn(2, 5), torch.randint(10, (2, 4, 3))).shape
+        torch.Size([])
+        >>> [(name, tuple(value.shape)) for name, value in criterion.state_dict().items()]
+        [('linear.weight', (120, 5)), ('linear.bias', (120,))]
+    """
+
+    __constants__ = ["ignore_index", "label_smoothing", "num_classes", "out_features", "reduction"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        chunk_rows: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"weight must have shape ({num_classes},); got {tuple(weight.shape)}")
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(f"label_smoothing must be from 0 to 1; got {label_smoothing!r}")
+        super().__init__(weight, None, None, reduction)
+        self.num_classes, self.out_features = num_classes, tuple(out_features)
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.chunk_rows, self.backend = chunk_rows, backend
+        self.linear = nn.Linear(in_features, math.prod(out_features, start=num_classes), bias, device, dtype)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss of the layer's logits of `input` against `target`."""
+        sizes = (self.num_classes, *self.out_features)
+        return linear_cross_entropy(
+            input,
+            self.linear.weight.view(*sizes, self.linear.in_features),
+            target,
+            linear_bias=None if self.linear.bias is None else self.linear.bias.view(sizes),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            chunk_rows=self.chunk_rows,
+            backend=self.backend,
+        )
 
 
 class Softmax(nn.Softmax):

@@ -25,7 +25,8 @@ class Mutant(NamedTuple):
     wrong: str
 
 
-KERNEL, LONG, ROWS, LAUNCH, TORCH, TARGETS, CHUNKS = (
+LINEAR_TESTS = ("linear", "linear_transforms")
+KERNEL, LONG, ROWS, LAUNCH, TORCH, TARGETS, CHUNKS, LINEAR = (
     "kernels/cross_entropy.py",
     "kernels/long_rows.py",
     "kernels/rows.py",
@@ -33,6 +34,7 @@ KERNEL, LONG, ROWS, LAUNCH, TORCH, TARGETS, CHUNKS = (
     "softmax_fused/_torch_path.py",
     "softmax_fused/_torch_targets.py",
     "softmax_fused/_torch_rows.py",
+    "softmax_fused/_linear.py",
 )
 PATCHING = "softmax_fused/patching.py"
 MUTANTS = {
@@ -91,6 +93,15 @@ MUTANTS = {
     "torch path: confident rows' sums misplaced": Mutant(TARGETS, "index_copy_(0, rows,", "index_copy_(0, rows.flip(0),"),
     "torch path: any upstream gradient is 1": Mutant(TORCH, "bool((upstream == 1).all())", "True"),
     "second backward doubled": Mutant("softmax_fused/_autograd.py", "grad = ctx.operations.gradient(*arguments)\n        return", "ctx.n = getattr(ctx, 'n', 0) + 1\n            grad = ctx.n * ctx.operations.gradient(*arguments)\n        return"),
+    "linear: last chunk lost": Mutant(LINEAR, "for part in parts:", "for part in parts[: max(1, len(parts) - 1)]:"),
+    "linear: first rows' targets for every chunk": Mutant(LINEAR, "target=layer.target[part]", "target=layer.target[: len(z)]"),
+    "linear: weight's gradient of one chunk": Mutant(LINEAR, "total.addmm_(g.t(), x)", "total.addmm_(g.t(), x, beta=0)"),
+    "linear: 16-bit products summed in 16 bits": Mutant(LINEAR, "total.add_(g.t() @ x)", "total.copy_(total.to(g.dtype) + g.t() @ x)"),
+    "linear: mean gradient not divided": Mutant(LINEAR, "torch.where(any_row, 1 / denominator, 0)", "any_row.to(denominator.dtype)"),
+    "linear: gradient of a mean of nothing is NaN": Mutant(LINEAR, "torch.where(any_row, 1 / denominator, 0)", "1 / denominator"),
+    "linear: ignored rows count in the mean": Mutant(LINEAR, "keep = layer.target != spec.ignore_index", "pass"),
+    "linear: kept gradients given away twice": Mutant(LINEAR, "grads, ctx.ready = ctx.ready, None", "grads = ctx.ready"),
+    "linear: second-order term dropped": Mutant(LINEAR, "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),
     "second-order term dropped": Mutant("softmax_fused/_autograd.py", "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),
     "patch: the first undo puts torch back": Mutant(PATCHING, "elif not patches and current is replacement", "elif current is replacement"),
     "patch: options of the first hold": Mutant(PATCHING, "patches[-1].options", "patches[0].options"),
@@ -115,8 +126,10 @@ def survives(mutant: Mutant) -> bool:
         if mutant.right not in source:
             raise SystemExit(f"{mutant.file} no longer contains: {mutant.right}")
         path.write_text(source.replace(mutant.right, mutant.wrong))
-        tests = [f"tests/test_{name}.py" for name in (("patch", "patch_compile") if mutant.file == PATCHING else TESTS)]
-        place = "not interpreter" if mutant.file in (TORCH, TARGETS, CHUNKS, PATCHING) else "interpreter or launch"
+        own = {PATCHING: ("patch", "patch_compile"), LINEAR: LINEAR_TESTS}
+        tests = [f"tests/test_{name}.py" for name in own.get(mutant.file, TESTS)]
+        on_cpu = mutant.file in (TORCH, TARGETS, CHUNKS, PATCHING, LINEAR)
+        place = "not interpreter" if on_cpu else "interpreter or launch"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", "-k", place, *tests]
         run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True)
         return run.returncode == 0

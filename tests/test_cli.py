@@ -23,7 +23,7 @@ DIGITS = ["--dataset", "digits", "--loss", "torch", "--device", "cpu", "--epochs
     [
         (["--dataset", "fashion"], f"expected --dataset to be one of {', '.join(DATASETS)}, got 'fashion'; did you"),
         (["--model", "cnn"], "expected --model to be one of softmax, mlp, scratch-softmax, scratch-mlp for --dataset"),
-        (["--loss", "touch"], "expected --loss to be one of fused, torch, scratch, scratch-naive, mse, softmax-twice"),
+        (["--loss", "touch"], "expected --loss to be one of fused, torch, scratch, scratch-naive, fused-linear, mse"),
         (["--optimizer", "lion"], "expected --optimizer to be one of sgd, adam, scratch-sgd, got 'lion'; the default"),
         (["--epochs", "0"], "expected --epochs to be from 1 to 1000000, got 0; choose a value in that range"),
         (

@@ -45,10 +45,10 @@ def test_what_is_given_is_kept() -> None:
             "which has no hidden layer; leave it out",
         ),
         ("--model mlp --activation gelu", "expected --activation to be one of relu, sigmoid, tanh, got 'gelu'"),
-        ("--loss mse --mixup 1", "expected --mixup with --loss fused or torch, got it with --loss mse"),
+        ("--loss mse --mixup 1", "expected --mixup with --loss fused or torch or fused-linear, got it with --loss mse"),
         (
             "--model scratch-softmax --label-smoothing 0.1",
-            "expected --label-smoothing with --loss fused or torch, got it with --loss scratch",
+            "expected --label-smoothing with --loss fused or torch or fused-linear, got it with --loss scratch",
         ),
         (
             "--dataset linear --model mlp",

@@ -59,7 +59,8 @@ LossName = Annotated[
     typer.Option(
         "--loss",
         metavar="|".join(LOSSES),
-        help="fused: ours; torch: nn.CrossEntropyLoss; scratch: textbook; scratch-naive: the same, unstable.",
+        help="fused: ours; fused-linear: with the last layer in one; torch: nn.CrossEntropyLoss; scratch: textbook; "
+        "scratch-naive: the same, unstable.",
         show_default="what fits the model",
     ),
 ]
@@ -176,7 +177,7 @@ def compare(
 
     given = _given_settings(context)
     config = TrainConfig.fitting(given)
-    known = losses_for(config.dataset)
+    known = [name for name in losses_for(config.dataset) if not LOSSES[name].layer]
     names = known[:3] if losses is None else [name.strip() for name in losses.split(",")]
     for name in names:
         check_name("losses", name, known, f" for --dataset {config.dataset}")

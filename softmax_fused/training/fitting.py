@@ -56,6 +56,12 @@ def check_names(config: "TrainConfig") -> None:
     whose = f" for --dataset {config.dataset} ({DATASETS[config.dataset].task.value})"
     check_name("model", config.model, models_for(config.dataset), whose)
     check_name("loss", config.loss, losses_for(config.dataset), whose)
+    if LOSSES[config.loss].layer and MODELS[config.model].scratch:
+        layered = " or ".join(name for name in models_for(config.dataset) if not MODELS[name].scratch)
+        raise UsageError(
+            f"expected --loss {config.loss} with --model {layered}, which end in nn.Linear, got it with --model "
+            f"{config.model}; choose --loss fused"
+        )
     if config.activation is None:
         return
     check_name("activation", config.activation, ACTIVATIONS)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.losses import LOSSES, Loss, LossEntry, build_loss
-from softmax_fused.training.models import MODELS, Model, build_model
+from softmax_fused.training.losses import LOSSES, Fused, Loss, LossEntry, build_loss, class_scores
+from softmax_fused.training.models import MODELS, Model, build_model, split_head
 from softmax_fused.training.scratch import ScratchSGD
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], float], Optimizer]] = {
 class Learner:
     """A model, its loss and its optimiser; `forward` is the model, compiled or not, `scale` a factor of its logits.
 
-    `advice` is what to do about a loss that is not finite.
+    `head` is the last layer where the loss computes that too; then `forward` is the model before it. `advice` is what
+    to do about a loss that is not finite.
     """
 
     model: Model
@@ -41,6 +43,7 @@ class Learner:
     forward: Callable[[Tensor], Tensor]
     scale: float = 1.0
     advice: str = LossEntry.advice
+    head: nn.Linear | None = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context of mixed precision, if the run asks for it."""
@@ -51,8 +54,28 @@ class Learner:
     def logits(self, images: Tensor) -> Tensor:
         """Return outputs (N, C) or (N,) in float32, in which autocast computes torch's loss; so all losses get it."""
         with self.autocast():
-            outputs = self.forward(images).float()
+            outputs = self.forward(images)
+            outputs = (self.head(outputs) if self.head else outputs).float()
         return outputs if self.scale == 1 else outputs * self.scale
+
+    def loss_and_predictions(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the mean loss and each row's predicted class, None for a regression."""
+        if isinstance(self.loss, Fused):
+            return self.loss.with_predictions(self.logits(images), target)
+        outputs, loss = self.outputs_and_loss(images, target)
+        regression = target.is_floating_point() and target.dim() == 1
+        return loss, None if regression else class_scores(outputs).argmax(dim=1)
+
+    def outputs_and_loss(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return outputs, to be looked at, and the loss, to be differentiated."""
+        if self.head is None:
+            outputs = self.logits(images)
+            return outputs.detach(), self.loss(outputs, target)
+        with self.autocast():
+            features = self.forward(images)
+            weight, bias = self.head.weight * self.scale, self.head.bias * self.scale
+            loss = self.loss(features, weight, target, linear_bias=bias)
+            return F.linear(features.detach(), weight.detach(), bias.detach()).float(), loss
 
     def update(self, loss: Tensor) -> None:
         """Backpropagate and change the weights."""
@@ -74,14 +97,19 @@ def build_learner(
     inputs: tuple[int, ...] = (28, 28),
     scale: float = 1.0,
     advice: str = LossEntry.advice,
+    layer: bool = False,
 ) -> Learner:
-    """Put the model on the device; float16, where bfloat16 is not supported, gets a gradient scaler."""
+    """Put the model on the device; float16, where bfloat16 is not supported, gets a gradient scaler.
+
+    `layer` says that the loss is one of a layer, the model's last.
+    """
     model = model.to(device)
     half = _half_type(device) if amp else None
     scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
-    forward = torch.compile(model, dynamic=True) if compile else model  # the last batch is smaller
+    body, head = split_head(model) if layer else (model, None)
+    forward = torch.compile(body, dynamic=True) if compile else body  # the last batch is smaller
     steps = OPTIMIZERS[optimizer](model.parameters(), lr)
-    learner = Learner(model, loss, steps, device, scaler, half, forward, scale, advice)
+    learner = Learner(model, loss, steps, device, scaler, half, forward, scale, advice, head)
     if compile:
         _compile_now(learner, inputs)
     return learner
@@ -100,6 +128,7 @@ def learner_for(config: "TrainConfig", classes: int, device: torch.device) -> Le
         inputs=MODELS[config.model].inputs,
         scale=config.logit_scale,
         advice=LOSSES[config.loss].advice,
+        layer=LOSSES[config.loss].layer,
     )
 
 

@@ -10,7 +10,7 @@ from softmax_fused.training.batches import Batch
 from softmax_fused.training.data import Split, to_input
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.learner import Learner
-from softmax_fused.training.losses import Fused, Loss
+from softmax_fused.training.losses import class_scores
 
 EVALUATION_BATCH = 2000  # rows whose float32 pixels, 6 MB, stay in a core's cache
 
@@ -28,8 +28,7 @@ def train_epoch(learner: Learner, batches: Iterable[Batch]) -> tuple[float, floa
     learner.model.train()
     losses, correct, sizes = [], [], []
     for images, target in batches:
-        outputs = learner.logits(images)
-        loss, predicted = loss_and_predictions(learner.loss, outputs, target)
+        loss, predicted = learner.loss_and_predictions(images, target)
         learner.update(loss)
         losses.append(loss.detach())
         correct.append(_count_right(predicted, target))
@@ -37,23 +36,10 @@ def train_epoch(learner: Learner, batches: Iterable[Batch]) -> tuple[float, floa
     return mean_loss(losses, sizes, learner.advice), torch.stack(correct).sum().item() / sum(sizes)
 
 
-def loss_and_predictions(loss: Loss, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the mean loss and each row's predicted class, None for a regression."""
-    if isinstance(loss, Fused):
-        return loss.with_predictions(outputs, target)
-    regression = target.is_floating_point() and target.dim() == 1
-    return loss(outputs, target), None if regression else class_scores(outputs.detach()).argmax(dim=1)
-
-
 def _count_right(predicted: Tensor | None, target: Tensor) -> Tensor:
     if predicted is None:
         return torch.full((), torch.nan, device=target.device)
     return (predicted == (target.argmax(dim=1) if target.is_floating_point() else target)).sum()
-
-
-def class_scores(logits: Tensor) -> Tensor:
-    """Return logits (N, C); for logits (N,) of the second of two classes (N, 2), the first being 0."""
-    return logits if logits.dim() == 2 else torch.stack([torch.zeros_like(logits), logits], dim=1)
 
 
 def mean_loss(losses: list[Tensor], sizes: list[int], advice: str) -> float:

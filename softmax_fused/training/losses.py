@@ -1,5 +1,6 @@
 """The losses that a run can train with: each the mean over a batch."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,9 +10,14 @@ from torch import Tensor, nn
 
 from softmax_fused.training.tasks import Task
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]  # of outputs and target, or of features, weight, target and linear_bias
 
 NATS = "mean cross-entropy (nats)"
+
+
+def class_scores(outputs: Tensor) -> Tensor:
+    """Return logits (N, C); for logits (N,) of the second of two classes (N, 2), the first being 0."""
+    return outputs if outputs.dim() == 2 else torch.stack([torch.zeros_like(outputs), outputs], dim=1)
 
 
 def scratch_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -104,14 +110,24 @@ class Fused:
         return rows.loss.mean(), rows.prediction
 
 
+def _fused_linear(label_smoothing: float = 0.0) -> Loss:
+    from softmax_fused import linear_cross_entropy
+
+    return functools.partial(linear_cross_entropy, label_smoothing=label_smoothing)
+
+
 @dataclass(frozen=True)
 class LossEntry:
-    """A loss: `soft` ones take probabilities (N, C) too, and label smoothing; `advice` is for a loss gone wrong."""
+    """A loss: `soft` ones take probabilities (N, C) too, and label smoothing; `advice` is for a loss gone wrong.
+
+    Where it is of a `layer`, it takes the last layer's input, weight and bias in place of its outputs.
+    """
 
     build: Callable[..., Loss]
     task: Task = Task.CLASSES
     unit: str = NATS
     soft: bool = False
+    layer: bool = False
     advice: str = "choose a smaller --lr"
 
 
@@ -127,6 +143,7 @@ LOSSES: dict[str, LossEntry] = {
     "torch": LossEntry(nn.CrossEntropyLoss, soft=True),
     "scratch": LossEntry(_always(scratch_cross_entropy), advice=UNDERFLOW),
     "scratch-naive": LossEntry(_always(naive_cross_entropy), advice=NAIVE),
+    "fused-linear": LossEntry(_fused_linear, soft=True, layer=True),
     "mse": LossEntry(_always(softmax_mse), unit="mean squared error of probabilities"),
     "softmax-twice": LossEntry(_always(softmax_twice), unit="mean cross-entropy of a second softmax (nats)"),
     "logistic": LossEntry(_always(logistic), Task.BINARY),

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from softmax_fused.training.errors import UsageError
 from softmax_fused.training.scratch import ScratchModel, relu
 from softmax_fused.training.tasks import Task
 
@@ -66,6 +67,17 @@ def build_model(name: str, classes: int, seed: int = 0, activation: str | None =
         layers = [(weight.T.contiguous(), torch.zeros(len(weight))) for weight in weights]
         return ScratchModel(layers, function, flat)
     return _library_model(weights, module, flat)
+
+
+def split_head(model: Model) -> tuple[nn.Module, nn.Linear]:
+    """Return a library model without its last layer, and that layer; both share its parameters.
+
+    Raises:
+        UsageError: if it does not end in a linear layer.
+    """
+    if not (isinstance(model, nn.Sequential) and isinstance(model[-1], nn.Linear)):
+        raise UsageError("expected a model that ends in nn.Linear, as --loss fused-linear wants it; got another")
+    return model[:-1], model[-1]
 
 
 def _library_model(weights: Sequence[Tensor], activation: Callable[[], nn.Module], flat: bool) -> nn.Module:

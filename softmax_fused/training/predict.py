@@ -14,7 +14,8 @@ from softmax_fused.training.data import SIDE, data_root, load_dataset, to_input
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.figures import run_title, write_fit, write_gallery
 from softmax_fused.training.learner import Learner, learner_for
-from softmax_fused.training.loop import class_scores, predict_classes
+from softmax_fused.training.loop import predict_classes
+from softmax_fused.training.losses import class_scores
 from softmax_fused.training.record import Metrics
 
 BRIGHT = 127.5  # a border lighter than this is taken for a light background

@@ -1,0 +1,168 @@
+"""A linear layer and its loss in one, against one after the other: python -m bench.linear [--json FILE] [--rounds R].
+
+Time and peak memory of loss and gradients of input and weight. Providers take turns within each round, A B C, C B A;
+peaks are measured in a process each, beyond input, weight and target. Tables in README are what `table` makes of the
+JSON file, which is written after every case.
+"""
+
+import argparse
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import softmax_fused
+from bench.cases import Job
+from bench.clocks import Clock, CpuClock, CudaClock
+from bench.formulas import BASE, OURS, ratios
+from bench.memory import ROOT, resident_peak
+from bench.record import RESULTS, header, slug, write_json
+from bench.tables import markdown
+
+CHUNKED = "torch, chunked"
+
+
+class Case(NamedTuple):
+    """Rows of features and a weight of a dtype, with class indices as targets."""
+
+    rows: int
+    features: int
+    classes: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.features}x{self.classes}-{self.dtype}"
+
+
+LARGE = Case(8192, 1024, 50257, "float32")
+CASES = [
+    LARGE,
+    Case(2048, 512, 10_000, "float32"),
+    Case(4096, 256, 1000, "float32"),
+    Case(60_000, 784, 10, "float32"),
+    Case(512, 512, 16_384, "bfloat16"),
+]
+ON_GPU = [LARGE, *(Case(8192, 4096, classes, "bfloat16") for classes in (32_000, 50_257, 128_256))]
+
+
+def one_after_the_other(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w), target)
+
+
+def torch_chunked(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    return F.linear_cross_entropy(x, w, target, options=torch.nn.LinearCrossEntropyOptions())
+
+
+PROVIDERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    BASE: one_after_the_other,
+    OURS: softmax_fused.linear_cross_entropy,
+}
+if hasattr(F, "linear_cross_entropy"):
+    PROVIDERS[CHUNKED] = torch_chunked
+
+
+def make_job(provider: str, case: Case, device: str) -> Job:
+    """Loss and gradients, the gradients thrown away."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"dtype": getattr(torch, case.dtype), "device": device}
+    x = torch.randn(case.rows, case.features, **options).requires_grad_()
+    w = (torch.randn(case.classes, case.features, **options) / case.features**0.5).requires_grad_()
+    target = torch.randint(case.classes, (case.rows,), device=device)
+
+    def call() -> None:
+        torch.autograd.grad(PROVIDERS[provider](x, w, target), (x, w))
+
+    return Job(lambda: None, call)
+
+
+def peak(provider: str, case: Case) -> int:
+    """Bytes by which a call on the CPU raises the peak of its process."""
+    make_job(provider, case._replace(rows=8, features=8), "cpu").call()  # libraries and threads are there
+    job = make_job(provider, case, "cpu")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: what an import took for a moment is no peak any more
+    before = resident_peak()
+    job.call()
+    return resident_peak() - before
+
+
+def peak_bytes(provider: str, case: Case, clock: Clock) -> int | None:
+    if clock.device != "cpu":
+        return clock.peak_bytes(make_job(provider, case, clock.device))
+    command = [sys.executable, "-m", "bench.linear", "--peak", provider, *map(str, case)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+
+
+def times(case: Case, clock: Clock, rounds: int) -> dict[str, list[float]]:
+    """Microseconds by provider and round."""
+    jobs = {name: make_job(name, case, clock.device) for name in PROVIDERS}
+    for name in jobs:
+        make_job(name, case._replace(rows=min(case.rows, 128)), clock.device).call()
+    found: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(rounds):
+        for name in list(jobs)[:: -1 if number % 2 else 1]:
+            clock.flush()
+            found[name].append(clock.microseconds(jobs[name].call))
+    return found
+
+
+def measure(case: Case, clock: Clock, rounds: int) -> list[dict[str, Any]]:
+    """A row a provider."""
+    peaks = {name: peak_bytes(name, case, clock) for name in PROVIDERS}
+    found = times(case, clock, rounds)
+    return [
+        {"provider": name, **case._asdict(), "rounds": len(found[name]), "p50_us": round(median(found[name]))}
+        | {"time_to_torch": round(median(ratios(found[name], found[BASE])), 3)}
+        | {"peak_bytes": peaks[name], "peak_to_torch": round(peaks[name] / peaks[BASE], 3)}
+        for name in PROVIDERS
+    ]
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown: times and peaks of each case, those of torch's layer and loss first, then the others' over them."""
+    rows = record["rows"]
+    names = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != BASE]
+    titles = ["rows, features, classes", "dtype", f"{BASE}: time", f"{BASE}: peak memory"]
+    titles += [f"{name}: {what}" for what in ("time", "peak memory") for name in names]
+    lines = []
+    for base in (row for row in rows if row["provider"] == BASE):
+        case = [base["rows"], base["features"], base["classes"]]
+        others = {row["provider"]: row for row in rows if [row[key] for key in Case._fields] == [*case, base["dtype"]]}
+        line = [", ".join(map(str, case)), base["dtype"], f"{base['p50_us'] / 1e6:,.3f} s"]
+        line += [f"{base['peak_bytes'] / 1e6:,.0f} MB"]
+        line += [f"{others[name][key]:.2f}" for key in ("time_to_torch", "peak_to_torch") for name in names]
+        lines.append(line)
+    return markdown(titles, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.linear")
+    parser.add_argument("--json", type=Path, help="default: bench/results/linear-MACHINE.json")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        provider, *sizes, dtype = options.peak
+        print(peak(provider, Case(*map(int, sizes), dtype)))
+        return
+    clock: Clock = CudaClock() if options.gpu else CpuClock()
+    path = options.json or RESULTS / f"linear-{slug(torch.cuda.get_device_name()) if options.gpu else 'cpu'}.json"
+    record = header(clock, 0, " ".join(["python -m bench.linear", *sys.argv[1:]]), 0) | {"rows": []}
+    del record["copy_gb_per_s"]  # products bound the time, not copies
+    for case in ON_GPU if options.gpu else CASES:
+        record["rows"] += measure(case, clock, options.rounds)
+        record["complete"] = case == (ON_GPU if options.gpu else CASES)[-1]
+        write_json(path, record)
+        print(table(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""A linear layer and its cross-entropy, loss and gradients, with the logits of one chunk of rows at a time.
+
+z = x W^T + b,  G = d loss / d z,  d loss / d x = G W,  d loss / d W = G^T x,  d loss / d b = sum of G over the rows
+
+The gradients are kept for the sum of the losses, and multiplied by the upstream gradient and by a mean's 1 / N in
+backward: float16 would round G / N to 0.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from softmax_fused import _torch_path
+from softmax_fused._autograd import Operations, Spec, batched
+from softmax_fused._torch_rows import pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+LEAST = 2**24
+"""Logits in a chunk at least: below 64 MiB of float32 there is no memory worth saving."""
+
+
+class Plan(NamedTuple):
+    """What a call asks for, beside its tensors."""
+
+    spec: Spec
+    operations: Operations
+    sizes: tuple[int, ...]  # (C, d1, ..., dk) of a row of logits
+    rows: int  # in a chunk at most
+    dtype: torch.dtype  # of the layer
+    products: torch.dtype  # in which its tensors are multiplied
+
+
+class Layer(NamedTuple):
+    """The tensors: x (N, D), W (K, D) and b (K,) with K = C * d1 * ... * dk, and those of the loss."""
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    target: Tensor
+    weight: Tensor | None
+
+    def operands(self, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return x, W and b as the matrix products take them."""
+        x, w, b = (None if t is None else t.to(plan.dtype).to(plan.products) for t in self[:3])
+        assert x is not None
+        assert w is not None
+        return x, w, b
+
+
+def default_rows(rows: int, features: int, classes: int) -> int:
+    """Return how many rows make a chunk of logits as large as the input or W, whichever is larger: they exist anyway.
+
+    So chunks are few, min(N, C) / D of them, and each product with one is large.
+    """
+    return max(1, max(features * max(rows, classes), LEAST) // classes)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which products of `dtype` are summed over chunks."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the type to multiply in: not in 16 bits on the CPU, where G W took 50 times as long as in float32."""
+    return wide(dtype) if device.type == "cpu" else dtype
+
+
+def project(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
+    """Fill `out` with x W^T + b."""
+    return torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
+
+
+def add_product(total: Tensor, g: Tensor, x: Tensor) -> None:
+    """Add G^T x to `total`, in its type: float32 where G and x are of 16 bits."""
+    if total.dtype == g.dtype:
+        total.addmm_(g.t(), x)
+    elif g.is_cuda and not torch.version.hip and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.ops.aten.addmm.dtype_out(total, g.t(), x, total.dtype, out=total)
+    else:  # torch before 2.8, ROCm: each chunk's product is rounded, their sum is not
+        total.add_(g.t() @ x)
+
+
+def chunk_losses(z: Tensor, layer: Layer, plan: Plan, upstream: Tensor | None, differentiate: bool) -> Tensor:
+    """Return the losses of a chunk of logits; with `differentiate` write their gradient over it."""
+    spec, operations = plan.spec._replace(reduction="none", dtype=plan.spec.acc), plan.operations
+    arguments = (z, layer.target, layer.weight)
+    if not differentiate:
+        return operations.loss(*arguments, spec, save=False)[0]
+    if upstream is None:
+        losses, saved, grad = operations.loss_and_gradient(*arguments, spec, z)
+        if grad is not None:
+            return losses
+        upstream = losses.new_ones(()).expand_as(losses)
+    else:
+        losses, saved = operations.loss(*arguments, spec, save=True)
+    operations.gradient(upstream, *arguments, saved, spec, z)
+    return losses
+
+
+def sweep(
+    layer: Layer, plan: Plan, needs: Sequence[bool], upstream: Tensor | None = None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the loss of each row, and the gradients of x, W and b that `needs` names, for `upstream` (N, ...) or 1."""
+    x, w, b = layer.operands(plan)
+    losses = x.new_empty((len(x), *plan.sizes[1:]), dtype=plan.spec.acc)
+    grad_x = torch.empty_like(x) if needs[0] else None
+    grad_w = torch.zeros_like(w, dtype=wide(w.dtype)) if needs[1] else None
+    grad_b = w.new_zeros(len(w), dtype=wide(w.dtype)) if needs[2] else None
+    parts = pieces(len(x), len(w), plan.rows * len(w))
+    logits = x.new_empty((parts[0].stop, len(w)))
+    for part in parts:
+        z = project(x[part], w, b, logits[: len(x[part])])
+        here = layer._replace(target=layer.target[part])
+        g = None if upstream is None else upstream[part]
+        losses[part] = chunk_losses(z.view(-1, *plan.sizes), here, plan, g, any(needs))
+        if grad_x is not None:
+            torch.mm(z, w, out=grad_x[part])
+        if grad_w is not None:
+            add_product(grad_w, z, x[part])
+        if grad_b is not None:
+            grad_b.add_(z.sum(0, dtype=grad_b.dtype))
+    return losses, [grad_x, grad_w, grad_b]
+
+
+def reduce(losses: Tensor, layer: Layer, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """Return the loss, and what the gradients of the sum are to be multiplied by for a mean."""
+    if plan.spec.reduction == "none":
+        return losses.to(plan.spec.dtype), None
+    if plan.spec.reduction == "sum":
+        return losses.sum().to(plan.spec.dtype), None
+    denominator, any_row = mean_over(losses, layer, plan.spec)
+    denominator = denominator.masked_fill(denominator == 0, torch.nan)
+    return (losses.sum() / denominator).to(plan.spec.dtype), torch.where(any_row, 1 / denominator, 0)
+
+
+def mean_over(losses: Tensor, layer: Layer, spec: Spec) -> tuple[Tensor, Tensor]:
+    """Return what a mean divides by, the rows or the weights of their true classes, and whether there is a row."""
+    keep = torch.ones_like(losses, dtype=torch.bool)
+    if spec.indices:
+        keep = layer.target != spec.ignore_index
+    if not spec.indices or layer.weight is None:
+        return keep.sum().to(losses.dtype), keep.any()
+    label = layer.target.long().clamp(0, len(layer.weight) - 1)  # others are ignored, or have made their losses NaN
+    return layer.weight.to(losses.dtype)[label].masked_fill(~keep, 0).sum(), keep.any()
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The gradients of a mean or sum come with the loss; those of each row's loss need its upstream gradient.
+
+    What comes with the loss is given away once, scaled in place; a second backward computes its own, to the bit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> Tensor:
+        """Compute the loss."""
+        layer = Layer(*tensors)
+        needs = ctx.needs_input_grad[1:4] if plan.spec.reduction != "none" else (False, False, False)
+        losses, ctx.ready = sweep(layer, plan, needs)
+        loss, ctx.factor = reduce(losses, layer, plan)
+        ctx.save_for_backward(*tensors)
+        ctx.plan = plan
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients; where they will be differentiated or are batched, in torch operations."""
+        plan, layer, needs = ctx.plan, Layer(*ctx.saved_tensors), ctx.needs_input_grad[1:4]
+        scale: Tensor | None = None
+        grads: list[Tensor | None] | None
+        if torch.is_grad_enabled() or batched(upstream):
+            grads = differentiable_gradients(upstream, layer, plan)
+        elif plan.spec.reduction == "none":
+            grads = sweep(layer, plan, needs, upstream)[1]
+        else:
+            grads, ctx.ready = ctx.ready, None
+            if grads is None:
+                grads = sweep(layer, plan, needs)[1]
+            scale = upstream.to(plan.spec.acc) if ctx.factor is None else upstream.to(plan.spec.acc) * ctx.factor
+        results = [
+            None if grad is None or tensor is None else scaled(grad, scale).to(tensor.dtype)
+            for grad, tensor in zip(grads, layer[:3], strict=True)
+        ]
+        return None, *results, None, None
+
+
+def scaled(grad: Tensor, scale: Tensor | None) -> Tensor:
+    """Return grad * scale, in place where it is not of 16 bits: those would round the scale, too."""
+    return grad if scale is None else grad.to(wide(grad.dtype)).mul_(scale)
+
+
+def differentiable_gradients(upstream: Tensor, layer: Layer, plan: Plan) -> list[Tensor | None]:
+    """Compute the gradients in operations that autograd follows, with all logits at once."""
+    with torch.autocast(layer.input.device.type, enabled=False):
+        x, w, b = layer.operands(plan)
+        logits = F.linear(x, w, b).view(-1, *plan.sizes)
+        g = _torch_path.differentiable_gradient(upstream, logits, layer.target, layer.weight, plan.spec)
+        g = g.view(len(x), len(w))
+        return [g @ w, g.t() @ x, g.sum(0)]

@@ -1,0 +1,54 @@
+"""The benchmark of the linear layer and its loss."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import linear
+from bench.clocks import CpuClock
+from bench.formulas import BASE, OURS
+from bench.plot import README, RESULTS, records
+
+TINY = linear.Case(8, 4, 10, "float32")
+
+
+def test_every_provider_computes_the_same() -> None:
+    x, w, target = torch.randn(8, 4), torch.randn(10, 4), torch.arange(8)
+    expected = torch.nn.functional.cross_entropy(x @ w.T, target)
+    for loss in linear.PROVIDERS.values():
+        torch.testing.assert_close(loss(x, w, target), expected)
+
+
+def test_the_record_is_written_after_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "CASES", [TINY, TINY._replace(rows=9)])
+    monkeypatch.setattr(linear, "peak_bytes", lambda name, case, clock: 100 if name == BASE else 25)
+    written = []
+    write_json = linear.write_json
+    monkeypatch.setattr(
+        linear, "write_json", lambda path, record: (written.append(len(record["rows"])), write_json(path, record))
+    )
+    monkeypatch.setattr(sys, "argv", ["linear", "--json", str(tmp_path / "found.json"), "--rounds", "2"])
+    linear.main()
+    record = json.loads((tmp_path / "found.json").read_text())
+    providers = len(linear.PROVIDERS)
+    assert written == [providers, 2 * providers]
+    assert record["complete"]
+    ours = next(row for row in record["rows"] if row["provider"] == OURS)
+    assert (ours["rows"], ours["rounds"], ours["peak_to_torch"]) == (8, 2, 0.25)
+    lines = linear.table(record).splitlines()
+    assert len(lines) == 4
+    assert lines[3].startswith("| 9, 4, 10 | float32 |")
+
+
+def test_the_peak_is_that_of_a_process_of_its_own() -> None:
+    case = linear.Case(512, 16, 8192, "float32")  # 16 MiB of logits
+    assert linear.peak_bytes(BASE, case, CpuClock()) > 2**24
+
+
+def test_this_readme_has_the_table_of_the_results() -> None:
+    path = RESULTS / "linear-cpu.json"
+    assert path.stem not in records(RESULTS), "it is no table of the loss alone"
+    assert linear.table(json.loads(path.read_text())) in README.read_text()
