@@ -36,7 +36,15 @@ KERNEL, LONG, ROWS, LAUNCH, TORCH, TARGETS, CHUNKS, LINEAR = (
     "softmax_fused/_torch_rows.py",
     "softmax_fused/_linear.py",
 )
-PATCHING = "softmax_fused/patching.py"
+PATCHING, SOFTMAX, OUTPUTS = "softmax_fused/patching.py", "kernels/softmax.py", "kernels/row_outputs.py"
+TORCH_OUTPUTS = "softmax_fused/_torch_row_outputs.py"
+OWN = {
+    PATCHING: ("patch", "patch_compile"),
+    LINEAR: LINEAR_TESTS,
+    SOFTMAX: ("softmax",),
+    OUTPUTS: ("row_outputs",),
+    TORCH_OUTPUTS: ("row_outputs",),
+}
 MUTANTS = {
     "tile reads classes beyond C": Mutant(KERNEL, "inside = exists[:, None] & live[None, :]\n        z = load_tile", "inside = (exists | True)[:, None] & live[None, :]\n        z = load_tile"),
     "tile's gradient written beyond C": Mutant(KERNEL, "grad.to(grad_ptr.dtype.element_ty), mask=inside", "grad.to(grad_ptr.dtype.element_ty), mask=live[None, :]"),
@@ -103,6 +111,19 @@ MUTANTS = {
     "linear: kept gradients given away twice": Mutant(LINEAR, "grads, ctx.ready = ctx.ready, None", "grads = ctx.ready"),
     "linear: second-order term dropped": Mutant(LINEAR, "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),
     "second-order term dropped": Mutant("softmax_fused/_autograd.py", "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),
+    "softmax: beginning of an unaligned row twice": Mutant(SOFTMAX, "tl.where(start < high, 0, start)", "start"),
+    "softmax: maximum of one lane": Mutant(SOFTMAX, "row_m = tl.max(m, axis=0)", "row_m = tl.min(m, axis=0)"),
+    "softmax: padding in the sum of gradients": Mutant(SOFTMAX, "g = tl.where(inside, tile_block(g_rows, g_step, 0, live, classes, CLASSES, ACC), 0.0)", "g = tile_block(g_rows, g_step, 0, live, classes, CLASSES, ACC)"),
+    "softmax: logarithm's gradient without the sum": Mutant(SOFTMAX, "x = g - exponential(y) * dot", "x = g - exponential(y)"),
+    "softmax: upstream gradient read with the output's strides": Mutant(SOFTMAX, "if upstream_strides is not None:", "if upstream_strides is not None and LOG:"),
+    "rows: last of equal maxima": Mutant(OUTPUTS, "index = tl.where(top > best, first, index)", "index = tl.where(top >= best, first, index)"),
+    "rows: entropy not shifted with m": Mutant(OUTPUTS, "u = shifted(u, s, m - m_new) +", "u = u * exponential(m - m_new) +"),
+    "rows: masked logits capped": Mutant(OUTPUTS, 'x = tl.where(inside, x, float("-inf"))', "pass"),
+    "rows: slope of the cap forgotten": Mutant(OUTPUTS, "slope *= cap * (1.0 - t * t)", "slope *= cap"),
+    "rows: entropy's gradient without H": Mutant(OUTPUTS, "(log_p + entropy))", "log_p)"),
+    "rows: ignored row's gradient": Mutant(OUTPUTS, "grad = tl.where(wanted[None, :], grad, 0.0)", "pass"),
+    "torch rows: slope forgotten": Mutant(TORCH_OUTPUTS, "out[at] = by_x.mul_(slope)", "out[at] = by_x"),
+    "torch rows: one chunk's upstream for all": Mutant(TORCH_OUTPUTS, "None if g_lse is None else g_lse[part]", "None if g_lse is None else g_lse[: len(g_lse[part])]"),
     "patch: the first undo puts torch back": Mutant(PATCHING, "elif not patches and current is replacement", "elif current is replacement"),
     "patch: options of the first hold": Mutant(PATCHING, "patches[-1].options", "patches[0].options"),
     "patch: what was found is forgotten": Mutant(PATCHING, "F.cross_entropy = found", "F.cross_entropy = torch_function"),
@@ -126,9 +147,8 @@ def survives(mutant: Mutant) -> bool:
         if mutant.right not in source:
             raise SystemExit(f"{mutant.file} no longer contains: {mutant.right}")
         path.write_text(source.replace(mutant.right, mutant.wrong))
-        own = {PATCHING: ("patch", "patch_compile"), LINEAR: LINEAR_TESTS}
-        tests = [f"tests/test_{name}.py" for name in own.get(mutant.file, TESTS)]
-        on_cpu = mutant.file in (TORCH, TARGETS, CHUNKS, PATCHING, LINEAR)
+        tests = [f"tests/test_{name}.py" for name in OWN.get(mutant.file, TESTS)]
+        on_cpu = mutant.file in (TORCH, TARGETS, CHUNKS, PATCHING, LINEAR, TORCH_OUTPUTS)
         place = "not interpreter" if on_cpu else "interpreter or launch"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", "-k", place, *tests]
         run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True)
