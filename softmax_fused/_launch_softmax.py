@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 WHOLE = {True: TOGETHER, False: 8}
 """Rows of so many classes stay in registers from the load to the store: adjacent classes one row a thread; classes that
 lie apart, a vector of pixels a thread."""
+
+
+# The gradient reads two tensors twice, the second time from the L2 cache: as many threads a row as for loss and gradient
+# in one launch, but one vector each in the longest rows, where a second costs spills on some targets.
+BACKWARD_WARPS = (*BOTH_WARPS[:4], (131072, 16, 1), (math.inf, 32, 1))
 
 
 def steps(rows: _layout.Rows, tile: Tile, strides: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
@@ -61,7 +67,7 @@ def backward(upstream: Tensor, out: Tensor, dim: int, dtype: torch.dtype, log: b
     grad = torch.empty_like(out, dtype=dtype)
     rows = _layout.along(dim, out, upstream, grad)
     out_strides, upstream_strides, grad_strides = rows.strides
-    tile, programs = plan(rows, out.itemsize, BOTH_WARPS, *rows.strides)
+    tile, programs = plan(rows, out.itemsize, BACKWARD_WARPS, *rows.strides)
     acc = accumulator(torch.promote_types(out.dtype, dtype))
     if tile.lanes:
         kernel: Any = softmax_long_backward

@@ -17,6 +17,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     import softmax_fused._launch
+    import softmax_fused._launch_row_outputs
+    import softmax_fused._launch_softmax
 
     del os.environ["TRITON_INTERPRET"]
     softmax_fused.functional.automatic("cpu")  # pins the decision

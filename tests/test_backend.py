@@ -97,6 +97,16 @@ def test_auto_means_kernels_under_the_interpreter() -> None:
     assert run(program, TRITON_INTERPRET="1") == "cross_entropy_forward cross_entropy_backward"
 
 
+def test_all_kernels_are_interpreted_or_none() -> None:
+    program = (
+        "import os, torch, softmax_fused\nsoftmax_fused.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]))\n"
+        "del os.environ['TRITON_INTERPRET']\n"
+        "from softmax_fused.kernels import cross_entropy as a, row_outputs as b, softmax as c\n"
+        "print(*{type(k).__name__ for k in (a.cross_entropy_forward, b.row_outputs_forward, c.softmax_forward)})"
+    )
+    assert run(program, TRITON_INTERPRET="1") == "InterpretedFunction"
+
+
 def test_auto_on_the_cpu_hands_small_inputs_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(_torch_path, "loss", lambda *args, **options: (calls.append(args), (None, []))[1])
