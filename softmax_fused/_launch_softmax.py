@@ -24,8 +24,8 @@ WHOLE = {True: TOGETHER, False: 8}
 lie apart, a vector of pixels a thread."""
 
 
-# The gradient reads two tensors twice, the second time from the L2 cache: as many threads a row as for loss and gradient
-# in one launch, but one vector each in the longest rows, where a second costs spills on some targets.
+# The gradient reads two tensors twice, the second time from the L2 cache: as many threads a row as for loss and
+# gradient in one launch, but one vector each in the longest rows, where a second costs spills on some targets.
 BACKWARD_WARPS = (*BOTH_WARPS[:4], (131072, 16, 1), (math.inf, 32, 1))
 
 
