@@ -1,0 +1,282 @@
+"""Gloo ranks on this machine, and what they run: every rank sees the whole problem and computes its slice."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from softmax_fused import distributed
+from tests import reference
+
+SECONDS = 120
+ULPS = {torch.float64: 64, torch.float32: 16, torch.float16: 2, torch.bfloat16: 2}
+
+
+def start(rank: int, world: int, folder: str, work: Callable[..., None], *args: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=SECONDS / 2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=limit)
+    try:
+        work(rank, world, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(folder: Path, world: int, work: Callable[..., None], *args: Any) -> None:
+    """Run `work(rank, world, *args)` on every rank; raise what one raises; leave no process behind."""
+    context = mp.start_processes(
+        start, (world, str(folder), work, *args), nprocs=world, join=False, start_method="spawn"
+    )
+    end = time.monotonic() + SECONDS
+    try:
+        while not context.join(timeout=max(0.0, end - time.monotonic())):
+            if time.monotonic() >= end:
+                raise TimeoutError(f"the ranks did not end within {SECONDS} seconds")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def slices(classes: int, world: int, kind: str) -> list[int]:
+    if kind == "even":
+        return [classes // world + (rank < classes % world) for rank in range(world)]
+    if kind == "uneven":
+        return [*range(1, world), classes - world * (world - 1) // 2]
+    return [0, classes - 2, *[1] * min(2, world - 2), *[0] * (world - 4)] if world > 2 else [0, classes]
+
+
+def problem(
+    shape: tuple[int, ...], dtype: torch.dtype, soft: bool, weighted: bool, seed: int, ignored: int = -100
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the whole logits, target and weights, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    dim = min(len(shape) - 1, 1)
+    logits = (3 * torch.randn(shape, dtype=torch.float64, generator=generator)).to(dtype)
+    rows = (*shape[:dim], *shape[dim + 1 :])
+    if soft:
+        target = torch.randn(shape, dtype=torch.float64, generator=generator).softmax(dim).to(dtype)
+    else:
+        target = torch.randint(0, shape[dim], rows, generator=generator)
+        if target.ndim:
+            target.view(-1)[1::4] = ignored
+    weight = torch.rand(shape[dim], dtype=torch.float64, generator=generator).to(dtype) if weighted else None
+    return logits, target, weight
+
+
+def part_of(whole: Tensor, sizes: list[int], rank: int, dim: int) -> Tensor:
+    return whole.narrow(dim, sum(sizes[:rank]), sizes[rank])
+
+
+def assert_close(ours: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    eps = ULPS[dtype] * torch.finfo(dtype).eps
+    size = truth.nan_to_num(posinf=0, neginf=0).abs().max().item() if truth.numel() else 1.0
+    torch.testing.assert_close(
+        ours.double(), truth, rtol=eps, atol=eps * max(size, 1e-3) + 1e-7 * (eps > 1e-4), equal_nan=True
+    )
+
+
+def assert_same_everywhere(loss: Tensor, world: int) -> None:
+    everyone = [torch.empty_like(loss) for _ in range(world)]
+    dist.all_gather(everyone, loss.detach().contiguous())
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[loss.itemsize]
+    assert all(torch.equal(other.view(bits), loss.detach().view(bits)) for other in everyone), everyone
+
+
+def assert_right(
+    rank: int,
+    sizes: list[int],
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    given: bool = False,
+    backend: str = "torch",
+    **options: Any,
+) -> None:
+    """Compare loss and the slice's gradient with float64; count the collectives; the inputs stay as they are."""
+    dim = min(logits.ndim - 1, 1)
+    soft = target.ndim == logits.ndim
+    local = part_of(logits, sizes, rank, dim).detach().requires_grad_()
+    local_target = part_of(target, sizes, rank, dim) if soft else target
+    local_weight = None if weight is None else part_of(weight, sizes, rank, 0)
+    version = local._version
+    extra = {"sizes": sizes} if given else {}
+    with CommDebugMode() as forward:
+        loss = distributed.cross_entropy(local, local_target, local_weight, backend=backend, **extra, **options)
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(loss.shape, dtype=torch.float64, generator=generator).to(loss.dtype)
+    with CommDebugMode() as backward:
+        (grad,) = torch.autograd.grad(loss, local, upstream)
+    counts = {str(kind): count for kind, count in forward.get_comm_counts().items() if count}
+    reduces = sum(count for kind, count in counts.items() if "allreduce" in kind)
+    gathers = sum(count for kind, count in counts.items() if "allgather" in kind)
+    assert (reduces, gathers, forward.get_total_counts()) == (2, 1 - given, 3 - given), counts
+    assert backward.get_total_counts() == 0
+    truth = reference.cross_entropy(logits, target, weight, upstream=upstream, **options)
+    assert loss.shape == truth.loss.shape
+    assert (grad.shape, grad.dtype, loss.dtype) == (local.shape, logits.dtype, logits.dtype)
+    assert_close(loss, truth.loss, logits.dtype)
+    assert_close(grad, part_of(truth.grad, sizes, rank, dim), logits.dtype)
+    assert_same_everywhere(loss, len(sizes))
+    assert local._version == version
+    assert torch.equal(local.detach(), part_of(logits, sizes, rank, dim))
+
+
+def arguments() -> Iterator[tuple[tuple[int, ...], torch.dtype, bool, bool, dict[str, Any]]]:
+    dtypes = (torch.float64, torch.float32)
+    for dtype, soft, weighted, reduction, smoothing in itertools.product(
+        dtypes, (False, True), (False, True), ("mean", "sum", "none"), (0.0, 0.1)
+    ):
+        yield (9, 23), dtype, soft, weighted, {"reduction": reduction, "label_smoothing": smoothing}
+    for shape in ((23,), (2, 13, 5), (2, 13, 2, 3), (1, 300)):
+        for soft in (False, True):
+            yield shape, torch.float64, soft, True, {"label_smoothing": 0.1}
+            yield shape, torch.float32, soft, False, {"reduction": "none"}
+    for dtype in (torch.bfloat16, torch.float16):
+        yield (9, 23), dtype, False, True, {"label_smoothing": 0.1}
+    yield (9, 23), torch.float32, False, True, {"label_smoothing": 1.0}
+    yield (9, 23), torch.float32, False, True, {"ignore_index": 3}
+
+
+def every_argument(rank: int, world: int) -> None:
+    kinds = itertools.cycle(("even", "uneven", "empty"))
+    for seed, (shape, dtype, soft, weighted, options) in enumerate(arguments()):
+        sizes = slices(shape[min(len(shape) - 1, 1)], world, next(kinds))
+        whole = problem(shape, dtype, soft, weighted, seed, options.get("ignore_index", -100))
+        try:
+            assert_right(rank, sizes, *whole, given=seed % 5 == 0, **options)
+        except AssertionError as error:
+            raise AssertionError(f"{shape} {dtype} soft={soft} weighted={weighted} {options} {sizes}") from error
+
+
+def hard_rows(rank: int, world: int) -> None:
+    """Logits at which the maximum, the logarithm or a product with 0 goes wrong first."""
+    for dtype, soft in itertools.product((torch.float64, torch.float32), (False, True)):
+        logits, target, weight = problem((12, 20), dtype, soft, True, 5)
+        sizes = [20 // world] * world
+        logits[0, : sizes[0]] = -torch.inf  # a slice wholly -inf
+        logits[1, sizes[0] :] = -torch.inf  # all but one
+        logits[2] = -torch.inf
+        logits[3, 7] = torch.nan
+        logits[4, 19] = torch.inf
+        logits[5] += 1e4
+        logits[6] -= 3e4
+        logits[7, 11] = 1e30
+        if soft:
+            target[0, : sizes[0]] = 0
+            target[1, sizes[0] :] = 0
+        else:
+            target[:9] = torch.tensor([19, 0, 5, 3, 0, 10, 10, 11, 4])
+        assert_right(rank, sizes, logits, target, weight, reduction="none")
+        if not soft:
+            target[2:5] = -100  # what ignored rows hold touches nothing
+            assert_right(rank, sizes, logits, target, weight)
+            assert_right(rank, sizes, logits, torch.full_like(target, -100), weight)
+            assert_right(rank, sizes, logits, torch.full_like(target, -100), weight, reduction="sum")
+            truth = distributed.cross_entropy(part_of(logits[2:5], sizes, rank, 1), target[2:5], label_smoothing=0.2)
+            assert truth.isnan()
+
+
+def confident_rows(rank: int, world: int) -> None:
+    """p = 1 - 1e-9 at the true class: loss and gradient keep their digits in float32, on every rank."""
+    logits = torch.full((4, 4 * world), -21.0)
+    target = torch.arange(4) * world
+    logits[torch.arange(4), target] = 0.0
+    local = part_of(logits, [4] * world, rank, 1).detach().requires_grad_()
+    losses = distributed.cross_entropy(local, target, reduction="none")
+    truth = reference.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(losses.double(), truth.loss, rtol=1e-5, atol=0)
+    losses.sum().backward()
+    torch.testing.assert_close(local.grad.double(), part_of(truth.grad, [4] * world, rank, 1), rtol=1e-5, atol=0)
+
+
+def no_rows(rank: int, world: int) -> None:
+    local = torch.zeros(0, 3, requires_grad=True)
+    target = torch.zeros(0, dtype=torch.long)
+    assert distributed.cross_entropy(local, target).isnan()
+    total = distributed.cross_entropy(local, target, reduction="sum")
+    total.backward()
+    assert total == 0
+    assert local.grad.shape == (0, 3)
+    assert distributed.cross_entropy(local, target, reduction="none").shape == (0,)
+
+
+def subgroups(rank: int, world: int) -> None:
+    """Two groups of two ranks, each with a problem of its own."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    logits, target, _ = problem((6, 8), torch.float64, False, False, rank // 2)
+    local = part_of(logits, [3, 5], rank % 2, 1)
+    loss = distributed.cross_entropy(local, target, group=groups[rank // 2])
+    torch.testing.assert_close(loss, reference.cross_entropy(logits, target).loss)
+    with pytest.raises(RuntimeError, match="must contain the calling rank"):
+        distributed.cross_entropy(local, target, group=groups[1 - rank // 2])
+
+
+def second_derivatives(rank: int, world: int) -> None:
+    local = torch.randn(3, 4, requires_grad=True)
+    loss = distributed.cross_entropy(local, torch.tensor([0, 1, 2]))
+    (grad,) = torch.autograd.grad(loss, local, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def wrong_on_one_rank(rank: int, world: int) -> None:
+    """Every rank raises, the one at fault the error of the whole loss; the group is of use afterwards."""
+    logits, target, weight = torch.randn(4, 3), torch.tensor([0, 2, 1, -100]), torch.ones(3)
+    right: dict[str, Any] = {"local_logits": logits, "target": target, "weight": weight}
+    wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (ValueError, "batch", {"target": target[:3]}),
+        (RuntimeError, "target must have shape|expected", {"target": target.float()}),
+        (RuntimeError, "weight must be a float32 tensor of shape \\(3,\\)", {"weight": torch.ones(4)}),
+        (ValueError, "reduction must be", {"reduction": "median"}),
+        (RuntimeError, "label_smoothing must be", {"label_smoothing": 1.5}),
+        (TypeError, "input must be", {"local_logits": None}),
+        (RuntimeError, "must not require a gradient", {"weight": torch.ones(3, requires_grad=True)}),
+        (ValueError, "backend must be", {"backend": "cuda"}),
+    ]
+    for kind, message, change in wrong:
+        found = pytest.raises(Exception, distributed.cross_entropy, **(right | change if rank == 1 else right))
+        if rank == 1:
+            assert found.errisinstance(kind), (change, found.value)
+            assert re.search(message, str(found.value)), (change, found.value)
+        else:
+            assert found.errisinstance(RuntimeError)
+            assert "refused on rank 1: the error is raised there" in str(found.value)
+    differing = [
+        ("ignore_index", {"ignore_index": -1}),
+        ("class indices", {"target": target.flip(0)}),
+        ("dtypes", {"weight": None}),
+        ("shape", {"local_logits": logits[:3], "target": target[:3]}),
+    ]
+    for message, change in differing:
+        with pytest.raises(ValueError, match=f"{message}.*the same on every rank; rank 1 differs from rank 0"):
+            distributed.cross_entropy(**(right | change if rank == 1 else right))
+    with pytest.raises(IndexError, match=f"class indices from 0 to {3 * world - 1}.*got {3 * world}"):
+        distributed.cross_entropy(logits, torch.tensor([0, 0, 0, 3 * world]))
+    with pytest.raises(RuntimeError, match="at least one class"):
+        distributed.cross_entropy(logits[:, :0], target)
+    with pytest.raises(IndexError, match="class indices"):
+        distributed.cross_entropy(logits, torch.tensor([0, 0, 0, 3 * world]), sizes=[3] * world)
+    with pytest.raises(ValueError, match="sizes must hold"):
+        distributed.cross_entropy(logits, target, sizes=[2] * world)
+    assert distributed.cross_entropy(**right).isfinite()
+
+
+def several(rank: int, world: int, names: tuple[str, ...]) -> None:
+    for name in names:
+        globals()[name](rank, world)

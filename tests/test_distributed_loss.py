@@ -1,0 +1,16 @@
+"""The loss of classes divided among ranks, against the whole loss."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import ranks
+
+ALWAYS = ("every_argument", "hard_rows", "confident_rows", "no_rows", "second_derivatives", "wrong_on_one_rank")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks(world: int, tmp_path: Path) -> None:
+    """One start of the ranks for all of it: that is what takes the time."""
+    ranks.run(tmp_path, world, ranks.several, ALWAYS + ("subgroups",) * (world == 4))
