@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from softmax_fused import _check, _torch_path, _torch_slices
 from softmax_fused._torch_slices import ELSEWHERE, IGNORED, UNKNOWN
@@ -159,9 +158,14 @@ class SliceCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradient of this rank's logits."""
+        """Compute the gradient of this rank's logits.
+
+        Raises:
+            RuntimeError: If it is to be differentiated: its derivative would need the other ranks.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph=True is not supported where logits are divided among ranks")
         logits, target, weight, *saved = ctx.saved_tensors
         grad = torch.empty_like(logits)
         if grad.numel():

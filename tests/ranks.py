@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def start(rank: int, world: int, folder: str, work: Callable[..., None], *args: 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=limit)
     try:
         work(rank, world, *args)
+    except BaseException:
+        Path(folder, f"{time.monotonic()} rank {rank}").write_text(traceback.format_exc())
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -46,6 +50,9 @@ def run(folder: Path, world: int, work: Callable[..., None], *args: Any) -> None
         while not context.join(timeout=max(0.0, end - time.monotonic())):
             if time.monotonic() >= end:
                 raise TimeoutError(f"the ranks did not end within {SECONDS} seconds")
+    except Exception as error:
+        first = min(folder.glob("* rank *"), default=None)  # the others only miss it
+        raise AssertionError(first.read_text() if first else "no rank said why") from error
     finally:
         for process in context.processes:
             if process.is_alive():
@@ -134,7 +141,7 @@ def assert_right(
     assert_close(grad, part_of(truth.grad, sizes, rank, dim), logits.dtype)
     assert_same_everywhere(loss, len(sizes))
     assert local._version == version
-    assert torch.equal(local.detach(), part_of(logits, sizes, rank, dim))
+    assert torch.equal(local.detach().nan_to_num(), part_of(logits, sizes, rank, dim).nan_to_num())
 
 
 def arguments() -> Iterator[tuple[tuple[int, ...], torch.dtype, bool, bool, dict[str, Any]]]:
@@ -164,9 +171,30 @@ def every_argument(rank: int, world: int) -> None:
             raise AssertionError(f"{shape} {dtype} soft={soft} weighted={weighted} {options} {sizes}") from error
 
 
-def hard_rows(rank: int, world: int) -> None:
+def kernels(rank: int, world: int) -> None:
+    """The kernels in Triton's interpreter: tiles of rows, pixels, long rows, and long rows in parts."""
+    from softmax_fused import _launch
+
+    _launch.PROGRAMS = 8
+    shapes = {(5, 23): "empty", (2, 7, 6): "uneven", (3, 150 * world): "uneven", (1, 600 * world): "even"}
+    for (shape, kind), soft, smoothing in itertools.product(shapes.items(), (False, True), (0.0, 0.1)):
+        whole = problem(shape, torch.float32, soft, smoothing > 0, 7)
+        options = {"label_smoothing": smoothing, "reduction": "none" if soft else "mean"}
+        try:
+            assert_right(rank, slices(shape[1], world, kind), *whole, backend="triton", **options)
+        except AssertionError as error:
+            raise AssertionError(f"{shape} soft={soft} {options}") from error
+    assert_right(rank, [4] * world, *problem((5, 4 * world), torch.float64, False, True, 8), backend="triton")
+    hard_rows(rank, world, "triton", (torch.float32,))
+    confident_rows(rank, world, "triton")
+    no_rows(rank, world)
+
+
+def hard_rows(
+    rank: int, world: int, backend: str = "torch", dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
+) -> None:
     """Logits at which the maximum, the logarithm or a product with 0 goes wrong first."""
-    for dtype, soft in itertools.product((torch.float64, torch.float32), (False, True)):
+    for dtype, soft in itertools.product(dtypes, (False, True)):
         logits, target, weight = problem((12, 20), dtype, soft, True, 5)
         sizes = [20 // world] * world
         logits[0, : sizes[0]] = -torch.inf  # a slice wholly -inf
@@ -182,23 +210,23 @@ def hard_rows(rank: int, world: int) -> None:
             target[1, sizes[0] :] = 0
         else:
             target[:9] = torch.tensor([19, 0, 5, 3, 0, 10, 10, 11, 4])
-        assert_right(rank, sizes, logits, target, weight, reduction="none")
+        assert_right(rank, sizes, logits, target, weight, reduction="none", backend=backend)
         if not soft:
             target[2:5] = -100  # what ignored rows hold touches nothing
-            assert_right(rank, sizes, logits, target, weight)
-            assert_right(rank, sizes, logits, torch.full_like(target, -100), weight)
-            assert_right(rank, sizes, logits, torch.full_like(target, -100), weight, reduction="sum")
+            assert_right(rank, sizes, logits, target, weight, backend=backend)
+            assert_right(rank, sizes, logits, torch.full_like(target, -100), weight, backend=backend)
+            assert_right(rank, sizes, logits, torch.full_like(target, -100), weight, reduction="sum", backend=backend)
             truth = distributed.cross_entropy(part_of(logits[2:5], sizes, rank, 1), target[2:5], label_smoothing=0.2)
             assert truth.isnan()
 
 
-def confident_rows(rank: int, world: int) -> None:
+def confident_rows(rank: int, world: int, backend: str = "torch") -> None:
     """p = 1 - 1e-9 at the true class: loss and gradient keep their digits in float32, on every rank."""
     logits = torch.full((4, 4 * world), -21.0)
     target = torch.arange(4) * world
     logits[torch.arange(4), target] = 0.0
     local = part_of(logits, [4] * world, rank, 1).detach().requires_grad_()
-    losses = distributed.cross_entropy(local, target, reduction="none")
+    losses = distributed.cross_entropy(local, target, reduction="none", backend=backend)
     truth = reference.cross_entropy(logits, target, reduction="none")
     torch.testing.assert_close(losses.double(), truth.loss, rtol=1e-5, atol=0)
     losses.sum().backward()
@@ -230,9 +258,8 @@ def subgroups(rank: int, world: int) -> None:
 def second_derivatives(rank: int, world: int) -> None:
     local = torch.randn(3, 4, requires_grad=True)
     loss = distributed.cross_entropy(local, torch.tensor([0, 1, 2]))
-    (grad,) = torch.autograd.grad(loss, local, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="create_graph=True is not supported"):
+        torch.autograd.grad(loss, local, create_graph=True)
 
 
 def wrong_on_one_rank(rank: int, world: int) -> None:
@@ -240,9 +267,9 @@ def wrong_on_one_rank(rank: int, world: int) -> None:
     logits, target, weight = torch.randn(4, 3), torch.tensor([0, 2, 1, -100]), torch.ones(3)
     right: dict[str, Any] = {"local_logits": logits, "target": target, "weight": weight}
     wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
-        (ValueError, "batch", {"target": target[:3]}),
-        (RuntimeError, "target must have shape|expected", {"target": target.float()}),
-        (RuntimeError, "weight must be a float32 tensor of shape \\(3,\\)", {"weight": torch.ones(4)}),
+        (ValueError, "target must have shape", {"target": target[:3]}),
+        (RuntimeError, "target must have shape", {"target": target.float()}),
+        (RuntimeError, "weight must be a float32 tensor of shape", {"weight": torch.ones(4)}),
         (ValueError, "reduction must be", {"reduction": "median"}),
         (RuntimeError, "label_smoothing must be", {"label_smoothing": 1.5}),
         (TypeError, "input must be", {"local_logits": None}),

@@ -14,3 +14,9 @@ ALWAYS = ("every_argument", "hard_rows", "confident_rows", "no_rows", "second_de
 def test_ranks(world: int, tmp_path: Path) -> None:
     """One start of the ranks for all of it: that is what takes the time."""
     ranks.run(tmp_path, world, ranks.several, ALWAYS + ("subgroups",) * (world == 4))
+
+
+@pytest.mark.slow
+def test_kernels_on_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # for the ranks, from before they import Triton
+    ranks.run(tmp_path, 2, ranks.kernels)
