@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -197,7 +198,9 @@ def cross_entropy(
         if (weight is None and target.ndim < input.ndim) or not zero_times_infinity(loss):
             return loss
     if transformed() or not _check.plain(input, target, weight, ignore_index, reduction, label_smoothing):
-        return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
+        divided = placed(*arguments, backend)
+        return torch_cross_entropy(*arguments) if divided is None else divided
     compute = operations(backend, input.device)
     spec = make_spec(input, target, reduction, ignore_index, label_smoothing, _check.loss_dtype(input, target))
     if input.requires_grad and torch.is_grad_enabled():
@@ -232,6 +235,27 @@ def compiled(
         input, target, weight, reduction, ignore_index, float(label_smoothing), dtype, backend
     )[0]
     return loss
+
+
+def placed(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    backend: str,
+) -> Tensor | None:
+    """Return the loss of a DTensor, or None for what torch is to compute; without torch.distributed there is none."""
+    if not _check.subclasses((input,)) or "torch.distributed.tensor" not in sys.modules or transformed():
+        return None
+    from softmax_fused import _dtensor
+
+    if not _dtensor.covered(input, target, weight):
+        return None
+    return _dtensor.cross_entropy(
+        cast("Any", input), target, weight, ignore_index, reduction, label_smoothing, backend
+    )
 
 
 def torch_cross_entropy(
