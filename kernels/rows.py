@@ -67,7 +67,7 @@ def index_target(target_ptr, rows, c, inside, live, classes, ignore_index, class
 
 @triton.jit
 def slice_target(target_ptr, rows, c, inside, live, classes, ignore_index, class_stride, ACC: tl.constexpr):
-    """Class indices relative to a slice of the classes: -1 on another slice, -2 ignored, -3 no class; as index_target."""
+    """As index_target, for class indices relative to a slice of the classes: -1 on another, -2 ignored, -3 no class."""
     label = tl.load(target_ptr + rows, mask=live, other=-2)
     keep = tl.where(label == -2, 0.0, tl.where(label == -3, float("nan"), 1.0)).to(ACC)
     return tl.maximum(label, -1).to(tl.int32), keep, keep

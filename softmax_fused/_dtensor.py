@@ -30,9 +30,9 @@ def shard_dim(placement: Placement, ndim: int) -> int | None:
     return placement.dim % ndim if isinstance(placement, Shard) else None
 
 
-def covered(input: Any, target: Any, weight: Any) -> bool:
+def covered(input: DTensor, target: Any, weight: Any) -> bool:
     """Whether the logits are a DTensor whose mesh divides the classes at most once, and the others fit its shape."""
-    if type(input) is not DTensor or input.ndim == 0 or not isinstance(target, torch.Tensor):
+    if input.ndim == 0 or not isinstance(target, torch.Tensor):
         return False
     class_dim = min(input.ndim - 1, 1)
     divided = [shard_dim(placement, input.ndim) for placement in input.placements]
@@ -65,8 +65,8 @@ def brought_to(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]
         return tensor.redistribute(mesh, placements).to_local()
     if any(isinstance(placement, Shard) for placement in placements) and name == "target":
         raise ValueError(
-            f"target must be a DTensor, placed as {tuple(placements)}, for logits whose rows or class probabilities are "
-            "divided among ranks; got a plain tensor, which may be whole or a part"
+            f"target must be a DTensor, placed as {tuple(placements)}, for logits whose rows are divided among ranks "
+            "and for class probabilities; got a plain tensor, which may be whole or a part"
         )
     whole = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(mesh, placements).to_local()
@@ -97,7 +97,7 @@ def class_slice(input: DTensor, local: Tensor, divides: list[bool]) -> Slice:
 
 
 def cross_entropy(
-    input: DTensor,
+    input: Any,
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
@@ -106,6 +106,8 @@ def cross_entropy(
     backend: str,
 ) -> DTensor | None:
     """Return the loss, or None where an argument is left to torch."""
+    if not covered(input, target, weight):
+        return None
     mesh, class_dim = input.device_mesh, min(input.ndim - 1, 1)
     rows = row_placements(input)
     divides = [shard_dim(placement, input.ndim) == class_dim for placement in input.placements]
@@ -129,7 +131,8 @@ def cross_entropy(
     if mean_of_parts:
         count = summed(denominator(input, local, target, weight, ignore_index, spec.acc), mesh, rows).to_local()
         loss = loss / count.masked_fill(count == 0, torch.nan)
-    return summed(loss, mesh, rows).to(dtype)
+    whole: DTensor = summed(loss, mesh, rows).to(dtype)  # type: ignore[assignment]  # stays one
+    return whole
 
 
 def summed(number: Tensor, mesh: DeviceMesh, rows: Sequence[Placement]) -> DTensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
 from softmax_fused import _check
@@ -44,12 +43,12 @@ def cross_entropy(
     rank r - 1, any number of them, none included. The loss is that of the whole logits, the same on every rank to the
     bit; the gradient is that of the rank's slice. All ranks must call it.
 
-    Communication of N rows in numbers of float32 (float64 for float64): forward two all-reduces, of the N row maxima and
-    of 2 N to 5 N packed sums and true-class terms (2 N for plain class indices, 1 N more with weights, 2 N more with
-    smoothing; 3 N for class probabilities); backward none; all independent of C. Before them, unless `sizes` is given,
-    one all-gather of 64 bytes a rank: the slices' sizes, and what shows whether the ranks' arguments are right and fit
-    together. It waits for the device. Arguments that one rank refuses then raise on every rank. With `sizes` they raise
-    there alone, and the other ranks wait until the group's timeout.
+    Communication for N rows, in numbers of float32 (float64 for float64): forward two all-reduces, one of the N row
+    maxima and one of the packed sums and true-class terms, 2 N for plain class indices, N more with weights, 2 N more
+    with smoothing, 3 N for class probabilities; backward none; all independent of C. Before them, unless `sizes` is
+    given, one all-gather of 64 bytes a rank: the slices' sizes, and what shows whether the ranks' arguments are right
+    and fit together. It waits for the device. Arguments that one rank refuses then raise on every rank. With `sizes`
+    they raise there alone, and the other ranks wait until the group's timeout.
 
     Args:
         local_logits: This rank's slice of the logits, (C_r,), (N, C_r) or (N, C_r, d1, ..., dk); any strides.
@@ -75,6 +74,7 @@ def cross_entropy(
         TypeError: An argument of the wrong type.
 
     Example:
+        >>> import torch
         >>> import torch.distributed as dist
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> local_logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], requires_grad=True)

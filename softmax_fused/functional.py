@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import sys
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +149,9 @@ def cross_entropy(
         inplace_backward: Write the gradient over the logits: no further logits-sized buffer. The logits are lost with
             the backward pass, and autograd refuses operations that still need them.
 
+    A DTensor stays one: logits divided by class take the path of `softmax_fused.distributed.cross_entropy`, logits
+    divided by rows are computed where they are; a mean or sum is whole on every rank, and "none" divided as the rows.
+
     Both options are for training large classifiers; they change nothing where torch's own operator computes or under
     torch.compile, and do not combine.
 
@@ -199,8 +201,12 @@ def cross_entropy(
             return loss
     if transformed() or not _check.plain(input, target, weight, ignore_index, reduction, label_smoothing):
         arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
-        divided = placed(*arguments, backend)
-        return torch_cross_entropy(*arguments) if divided is None else divided
+        placed: Tensor | None = None
+        if _check.is_dtensor(input) and not transformed():
+            from softmax_fused import _dtensor
+
+            placed = _dtensor.cross_entropy(input, *arguments[1:], backend)
+        return torch_cross_entropy(*arguments) if placed is None else placed
     compute = operations(backend, input.device)
     spec = make_spec(input, target, reduction, ignore_index, label_smoothing, _check.loss_dtype(input, target))
     if input.requires_grad and torch.is_grad_enabled():
@@ -235,27 +241,6 @@ def compiled(
         input, target, weight, reduction, ignore_index, float(label_smoothing), dtype, backend
     )[0]
     return loss
-
-
-def placed(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    backend: str,
-) -> Tensor | None:
-    """Return the loss of a DTensor, or None for what torch is to compute; without torch.distributed there is none."""
-    if not _check.subclasses((input,)) or "torch.distributed.tensor" not in sys.modules or transformed():
-        return None
-    from softmax_fused import _dtensor
-
-    if not _dtensor.covered(input, target, weight):
-        return None
-    return _dtensor.cross_entropy(
-        cast("Any", input), target, weight, ignore_index, reduction, label_smoothing, backend
-    )
 
 
 def torch_cross_entropy(
