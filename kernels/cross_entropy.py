@@ -258,11 +258,12 @@ def cross_entropy_statistics(
         z_rows, logits_strides[len(sizes)], target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes,
         ignore_index, on, off, spreads, TARGET, ACC, ROWS, CLASSES,
     )  # fmt: skip
-    tl.store(parts_ptr + number, m, mask=live)
-    tl.store(parts_ptr + rows + number, s, mask=live)
+    place = parts_ptr + number
+    tl.store(place, m, mask=live)
+    tl.store(place + rows, s, mask=live)
     if spreads:
-        tl.store(parts_ptr + 2 * rows + number, total, mask=live)
-        tl.store(parts_ptr + 3 * rows + number, dot, mask=live)
+        tl.store(place + 2 * rows, total, mask=live)
+        tl.store(place + 3 * rows, dot, mask=live)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
