@@ -25,6 +25,23 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
 
+class Local(torch.autograd.Function):
+    """As `to_local`, which in torch 2.11 takes uneven shards for even ones in backward, and gathers them."""
+
+    @staticmethod
+    def forward(ctx: Any, input: DTensor) -> Tensor:
+        """Return this rank's part."""
+        ctx.mesh, ctx.placements = input.device_mesh, input.placements
+        ctx.shape, ctx.stride = input.shape, input.stride()
+        local = input.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> DTensor:
+        """Return the gradient where the input lies."""
+        return DTensor.from_local(grad, ctx.mesh, ctx.placements, run_check=False, shape=ctx.shape, stride=ctx.stride)
+
+
 def shard_dim(placement: Placement, ndim: int) -> int | None:
     """Return the tensor dimension that a mesh dimension divides, None where it divides none."""
     return placement.dim % ndim if isinstance(placement, Shard) else None
@@ -114,7 +131,7 @@ def cross_entropy(
     target = brought_to(target, mesh, input.placements if target.ndim == input.ndim else rows, "target")
     by_class: list[Placement] = [Shard(0) if yes else Replicate() for yes in divides]
     local_weight = None if weight is None else brought_to(weight, mesh, by_class, "weight")
-    local = input.to_local()
+    local: Tensor = Local.apply(input)
     if fault(Arguments(local, target, local_weight, ignore_index, reduction, label_smoothing)):
         return None
     dtype = _check.loss_dtype(local, target)

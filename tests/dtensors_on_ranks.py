@@ -50,7 +50,7 @@ def assert_dtensor(
     assert_close(loss.full_tensor(), truth.loss, logits.dtype)
     assert_same_everywhere(loss.full_tensor(), dist.get_world_size())
     (loss * distribute_tensor(upstream, mesh, [Replicate()] * mesh.ndim)).sum().backward()
-    assert tuple(z.grad.placements) == placements
+    assert tuple(z.grad.placements) == placements, z.grad.placements
     assert_close(z.grad.full_tensor(), truth.grad, logits.dtype)
 
 
