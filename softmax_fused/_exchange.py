@@ -102,8 +102,9 @@ def facts(it: Arguments) -> Facts:
 
 def gather(own: Facts, group: Any) -> list[Facts]:
     """Return every rank's facts, by one all-gather of 64 bytes a rank."""
-    on_gpu = "cuda" in {device.type for device in group._device_types} and torch.cuda.is_available()
-    mine = torch.tensor(own, device="cuda" if on_gpu else "cpu")
+    backend = dist.get_backend(group)
+    alone = "nccl" in backend and "cpu" not in backend  # NCCL, without a backend for CPU tensors beside it
+    mine = torch.tensor(own, device="cuda" if alone else "cpu")
     everyone = mine.new_empty(dist.get_world_size(group) * len(own))
     dist.all_gather_into_tensor(everyone, mine, group=group)
     return [Facts(*row) for row in everyone.view(-1, len(own)).tolist()]
