@@ -48,8 +48,8 @@ def cross_entropy(
     with smoothing, 3 N for class probabilities; backward none; all independent of C. Before them, unless `sizes` is
     given, one all-gather of 64 bytes a rank: the slices' sizes, and what shows whether the ranks' arguments are right
     and fit together. It waits for the device. Arguments that one rank refuses then raise on every rank. With `sizes`
-    they raise there alone, and the other ranks wait until the group's timeout. Under torch.compile the all-gather breaks
-    the graph.
+    they raise there alone, and the other ranks wait until the group's timeout. Under torch.compile the all-gather
+    breaks the graph.
 
     Args:
         local_logits: This rank's slice of the logits, (C_r,), (N, C_r) or (N, C_r, d1, ..., dk); any strides.
