@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
 from bench.machine_code import Loop, inspect
 from bench.record import write_json
-from softmax_fused import _launch, _launch_row_outputs, _launch_softmax
+from softmax_fused import _launch, _launch_row_outputs, _launch_slices, _launch_softmax
 from softmax_fused._autograd import make_spec
 from softmax_fused.row_outputs import RowSpec
 
@@ -68,6 +68,7 @@ class NamedDriver:
         return torch.device("cpu")
 
 
+SLICES = ("slice of classes", "slice of classes, smoothing")
 ROW_OUTPUTS = ("loss, prediction", "loss, logsumexp, prediction, entropy", "loss, softcap")
 
 
@@ -75,9 +76,8 @@ class Case(NamedTuple):
     """A call of the loss or of softmax."""
 
     shape: tuple[int, ...]
-    kind: str = (
-        "indices"  # or "probabilities", "weights and smoothing" (of indices); "softmax", "log softmax"; outputs of rows
-    )
+    kind: str = "indices"
+    """Or "probabilities", "weights and smoothing" (of indices); "softmax", "log softmax"; outputs of rows; slices."""
     reduction: str = "mean"
 
 
@@ -101,6 +101,7 @@ CASES = [
     *(Case(shape, "softmax") for shape in ((60_000, 10), (4096, 100), (16, 19, 512, 1024))),
     *(Case((8192, 32_000), kind) for kind in ROW_OUTPUTS),
     Case((60_000, 10), "loss, prediction"),
+    *(Case(shape, kind) for shape in ((60_000, 10), (8192, 32_000)) for kind in SLICES),
 ]
 
 
@@ -117,6 +118,9 @@ def make_calls(case: Case, dtype: torch.dtype) -> None:
         return
     if case.kind in ROW_OUTPUTS:
         make_row_calls(case, logits, dtype)
+        return
+    if case.kind in SLICES:
+        make_slice_calls(case, logits, dtype)
         return
     indices = case.kind != "probabilities"
     target = meta(case.shape[:1] + case.shape[2:], torch.int64) if indices else logits
@@ -137,6 +141,16 @@ def make_row_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
     options = RowSpec(spec, 1.0, softcap, tuple(outputs if softcap else (*outputs, last)))
     out, stats = _launch_row_outputs.forward(logits, target, None, options, save=True)
     _launch_row_outputs.gradient((out.loss, out.logsumexp, out.entropy), logits, target, None, stats, options)
+
+
+def make_slice_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
+    """Do what a rank does with its eighth of the classes."""
+    target = meta(case.shape[:1], torch.int64)
+    spec = make_spec(logits, target, "none", -100, 0.1 if case.kind == SLICES[1] else 0.0, dtype)
+    spec = spec._replace(classes=8 * case.shape[1])
+    _launch_slices.statistics(logits, target, None, spec)
+    stats = meta((case.shape[0], 2), spec.acc)
+    _launch_slices.gradient(meta(case.shape[:1], dtype), logits, target, None, [stats], spec, logits)
 
 
 def useful(case: Case, constants: dict[str, Any]) -> float:
@@ -163,7 +177,7 @@ def describe(
         loops = []  # nothing there goes over the logits
     softmax = "softmax" in case.kind
     reads = 2 if softmax and mode == "backward" else 1
-    plain = case.kind not in ("probabilities", "weights and smoothing")
+    plain = case.kind not in ("probabilities", "weights and smoothing", SLICES[1])
     tile = constants.get("ROWS", 1) * constants.get("CLASSES", 0) / (32 * warps)
     share = useful(case, constants)
     elements = [(loop.load_bits / 8 / itemsize / reads if plain else tile) * share for loop in loops]

@@ -160,7 +160,7 @@ def tile_statistics(
     z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes, ignore_index, on, off,
     SPREAD: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Return m, log s, A, loss and weight of each row of a tile."""
+    """Return m, s, sum a and <a, z - m> of each row of a tile, without the labelled class in s and a."""
     m = lowest(ROWS, ACC)
     s = tl.zeros((ROWS,), ACC)
     total = tl.zeros((ROWS,), ACC)
@@ -176,8 +176,7 @@ def tile_statistics(
             a = spread(t, keep, on, off, weight_ptr, c, exists, target_ptr.dtype.element_ty.is_floating(), ACC)
         others = tl.where(c[:, None] == label[None, :], float("-inf"), z)
         m, s, total, dot = absorb(z, others, a, m, s, total, dot, SPREAD)
-    z_true = tl.load(z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=float("-inf")).to(ACC)
-    return close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC)
+    return m, s, total, dot
 
 
 @triton.jit
@@ -226,14 +225,45 @@ def cross_entropy_forward(
     first = (tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]
     label, keep, _ = TARGET(target_ptr, t_rows, tl.arange(0, CLASSES), first, live, classes, ignore_index, t_step, ACC)
     dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()  # else t is the label alone
-    shift, log_s, total, loss, weight = tile_statistics(
+    m, s, total, dot = tile_statistics(
         z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes, ignore_index, on, off,
         dense or smoothing is not None, TARGET, ACC, ROWS, CLASSES,
     )  # fmt: skip
+    z_true = tl.load(z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=float("-inf")).to(ACC)
+    shift, log_s, total, loss, weight = close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC)
     store_rows(
         loss_ptr, stats_ptr, sums_ptr, None, denominator_ptr, number, live, shift, log_s, total, loss, weight,
         3 if dense or weight_ptr is not None else 2, REDUCTION,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def cross_entropy_statistics(
+    parts_ptr, logits_ptr, target_ptr, weight_ptr, sizes, logits_strides, target_strides, classes, rows, ignore_index,
+    smoothing, TARGET: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """m, s, sum a and <a, z - m> of each row of a slice of the classes, (4, rows), without the labelled class.
+
+    Bytes: logits and dense targets once, 8 or 16 a row.
+    """
+    outer, row, live, number = row_tile(tl.program_id(0), sizes, ROWS)
+    z_rows = logits_ptr + row_offsets(outer, row, sizes, logits_strides)
+    t_rows = row_offsets(outer, row, sizes, target_strides)
+    t_step = target_strides[len(sizes)]
+    on, off = smoothing_terms(smoothing, classes, ACC)
+    first = (tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]
+    label, keep, _ = TARGET(target_ptr, t_rows, tl.arange(0, CLASSES), first, live, classes, ignore_index, t_step, ACC)
+    spreads: tl.constexpr = target_ptr.dtype.element_ty.is_floating() or smoothing is not None
+    m, s, total, dot = tile_statistics(
+        z_rows, logits_strides[len(sizes)], target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes,
+        ignore_index, on, off, spreads, TARGET, ACC, ROWS, CLASSES,
+    )  # fmt: skip
+    place = parts_ptr + number
+    tl.store(place, m, mask=live)
+    tl.store(place + rows, s, mask=live)
+    if spreads:
+        tl.store(place + 2 * rows, total, mask=live)
+        tl.store(place + 3 * rows, dot, mask=live)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -316,10 +346,12 @@ def cross_entropy_both(
     first = (tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]
     label, keep, _ = TARGET(target_ptr, t_rows, tl.arange(0, CLASSES), first, live, classes, ignore_index, t_step, ACC)
     dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()
-    shift, log_s, total, loss, weight = tile_statistics(
+    m, s, total, dot = tile_statistics(
         z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes, ignore_index, on, off,
         dense or smoothing is not None, TARGET, ACC, ROWS, CLASSES,
     )  # fmt: skip
+    z_true = tl.load(z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=float("-inf")).to(ACC)
+    shift, log_s, total, loss, weight = close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC)
     g = mean_share(weights_ptr, weight, live, rows, dense, REDUCTION, ACC)
     tile_gradient(
         grad_ptr, out_rows, grad_strides[len(sizes)], z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr,

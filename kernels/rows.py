@@ -66,6 +66,14 @@ def index_target(target_ptr, rows, c, inside, live, classes, ignore_index, class
 
 
 @triton.jit
+def slice_target(target_ptr, rows, c, inside, live, classes, ignore_index, class_stride, ACC: tl.constexpr):
+    """As index_target, for class indices relative to a slice of the classes: -1 on another, -2 ignored, -3 no class."""
+    label = tl.load(target_ptr + rows, mask=live, other=-2)
+    keep = tl.where(label == -2, 0.0, tl.where(label == -3, float("nan"), 1.0)).to(ACC)
+    return tl.maximum(label, -1).to(tl.int32), keep, keep
+
+
+@triton.jit
 def probability_target(target_ptr, rows, c, inside, live, classes, ignore_index, class_stride, ACC: tl.constexpr):
     """Class probabilities: no label, every row kept, and the block of t."""
     t = tl.load(target_ptr + c.to(tl.int64)[:, None] * class_stride + rows[None, :], mask=inside, other=0.0)
@@ -83,10 +91,15 @@ def class_weight(weight_ptr, c, exists, ACC: tl.constexpr):
 
 @triton.jit
 def smoothing_terms(smoothing, classes, ACC: tl.constexpr):
-    """Return 1 - e and e / C; e comes as two float32 (high and low part), so that float64 kernels get all its bits."""
+    """Return 1 - e and e / C; e comes as two float32 (high and low part), so that float64 kernels get all its bits.
+
+    A third part is C, where `classes` are a slice.
+    """
     e = tl.full((), 0.0, ACC)
     if smoothing is not None:
         e += tl.full((), smoothing[0], ACC) + tl.full((), smoothing[1], ACC)
+        if len(smoothing) == 3:
+            classes = smoothing[2]
     return 1.0 - e, e / tl.full((), classes, ACC)
 
 

@@ -1,6 +1,6 @@
 """Row-wise softmax and cross-entropy for PyTorch, forward and backward in fused Triton kernels."""
 
-from softmax_fused import information
+from softmax_fused import distributed, information
 from softmax_fused.activation import log_softmax, softmax
 from softmax_fused.functional import cross_entropy
 from softmax_fused.linear import linear_cross_entropy
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "cross_entropy",
     "cross_entropy_rows",
+    "distributed",
     "information",
     "linear_cross_entropy",
     "log_softmax",

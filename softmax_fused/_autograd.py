@@ -23,6 +23,7 @@ class Spec(NamedTuple):
     label_smoothing: float
     dtype: torch.dtype  # of the loss
     acc: torch.dtype  # arithmetic: float32, or float64 where a tensor is float64
+    classes: int = 0  # of all slices, where the logits are a slice of the classes
 
 
 def make_spec(

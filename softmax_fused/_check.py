@@ -6,6 +6,7 @@ or raises; `explain` then replaces the message by one that says what was expecte
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,6 +115,12 @@ def writable(input: Tensor) -> None:
 def subclasses(tensors: Iterable[Any]) -> bool:
     """Whether there is a tensor among them that is more than a tensor."""
     return any(isinstance(t, torch.Tensor) and type(t) not in TENSORS for t in tensors)
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether it is a DTensor, of which there is none before somebody imported its module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def layer_dtype(tensor: Tensor) -> torch.dtype:

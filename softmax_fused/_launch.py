@@ -26,7 +26,7 @@ from softmax_fused.kernels.long_rows import (
     cross_entropy_long_both,
     cross_entropy_long_forward,
 )
-from softmax_fused.kernels.rows import index_target, probability_target
+from softmax_fused.kernels.rows import index_target, probability_target, slice_target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -135,7 +135,8 @@ def accumulator(dtype: torch.dtype) -> Any:
 
 def constants(spec: Spec) -> tuple[Any, Any]:
     """Return the target helper and the accumulation type."""
-    return index_target if spec.indices else probability_target, accumulator(spec.acc)
+    helper = probability_target if not spec.indices else slice_target if spec.classes else index_target
+    return helper, accumulator(spec.acc)
 
 
 def packed(weight: Tensor | None) -> Tensor | None:
@@ -149,6 +150,12 @@ def split(value: float) -> tuple[float, float] | None:
         return None
     high: float = struct.unpack("f", struct.pack("f", value))[0]
     return high, value - high
+
+
+def smoothing(spec: Spec) -> tuple[float | int, ...] | None:
+    """Return the label smoothing as kernels get it, with the number of all classes where the logits are a slice."""
+    terms = split(spec.label_smoothing)
+    return (*terms, spec.classes) if terms and spec.classes else terms
 
 
 def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:
@@ -267,7 +274,7 @@ def fill_gradient(
     tile, programs = plan(rows, logits.itemsize, FORWARD_WARPS, logits_strides, grad_strides)
     helper, acc = constants(spec)
     tensors = (grad, stats, upstream, denominator, logits, target, packed(weight), rows.sizes)
-    options = (spec.ignore_index, split(spec.label_smoothing), wanted == "not one", helper, acc)
+    options = (spec.ignore_index, smoothing(spec), wanted == "not one", helper, acc)
     if not tile.lanes:
         launch(
             cross_entropy_backward, programs, tile.warps, logits.device,

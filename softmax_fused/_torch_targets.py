@@ -43,7 +43,7 @@ def probability_share(t: Tensor, w: Tensor | None, spec: Spec) -> Tensor:
     """Return a for class probabilities."""
     a = t.to(spec.acc)
     if spec.label_smoothing:
-        a = a * (1 - spec.label_smoothing) + spec.label_smoothing / t.shape[1]
+        a = a * (1 - spec.label_smoothing) + spec.label_smoothing / (spec.classes or t.shape[1])
     return a if w is None else a * w
 
 

@@ -149,6 +149,9 @@ def cross_entropy(
         inplace_backward: Write the gradient over the logits: no further logits-sized buffer. The logits are lost with
             the backward pass, and autograd refuses operations that still need them.
 
+    A DTensor stays one: logits divided by class take the path of `softmax_fused.distributed.cross_entropy`, logits
+    divided by rows are computed where they are; a mean or sum is whole on every rank, and "none" divided as the rows.
+
     Both options are for training large classifiers; they change nothing where torch's own operator computes or under
     torch.compile, and do not combine.
 
@@ -197,7 +200,13 @@ def cross_entropy(
         if (weight is None and target.ndim < input.ndim) or not zero_times_infinity(loss):
             return loss
     if transformed() or not _check.plain(input, target, weight, ignore_index, reduction, label_smoothing):
-        return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
+        placed: Tensor | None = None
+        if _check.is_dtensor(input) and not transformed():
+            from softmax_fused import _dtensor
+
+            placed = _dtensor.cross_entropy(input, *arguments[1:], backend)
+        return torch_cross_entropy(*arguments) if placed is None else placed
     compute = operations(backend, input.device)
     spec = make_spec(input, target, reduction, ignore_index, label_smoothing, _check.loss_dtype(input, target))
     if input.requires_grad and torch.is_grad_enabled():

@@ -38,12 +38,20 @@ KERNEL, LONG, ROWS, LAUNCH, TORCH, TARGETS, CHUNKS, LINEAR = (
 )
 PATCHING, SOFTMAX, OUTPUTS = "softmax_fused/patching.py", "kernels/softmax.py", "kernels/row_outputs.py"
 TORCH_OUTPUTS = "softmax_fused/_torch_row_outputs.py"
+SLICES, TORCH_SLICES, EXCHANGE, DTENSOR = (
+    "softmax_fused/_slices.py",
+    "softmax_fused/_torch_slices.py",
+    "softmax_fused/_exchange.py",
+    "softmax_fused/_dtensor.py",
+)
+RANKS = dict.fromkeys((SLICES, TORCH_SLICES, EXCHANGE, DTENSOR), ("distributed_loss",))
 OWN = {
     PATCHING: ("patch", "patch_compile"),
     LINEAR: LINEAR_TESTS,
     SOFTMAX: ("softmax",),
     OUTPUTS: ("row_outputs",),
     TORCH_OUTPUTS: ("row_outputs",),
+    **RANKS,
 }
 MUTANTS = {
     "tile reads classes beyond C": Mutant(KERNEL, "inside = exists[:, None] & live[None, :]\n        z = load_tile", "inside = (exists | True)[:, None] & live[None, :]\n        z = load_tile"),
@@ -131,6 +139,13 @@ MUTANTS = {
     "patch: subclasses see ours": Mutant(PATCHING, "return replacement if all", "return replacement if True or all"),
     "patch: torch lists ours as its own": Mutant(PATCHING, "    fill_tables()\n    with lock", "    with lock"),
     "patch: another's replacement clobbered": Mutant(PATCHING, "elif not patches and current is not found:", "elif not patches:\n        F.cross_entropy = found"),
+    "slices: sums not rescaled": Mutant(SLICES, "terms = [s * delta.exp()]", "terms = [s]"),
+    "slices: <a, z - m> not shifted": Mutant(SLICES, "dot + torch.where(total == 0, 0, total * delta)", "dot"),
+    "slices: true class cancels": Mutant(SLICES, "torch.where(e_true == 1, s.log1p(), (s + e_true).log())", "(s + e_true).log()"),
+    "slices: smoothing over the slice's classes": Mutant(TORCH_SLICES, "off = spec.label_smoothing / spec.classes\n    out", "off = spec.label_smoothing / max(1, z.shape[1])\n    out"),
+    "slices: another's bad arguments go unnoticed": Mutant(EXCHANGE, "if bad:", "if False:"),
+    "slices: ranks may differ in their targets": Mutant(EXCHANGE, "for name, meaning in AGREED.items():", "for name, meaning in list(AGREED.items())[:-1]:"),
+    "dtensor: mean of the ranks' means": Mutant(DTENSOR, 'here = "sum" if mean_of_parts else reduction', "here, mean_of_parts = reduction, False"),
     "patch: no lock": Mutant(PATCHING, "lock = threading.Lock()", "import contextlib\nlock = contextlib.nullcontext()"),
 }  # fmt: skip
 
@@ -148,7 +163,7 @@ def survives(mutant: Mutant) -> bool:
             raise SystemExit(f"{mutant.file} no longer contains: {mutant.right}")
         path.write_text(source.replace(mutant.right, mutant.wrong))
         tests = [f"tests/test_{name}.py" for name in OWN.get(mutant.file, TESTS)]
-        on_cpu = mutant.file in (TORCH, TARGETS, CHUNKS, PATCHING, LINEAR, TORCH_OUTPUTS)
+        on_cpu = mutant.file in (TORCH, TARGETS, CHUNKS, PATCHING, LINEAR, TORCH_OUTPUTS, *RANKS)
         place = "not interpreter" if on_cpu else "interpreter or launch"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", "-k", place, *tests]
         run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True)

@@ -18,7 +18,10 @@ from bench.machine_code import Code, Loop, count, inner_loops
 ROOT = Path(__file__).parents[1]
 OUTPUT = {"sm_80": "cubin", "sm_90": "cubin", "sm_100": "cubin", "gfx942": "hsaco"}
 KERNELS = {
-    *(f"cross_entropy_{name}" for name in ("forward", "backward", "both", "reduce", "weights", "combine")),
+    *(
+        f"cross_entropy_{name}"
+        for name in ("forward", "backward", "both", "reduce", "weights", "combine", "statistics")
+    ),
     *(f"cross_entropy_long_{name}" for name in ("forward", "backward", "both")),
     *(f"softmax_{name}" for name in ("forward", "backward", "long_forward", "long_backward")),
     *(f"row_outputs_{name}" for name in ("forward", "backward", "long_forward", "long_backward")),

@@ -1,0 +1,171 @@
+"""The loss of a DTensor: every rank computes its local part, and what the mesh divides is brought together.
+
+Imported where there is a DTensor: torch.distributed is present then.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from softmax_fused import _check
+from softmax_fused._autograd import make_spec
+from softmax_fused._exchange import Arguments, fault
+from softmax_fused._slices import Slice, slice_cross_entropy
+from softmax_fused.functional import operations
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.placement_types import Placement
+
+
+class Local(torch.autograd.Function):
+    """As `to_local`, which in torch 2.11 takes uneven shards for even ones in backward, and gathers them."""
+
+    @staticmethod
+    def forward(ctx: Any, input: DTensor) -> Tensor:
+        """Return this rank's part."""
+        ctx.mesh, ctx.placements = input.device_mesh, input.placements
+        ctx.shape, ctx.stride = input.shape, input.stride()
+        local = input.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> DTensor:
+        """Return the gradient where the input lies."""
+        return DTensor.from_local(grad, ctx.mesh, ctx.placements, run_check=False, shape=ctx.shape, stride=ctx.stride)
+
+
+def shard_dim(placement: Placement, ndim: int) -> int | None:
+    """Return the tensor dimension that a mesh dimension divides, None where it divides none."""
+    return placement.dim % ndim if isinstance(placement, Shard) else None
+
+
+def covered(input: DTensor, target: Any, weight: Any) -> bool:
+    """Whether the logits are a DTensor whose mesh divides the classes at most once, and the others fit its shape."""
+    if input.ndim == 0 or not isinstance(target, torch.Tensor):
+        return False
+    class_dim = min(input.ndim - 1, 1)
+    divided = [shard_dim(placement, input.ndim) for placement in input.placements]
+    return (
+        all(type(placement) in (Shard, Replicate) for placement in input.placements)
+        and divided.count(class_dim) <= 1
+        and target.shape in _check.target_shapes(input.shape)
+        and (weight is None or (isinstance(weight, torch.Tensor) and weight.shape == (input.shape[class_dim],)))
+    )
+
+
+def row_placements(input: DTensor) -> list[Placement]:
+    """Return where the rows lie: as the logits without the class dimension."""
+    class_dim = min(input.ndim - 1, 1)
+    placements: list[Placement] = []
+    for placement in input.placements:
+        dim = shard_dim(placement, input.ndim)
+        divides_rows = dim is not None and dim != class_dim
+        placements.append(Shard(dim - (dim > class_dim)) if divides_rows else Replicate())  # type: ignore[operator]
+    return placements
+
+
+def brought_to(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], name: str) -> Tensor:
+    """Return the local part of a DTensor at `placements`; a plain tensor is taken to be the same on every rank.
+
+    Raises:
+        ValueError: If a plain tensor would be divided by rows: it may be whole, or a part already.
+    """
+    if isinstance(tensor, DTensor):
+        return tensor.redistribute(mesh, placements).to_local()
+    if any(isinstance(placement, Shard) for placement in placements) and name == "target":
+        raise ValueError(
+            f"target must be a DTensor, placed as {tuple(placements)}, for logits whose rows are divided among ranks "
+            "and for class probabilities; got a plain tensor, which may be whole or a part"
+        )
+    whole = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(mesh, placements).to_local()
+
+
+def chunk_sizes(size: int, ranks: int) -> list[int]:
+    """Return how Shard divides a dimension."""
+    step = -(-size // ranks)
+    return [max(0, min(step, size - rank * step)) for rank in range(ranks)]
+
+
+def class_slice(input: DTensor, local: Tensor, divides: list[bool]) -> Slice:
+    """Return which classes this rank holds, and who holds the others.
+
+    Raises:
+        RuntimeError: If the mesh divides the classes otherwise than Shard does.
+    """
+    if not any(divides):
+        return Slice(0, None)
+    mesh, mesh_dim, class_dim = input.device_mesh, divides.index(True), min(input.ndim - 1, 1)
+    sizes, rank = chunk_sizes(input.shape[class_dim], mesh.size(mesh_dim)), mesh.get_local_rank(mesh_dim)
+    if local.shape[class_dim] != sizes[rank]:
+        raise RuntimeError(
+            f"a DTensor's ranks must hold {sizes} classes, as Shard divides them; rank {rank} has "
+            f"{local.shape[class_dim]}: use softmax_fused.distributed.cross_entropy"
+        )
+    return Slice(sum(sizes[:rank]), mesh.get_group(mesh_dim))
+
+
+def cross_entropy(
+    input: Any,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    backend: str,
+) -> DTensor | None:
+    """Return the loss, or None where an argument is left to torch."""
+    if not covered(input, target, weight):
+        return None
+    mesh, class_dim = input.device_mesh, min(input.ndim - 1, 1)
+    rows = row_placements(input)
+    divides = [shard_dim(placement, input.ndim) == class_dim for placement in input.placements]
+    target = brought_to(target, mesh, input.placements if target.ndim == input.ndim else rows, "target")
+    by_class: list[Placement] = [Shard(0) if yes else Replicate() for yes in divides]
+    local_weight = None if weight is None else brought_to(weight, mesh, by_class, "weight")
+    local: Tensor = Local.apply(input)
+    if fault(Arguments(local, target, local_weight, ignore_index, reduction, label_smoothing)):
+        return None
+    dtype = _check.loss_dtype(local, target)
+    mean_of_parts = reduction == "mean" and any(isinstance(placement, Shard) for placement in rows)
+    here = "sum" if mean_of_parts else reduction
+    spec = make_spec(local, target, here, ignore_index, label_smoothing, dtype)
+    spec = spec._replace(classes=input.shape[class_dim], dtype=spec.acc)
+    part = class_slice(input, local, divides)
+    loss = slice_cross_entropy(local, target, local_weight, spec, part, operations(backend, local.device))
+    if reduction == "none":
+        shape = torch.Size(size for dim, size in enumerate(input.shape) if dim != class_dim)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(loss.to(dtype), mesh, rows, run_check=False, shape=shape, stride=stride)
+    if mean_of_parts:
+        count = summed(denominator(input, local, target, weight, ignore_index, spec.acc), mesh, rows).to_local()
+        loss = loss / count.masked_fill(count == 0, torch.nan)
+    whole: DTensor = summed(loss, mesh, rows).to(dtype)  # type: ignore[assignment]  # stays one
+    return whole
+
+
+def summed(number: Tensor, mesh: DeviceMesh, rows: Sequence[Placement]) -> DTensor:
+    """Return the sum of a number over the ranks that hold different rows, on every rank."""
+    parts = [Partial() if isinstance(placement, Shard) else Replicate() for placement in rows]
+    return DTensor.from_local(number, mesh, parts, run_check=False).redistribute(mesh, [Replicate()] * mesh.ndim)
+
+
+def denominator(
+    input: DTensor, local: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
+    """Return this rank's part of what a mean divides by."""
+    if target.ndim == local.ndim:
+        return local.new_tensor(math.prod((*local.shape[:1], *local.shape[2:])), dtype=dtype)
+    keep = target != ignore_index
+    if weight is None:
+        return keep.sum().to(dtype)
+    whole = brought_to(weight, input.device_mesh, [Replicate()] * input.device_mesh.ndim, "weight")
+    return whole.to(dtype)[target.long().clamp(0, len(whole) - 1)].masked_fill(~keep, 0).sum()

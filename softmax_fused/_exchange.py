@@ -1,0 +1,136 @@
+"""What ranks tell each other before they compute: their slices' sizes, and whether their arguments fit together."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from softmax_fused import _check
+from softmax_fused.functional import torch_cross_entropy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+REFUSALS = (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+class Arguments(NamedTuple):
+    """A call's arguments on one rank."""
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+
+
+class Facts(NamedTuple):
+    """What a rank says of its arguments; all but the first two must be the same everywhere."""
+
+    fine: int
+    size: int
+    low: int
+    high: int
+    rows: int
+    dtypes: int
+    options: int
+    target: int
+
+
+AGREED = {
+    "rows": "the logits' shape beside the classes",
+    "dtypes": "dtypes and whether there is a weight",
+    "options": "ignore_index, reduction and label_smoothing",
+    "target": "the class indices",
+}
+
+
+def inhabited(value: Any) -> Any:
+    """Return a tensor with no dimension of size 0, so that slices without classes are checked as others are."""
+    if not isinstance(value, torch.Tensor) or value.numel():
+        return value
+    return value.new_zeros(()).expand([max(1, size) for size in value.shape])
+
+
+def fault(it: Arguments) -> Exception | None:
+    """Return the error that one rank's arguments deserve, by itself: torch's type, a message that says what came."""
+    logits, target, weight = (inhabited(value) for value in it[:3])
+    if isinstance(target, torch.Tensor) and isinstance(logits, torch.Tensor) and target.ndim < logits.ndim:
+        target = torch.zeros_like(target)  # labels are of all classes, and looked at later
+    if _check.plain(logits, target, weight, it.ignore_index, it.reduction, it.label_smoothing):
+        return None
+    try:
+        torch_cross_entropy(logits, target, weight, it.ignore_index, it.reduction, it.label_smoothing)
+    except REFUSALS as error:
+        return error
+    return RuntimeError(
+        "logits divided among ranks must be floating point tensors on a CPU or GPU; class probabilities and weights "
+        f"must not require a gradient; got {_check.describe(it.logits)}, {_check.describe(it.target)} and weight "
+        f"{_check.describe(it.weight)}"
+    )
+
+
+def digest(*values: Any) -> int:
+    """Return a number that differs where the values' texts do."""
+    return zlib.crc32(repr(values).encode())
+
+
+def facts(it: Arguments) -> Facts:
+    """Say what the other ranks must know of valid arguments."""
+    dim = min(it.logits.ndim - 1, 1)
+    indices = it.target.ndim < it.logits.ndim
+    low = high = checksum = torch.zeros((), dtype=torch.int64)
+    if indices and it.target.numel():
+        label = it.target.detach().flatten().long()
+        low, high = label.masked_fill(label == it.ignore_index, 0).aminmax()
+        checksum = (label * (2 * torch.arange(len(label), device=label.device) + 1)).sum()
+    return Facts(
+        1,
+        it.logits.shape[dim],
+        int(low),
+        int(high),
+        digest(tuple(it.logits.shape[:dim]), tuple(it.logits.shape[dim + 1 :])),
+        digest(it.logits.dtype, it.target.dtype, indices, it.weight is None),
+        digest(it.ignore_index, it.reduction, float(it.label_smoothing)),
+        int(checksum),
+    )
+
+
+def gather(own: Facts, group: Any) -> list[Facts]:
+    """Return every rank's facts, by one all-gather of 64 bytes a rank."""
+    backend = dist.get_backend(group)
+    alone = "nccl" in backend and "cpu" not in backend  # NCCL, without a backend for CPU tensors beside it
+    mine = torch.tensor(own, device="cuda" if alone else "cpu")
+    everyone = mine.new_empty(dist.get_world_size(group) * len(own))
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    return [Facts(*row) for row in everyone.view(-1, len(own)).tolist()]
+
+
+def exchange(it: Arguments, problem: Exception | None, group: Any) -> list[int]:
+    """Return the number of classes on every rank.
+
+    Raises:
+        Exception: On every rank, if the arguments of one are wrong or differ from another's.
+    """
+    everyone = gather(facts(it) if problem is None else Facts(*[0] * len(Facts._fields)), group)
+    if problem is not None:
+        raise problem
+    bad = [rank for rank, found in enumerate(everyone) if not found.fine]
+    if bad:
+        raise RuntimeError(f"the arguments were refused on rank {', '.join(map(str, bad))}: the error is raised there")
+    for name, meaning in AGREED.items():
+        values = [getattr(found, name) for found in everyone]
+        if len(set(values)) > 1:
+            other = next(rank for rank, value in enumerate(values) if value != values[0])
+            raise ValueError(f"{meaning} must be the same on every rank; rank {other} differs from rank 0")
+    classes = sum(found.size for found in everyone)
+    if not classes:
+        raise RuntimeError("the ranks must hold at least one class together; got 0")
+    if it.logits.is_cpu and (everyone[0].low < 0 or everyone[0].high >= classes):
+        wrong = everyone[0].low if everyone[0].low < 0 else everyone[0].high
+        raise IndexError(_check.out_of_range(classes, it.ignore_index, wrong))
+    return [found.size for found in everyone]
