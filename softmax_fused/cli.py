@@ -19,20 +19,28 @@ def main(argv: list[str] | None = None) -> NoReturn:
     import torch
 
     from softmax_fused.training.errors import LabError, Stopped, UsageError
+    from softmax_fused.training.ranks import torchrun_ranks
     from softmax_fused.training.signals import signals_raise
 
+    ranks = torchrun_ranks()
+    speaker = f"rank {ranks.rank}: " if ranks.rank else ""
     try:
-        with signals_raise():
+        with signals_raise(once=ranks.size > 1):
             status = _run(sys.argv[1:] if argv is None else argv)
     except Stopped as stop:
-        _fail(str(stop), stop.status)
-    except (LabError, UsageError) as error:
-        _fail(f"error: {error}", error.status)
+        _fail(
+            "" if speaker else str(stop), stop.status
+        )  # every rank is stopped, and every rank gets the same arguments
+    except UsageError as error:
+        _fail("" if speaker else f"error: {error}", error.status)
+    except LabError as error:
+        _fail(f"{speaker}error: {error}", error.status)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        _fail(f"error: expected a batch to fit into the GPU's memory, got: {reason}; choose a smaller --batch-size", 1)
+        wanted = "a batch to fit into the GPU's memory"
+        _fail(f"{speaker}error: expected {wanted}, got: {reason}; choose a smaller --batch-size", 1)
     except OSError as error:
-        _fail(f"error: expected to read and write files, got {error}; check that path and its permissions", 1)
+        _fail(f"{speaker}error: expected to read and write files, got {error}; check that path and its permissions", 1)
     sys.exit(status)
 
 
@@ -53,5 +61,6 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    print(message, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr)
     sys.exit(status)

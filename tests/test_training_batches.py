@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from softmax_fused.training.batches import LoaderBatches, MemoryBatches, make_batches, shuffled
+from softmax_fused.training.batches import LoaderBatches, MemoryBatches, make_batches
+from softmax_fused.training.shares import shuffled
 from tests.lab import few_digits
 
 CPU = torch.device("cpu")

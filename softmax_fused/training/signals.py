@@ -12,10 +12,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def signals_raise() -> Iterator[None]:
-    """Turn both signals into `Stopped`; one that is ignored on entry, as under nohup, stays ignored."""
+def signals_raise(*, once: bool = False) -> Iterator[None]:
+    """Turn both signals into `Stopped`; one that is ignored on entry, as under nohup, stays ignored.
+
+    With `once` the first is the last to be heard: torchrun passes on what its ranks may have got already.
+    """
 
     def stop(signum: int, _: FrameType | None) -> None:
+        for known in SIGNALS if once else ():
+            signal.signal(known, signal.SIG_IGN)
         raise Stopped(status=128 + signum)
 
     with _handler(stop):
