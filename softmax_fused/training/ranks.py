@@ -14,6 +14,7 @@ from torch import Tensor
 
 from softmax_fused.training.config import pick_device
 from softmax_fused.training.errors import LabError, UsageError
+from softmax_fused.training.signals import ignore_signals
 
 T = TypeVar("T")
 
@@ -153,15 +154,27 @@ def connected(ranks: Ranks) -> Iterator[None]:
         return
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-        yield
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        raise LabError(describe_lost_rank(error)) from error
+        with ending_heard_out():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+            yield
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def ending_heard_out() -> Iterator[None]:
+    """Have a rank that fails say why, though torchrun tells it to stop as soon as another has failed."""
+    try:
+        yield
+    except RuntimeError as error:
+        ignore_signals()
+        if not is_lost_rank(error):
+            raise
+        raise LabError(describe_lost_rank(error)) from error
+    except BaseException:
+        ignore_signals()
+        raise
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
@@ -173,7 +186,7 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
 def describe_lost_rank(error: RuntimeError) -> str:
     """Return what to say of it: the other rank's own output, or torchrun's report, says why it ended."""
-    reason = str(error).strip().splitlines()[0]
+    reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]  # without gloo's source line
     return f"expected every rank to go on, got one that ended ({reason}); torchrun names the first to fail"
 
 

@@ -19,12 +19,19 @@ def signals_raise(*, once: bool = False) -> Iterator[None]:
     """
 
     def stop(signum: int, _: FrameType | None) -> None:
-        for known in SIGNALS if once else ():
-            signal.signal(known, signal.SIG_IGN)
+        if once:
+            ignore_signals()
         raise Stopped(status=128 + signum)
 
     with _handler(stop):
         yield
+
+
+def ignore_signals() -> None:
+    """Ignore both from now on, to the end of the process: it ends already and has yet to say why."""
+    if threading.current_thread() is threading.main_thread():
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
 
 
 @contextmanager
@@ -50,4 +57,5 @@ def _handler(handler: Callable[[int, FrameType | None], object]) -> Iterator[Non
         yield
     finally:
         for signum, known in before.items():
-            signal.signal(signum, known)
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, known)
