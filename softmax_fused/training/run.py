@@ -103,6 +103,7 @@ def train(
     label = f"{config.dataset}-{config.model}-{config.loss}" + f"-{ranks.job}" * (ranks.job is not None)
     begun = ranks.from_first(lambda: begun_folder(output, label, ranks.job))
     if begun:
+        reporter.line(f"torchrun started the ranks again; {begun} goes on")
         return resume(begun, config.as_dict(), data=data, reporter=reporter, ranks=ranks)
     if data.fallback:
         reporter.fallback(asked, data)
