@@ -10,6 +10,8 @@ EXTRA = ("jinja2", "matplotlib", "numpy", "platformdirs", "rich", "sklearn", "te
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run ``softmax-fused`` and exits: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
 
+    Of several ranks the first alone reports what happens to all.
+
     Args:
         argv: The arguments; by default those of the process.
     """
@@ -18,7 +20,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _fail(f"softmax-fused needs {', '.join(missing)}; run: pip install 'softmax-fused[train]'", 1)
     import torch
 
-    from softmax_fused.training.errors import LabError, Stopped, UsageError
+    from softmax_fused.training.errors import CommonError, LabError, Stopped, UsageError
     from softmax_fused.training.ranks import torchrun_ranks
     from softmax_fused.training.signals import signals_raise
 
@@ -28,10 +30,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         with signals_raise(once=ranks.size > 1):
             status = _run(sys.argv[1:] if argv is None else argv)
     except Stopped as stop:
-        _fail(
-            "" if speaker else str(stop), stop.status
-        )  # every rank is stopped, and every rank gets the same arguments
-    except UsageError as error:
+        _fail("" if speaker else str(stop), stop.status)
+    except (CommonError, UsageError) as error:
         _fail("" if speaker else f"error: {error}", error.status)
     except LabError as error:
         _fail(f"{speaker}error: {error}", error.status)

@@ -37,6 +37,9 @@ KERNEL, LONG, ROWS, LAUNCH, TORCH, TARGETS, CHUNKS, LINEAR = (
     "softmax_fused/_linear.py",
 )
 PATCHING = "softmax_fused/patching.py"
+RANKS, SHARES, LOOP, FOLDER = (
+    f"softmax_fused/training/{name}.py" for name in ("ranks", "shares", "loop", "checkpoint")
+)
 MUTANTS = {
     "tile reads classes beyond C": Mutant(KERNEL, "inside = exists[:, None] & live[None, :]\n        z = load_tile", "inside = (exists | True)[:, None] & live[None, :]\n        z = load_tile"),
     "tile's gradient written beyond C": Mutant(KERNEL, "grad.to(grad_ptr.dtype.element_ty), mask=inside", "grad.to(grad_ptr.dtype.element_ty), mask=live[None, :]"),
@@ -110,6 +113,11 @@ MUTANTS = {
     "patch: subclasses see ours": Mutant(PATCHING, "return replacement if all", "return replacement if True or all"),
     "patch: torch lists ours as its own": Mutant(PATCHING, "    fill_tables()\n    with lock", "    with lock"),
     "patch: another's replacement clobbered": Mutant(PATCHING, "elif not patches and current is not found:", "elif not patches:\n        F.cross_entropy = found"),
+    "ranks: uneven shares weigh the same": Mutant(LOOP, "loss * share.factor", "loss"),
+    "ranks: an empty share is empty": Mutant(RANKS, "return part if len(part) else rows[:1]", "return part"),
+    "ranks: an empty share counts": Mutant(SHARES, "yield Share(own,", "yield Share(max(own, 1),"),
+    "ranks: metrics of one rank": Mutant(RANKS, "dist.all_reduce(total)", "pass"),
+    "ranks: any job's run is continued": Mutant(FOLDER, 'load_checkpoint(f).get("job") == job', 'load_checkpoint(f).get("job")'),
     "patch: no lock": Mutant(PATCHING, "lock = threading.Lock()", "import contextlib\nlock = contextlib.nullcontext()"),
 }  # fmt: skip
 
@@ -127,8 +135,9 @@ def survives(mutant: Mutant) -> bool:
             raise SystemExit(f"{mutant.file} no longer contains: {mutant.right}")
         path.write_text(source.replace(mutant.right, mutant.wrong))
         own = {PATCHING: ("patch", "patch_compile"), LINEAR: LINEAR_TESTS}
+        own |= dict.fromkeys((RANKS, SHARES, LOOP, FOLDER), ("training_parallel",))
         tests = [f"tests/test_{name}.py" for name in own.get(mutant.file, TESTS)]
-        on_cpu = mutant.file in (TORCH, TARGETS, CHUNKS, PATCHING, LINEAR)
+        on_cpu = mutant.file in (TORCH, TARGETS, CHUNKS, *own)
         place = "not interpreter" if on_cpu else "interpreter or launch"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", "-k", place, *tests]
         run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True)

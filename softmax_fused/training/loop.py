@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softmax_fused.training.batches import Batch
 from softmax_fused.training.data import Split, to_input
-from softmax_fused.training.errors import LabError
+from softmax_fused.training.errors import CommonError
 from softmax_fused.training.learner import Learner
 from softmax_fused.training.losses import class_scores
 from softmax_fused.training.ranks import ALONE, Ranks
@@ -31,7 +31,7 @@ def train_epoch(learner: Learner, batches: Iterable[Batch], shares: Shares | Non
         soft labels the likeliest class counts, and for a regression the share is NaN.
 
     Raises:
-        LabError: if the mean loss is not finite.
+        CommonError: if the mean loss is not finite.
     """
     learner.model.train()
     losses, correct, sizes = [], [], []
@@ -58,12 +58,12 @@ def mean_loss(losses: list[Tensor], sizes: list[int], advice: str, ranks: Ranks 
     """Return the mean over images, of all ranks, of batches' mean losses, summed in float64.
 
     Raises:
-        LabError: if it is not finite; `advice` says what to do about it.
+        CommonError: if it is not finite; `advice` says what to do about it.
     """
     total = ranks.sum(torch.stack(losses).cpu().double().dot(torch.tensor(sizes).double()))
     mean = total.item() / int(ranks.sum(torch.tensor(sum(sizes))))
     if not math.isfinite(mean):
-        raise LabError(f"expected a finite training loss, got {mean}; {advice}")
+        raise CommonError(f"expected a finite training loss, got {mean}; {advice}")
     return mean
 
 

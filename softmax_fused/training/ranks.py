@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from softmax_fused.training.config import pick_device
-from softmax_fused.training.errors import LabError, UsageError
+from softmax_fused.training.errors import CommonError, LabError, UsageError
 from softmax_fused.training.signals import ignore_signals
 
 T = TypeVar("T")
@@ -45,6 +45,8 @@ class Ranks:
 
     def share(self, rows: Tensor) -> Tensor:
         """Return every size-th row, from the rank-th on; where there is none, the first, to be counted 0 times."""
+        if self.size == 1:
+            return rows
         part = rows[self.rank :: self.size]
         return part if len(part) else rows[:1]
 
@@ -64,11 +66,11 @@ class Ranks:
             try:
                 answer = [call(), None]
             except Exception as error:
-                dist.broadcast_object_list([None, getattr(error, "status", 1)], device=CPU)
+                dist.broadcast_object_list([None, getattr(error, "status", 1)], src=0, device=CPU)
                 raise
         else:
             answer = [None, None]
-        dist.broadcast_object_list(answer, device=CPU)
+        dist.broadcast_object_list(answer, src=0, device=CPU)
         if answer[1] is not None:
             raise SystemExit(answer[1])
         return answer[0]  # type: ignore[return-value]
@@ -86,14 +88,14 @@ class Ranks:
         return call() if result is None else result
 
     def check_same(self, what: str, value: Any) -> None:
-        """Raise `LabError` on every rank unless all have an equal `value`."""
+        """Raise `CommonError` unless all have an equal `value`."""
         if self.size == 1:
             return
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise LabError(
+                raise CommonError(
                     f"expected the same {what} on every rank, got {values[0]} on rank 0 and {other} on rank {rank}; "
                     "give torchrun the same command on every machine"
                 )

@@ -25,7 +25,7 @@ from softmax_fused.training.config import MACHINE, TrainConfig, check_changes
 from softmax_fused.training.data import ImageData, data_root, load_dataset
 from softmax_fused.training.errors import LabError, Stopped, WriteError
 from softmax_fused.training.evaluation import curve_names, evaluate
-from softmax_fused.training.events import event_writer
+from softmax_fused.training.events import EventWriter, event_writer
 from softmax_fused.training.figures import draw_figures
 from softmax_fused.training.learner import Learner, learner_for
 from softmax_fused.training.loop import train_epoch
@@ -54,11 +54,11 @@ class Run:
         """Return the number of epochs whose results are in `metrics`."""
         return len(self.metrics["train_loss"])
 
-    def save(self) -> None:
-        """Write checkpoint.pt and metrics.json; all ranks wait for them."""
-        self.ranks.from_first(self._write)
+    def save(self, events: EventWriter | None = None) -> None:
+        """Write checkpoint.pt and metrics.json, and the last epoch's events; all ranks wait for them."""
+        self.ranks.from_first(lambda: self._write(events))
 
-    def _write(self) -> None:
+    def _write(self, events: EventWriter | None) -> None:
         state = {
             "job": self.ranks.job,
             "config": self.config.as_dict(),
@@ -69,6 +69,8 @@ class Run:
             "generators": _generators(self.learner.device),
         }
         save_run(self.folder, state)
+        if events:
+            events.add_epoch(self.metrics)
 
 
 def train(
@@ -174,9 +176,7 @@ def _finish(run: Run, reporter: Reporter) -> None:
                 report.finish(describe(results, len(run.data.train)))
             with signals_held():
                 add_results(run.metrics, results, last)
-                run.save()
-                if events:
-                    events.add_epoch(run.metrics)
+                run.save(events)
     if not run.data.classes:
         reporter.line(describe_parameters(run.metrics["parameters"]))
     run.ranks.from_first(lambda: draw_figures(run.folder, run.metrics, run.data.test, run.learner))
