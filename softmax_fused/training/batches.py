@@ -3,7 +3,6 @@
 Of several ranks each gets its share of every batch.
 """
 
-import signal
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from softmax_fused.training.data import Split, to_input
 from softmax_fused.training.ranks import ALONE, Ranks
 from softmax_fused.training.shares import ShareSampler
+from softmax_fused.training.signals import ignore_signals
 
 Batch = tuple[Tensor, Tensor]
 
@@ -67,7 +67,7 @@ class LoaderBatches:
             num_workers=workers,
             persistent_workers=True,
             pin_memory=device.type == "cuda",
-            worker_init_fn=leave_interrupts_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator().manual_seed(seed),  # else each epoch would draw from the global generator
         )
 
@@ -92,9 +92,9 @@ class _Rows(Dataset[Batch]):
         return self.split.images.index_select(0, rows), self.split.labels.index_select(0, rows)
 
 
-def leave_interrupts_to_the_parent(worker: int) -> None:  # noqa: ARG001 - DataLoader passes the worker's number
-    """Let the parent alone decide what Ctrl-C does to workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals_to_the_parent(worker: int) -> None:  # noqa: ARG001 - DataLoader passes the worker's number
+    """Let the parent alone decide what Ctrl-C does to workers, and SIGTERM, which torchrun sends to them too."""
+    ignore_signals()
 
 
 def make_batches(

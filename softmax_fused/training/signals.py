@@ -28,7 +28,7 @@ def signals_raise(*, once: bool = False) -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Ignore both from now on, to the end of the process: it ends already and has yet to say why."""
+    """Ignore both from now on, to the end of the process."""
     if threading.current_thread() is threading.main_thread():
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
