@@ -14,7 +14,6 @@ from softmax_fused.training import ranks as ranks_module
 from softmax_fused.training import run as run_module
 from softmax_fused.training.batches import make_batches
 from softmax_fused.training.checkpoint import load_checkpoint
-from softmax_fused.training.config import TrainConfig
 from softmax_fused.training.data import ImageData, data_root, load_dataset
 from softmax_fused.training.errors import LabError, Stopped, UsageError
 from softmax_fused.training.parallel import check_parallel
@@ -22,8 +21,9 @@ from softmax_fused.training.ranks import ALONE, CPU, Ranks
 from softmax_fused.training.run import resume, train
 from softmax_fused.training.shares import Shares
 from tests.lab import QUIET, SMALL, assert_consistent, digits, metrics_of, real_data, run_cli
+from tests.ranks import LIMIT, Runs, on_ranks, train_all, train_and_talk
 from tests.test_training_resume import interrupt_in_epoch
-from tests.torchrun import LIMIT, PROC, on_ranks, torchrun
+from tests.torchrun import PROC, torchrun
 
 SCENARIOS: dict[str, dict[str, Any]] = {
     "a last batch of one image": {"loss": "fused", "batch_size": 50},
@@ -33,19 +33,16 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "one-hot targets from workers": {"one_hot": True, "workers": 1, "batch_size": 50},
     "a regression": {"dataset": "linear", "model": "linear", "loss": "squared", "batch_size": 9, "lr": 0.03},
 }
-CONFIGS = {name: replace(SMALL, **changes) for name, changes in SCENARIOS.items()}
 
 
-def data_of(config: TrainConfig) -> ImageData:
-    if config.dataset == "digits":
-        return digits().head(301, 99)
-    return load_dataset(config.dataset, data_root()).head(*(12_000, 2_000) if config.dataset != "linear" else (100, 3))
+def few() -> ImageData:
+    return digits().head(301, 99)
 
 
-def train_all(ranks: Ranks, folder: Path, configs: dict[str, TrainConfig]) -> None:
-    run_module.draw_figures = lambda *_: None  # type: ignore[assignment]  # in a process of its own
-    for name, config in configs.items():
-        train(config, output=folder / name, data=data_of(config), ranks=ranks, reporter=QUIET)
+def all_runs() -> Runs:
+    configs = {name: replace(SMALL, **changes) for name, changes in SCENARIOS.items()}
+    linear = load_dataset("linear", Path()).head(100, 3)
+    return {name: (config, linear if config.dataset == "linear" else few()) for name, config in configs.items()}
 
 
 def assert_same_curves(one: Path, other: Path) -> None:
@@ -59,48 +56,32 @@ def assert_same_curves(one: Path, other: Path) -> None:
         torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=1e-4)
 
 
-def train_and_talk(ranks: Ranks, folder: Path) -> None:
-    train_all(ranks, folder / "ranks", CONFIGS)
-    resume(folder / "begun", {"epochs": 2}, data=data_of(SMALL), ranks=ranks, reporter=QUIET)
-    assert ranks.sum(torch.tensor(2**53 - ranks.rank)).item() == ranks.size * 2**53 - sum(range(ranks.size))
-    assert ranks.from_first(lambda: ranks.rank) == 0
-    assert ranks.by_turns(lambda: ranks.rank) == ranks.rank
-    ranks.check_same("settings", {"lr": 0.1})
-    with pytest.raises(LabError, match=r"expected the same data on every rank, got 0 on rank 0 and 1 on rank 1; give"):
-        ranks.check_same("data", ranks.rank)
-
-    def fail() -> None:
-        raise UsageError("told by the first rank")
-
-    with pytest.raises(SystemExit if ranks.rank else UsageError) as stop:
-        ranks.from_first(fail)
-    assert ranks.rank == 0 or (isinstance(stop.value, SystemExit) and stop.value.code == UsageError.status)
-
-
 @pytest.mark.parametrize("size", [2, 4])
 def test_any_number_of_ranks_trains_to_the_same_curve(tmp_path: Path, size: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
-    train_all(ALONE, tmp_path / "alone", CONFIGS)
-    train(replace(SMALL, epochs=1), output=tmp_path / "begun", data=data_of(SMALL), reporter=QUIET)
-    train(SMALL, output=tmp_path / "whole", data=data_of(SMALL), reporter=QUIET)
-    on_ranks(size, train_and_talk, tmp_path, tmp_path)
-    for name, config in CONFIGS.items():
+    runs = all_runs()
+    train_all(ALONE, tmp_path / "alone", runs)
+    train(replace(SMALL, epochs=1), output=tmp_path / "begun", data=few(), reporter=QUIET)
+    train(SMALL, output=tmp_path / "whole", data=few(), reporter=QUIET)
+    on_ranks(size, train_and_talk, tmp_path, tmp_path / "ranks", runs, tmp_path / "begun", few())
+    for name, (config, _) in runs.items():
         assert_same_curves(tmp_path / "ranks" / name, tmp_path / "alone" / name)
         assert_consistent(tmp_path / "ranks" / name, config.epochs)
         assert metrics_of(tmp_path / "ranks" / name)["ranks"] == size
         assert len(list((tmp_path / "ranks" / name).glob("events.*"))) == 1
     confusion = torch.tensor(metrics_of(tmp_path / "ranks" / "mixup")["confusion_matrix"])
-    assert torch.equal(confusion.sum(dim=1), data_of(SMALL).test.labels.bincount(minlength=10))
+    assert torch.equal(confusion.sum(dim=1), few().test.labels.bincount(minlength=10))
     assert_same_curves(tmp_path / "begun", tmp_path / "whole")
     assert metrics_of(tmp_path / "begun")["ranks"] == size
 
 
 @real_data
 def test_ranks_train_to_the_same_curve_on_the_real_data(tmp_path: Path, monkeypatch: Any) -> None:
-    configs = {"run": replace(SMALL, dataset="fashion-mnist", loss="fused")}
+    data = load_dataset("fashion-mnist", data_root()).head(12_000, 2_000)
+    runs = {"run": (replace(SMALL, dataset="fashion-mnist", loss="fused"), data)}
     monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
-    train_all(ALONE, tmp_path / "alone", configs)
-    on_ranks(2, train_all, tmp_path, tmp_path / "ranks", configs)
+    train_all(ALONE, tmp_path / "alone", runs)
+    on_ranks(2, train_all, tmp_path, tmp_path / "ranks", runs)
     assert_same_curves(tmp_path / "ranks" / "run", tmp_path / "alone" / "run")
 
 
@@ -182,7 +163,7 @@ def test_a_restarted_job_finds_its_own_run_and_no_other(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     output = Path("run") if named else None
-    data = data_of(SMALL)
+    data = few()
 
     def start(job: str, epochs: int = 3) -> Path:
         config = replace(SMALL, epochs=epochs)

@@ -1,4 +1,4 @@
-"""Ranks for tests: spawned ones that run a function, and torchrun's jobs, of which none outlives its test."""
+"""torchrun's jobs for tests, of which none outlives its test."""
 
 import os
 import signal
@@ -9,41 +9,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-
-from softmax_fused.training.ranks import Ranks
 from tests.lab import subprocess_environment
+from tests.ranks import LIMIT
 
 PROC = Path("/proc")
-LIMIT = 150  # seconds for anything that ends within 20 on an idle machine
-
-
-def on_ranks(size: int, function: Callable[..., None], folder: Path, *arguments: Any) -> None:
-    """Run ``function(ranks, *arguments)`` in `size` processes that meet in a file in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    context = mp.start_processes(
-        _rank, (size, function, str(folder), arguments), nprocs=size, join=False, start_method="spawn"
-    )
-    assert context is not None
-    try:
-        end = time.monotonic() + LIMIT
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, f"expected {size} ranks to end within {LIMIT} s"
-    finally:
-        for process in context.processes:
-            process.kill()
-            process.join(10)
-
-
-def _rank(rank: int, size: int, function: Callable[..., None], folder: str, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    function(Ranks(rank, size, rank, size), *arguments)
-    dist.destroy_process_group()
 
 
 class Job:
