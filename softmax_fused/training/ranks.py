@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from softmax_fused.training.config import pick_device
 from softmax_fused.training.errors import CommonError, LabError, UsageError
@@ -157,11 +158,22 @@ def connected(ranks: Ranks) -> Iterator[None]:
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         with ending_heard_out():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+            dist.init_process_group(backend, store=_store(ranks), rank=ranks.rank, world_size=ranks.size)
             yield
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _store(ranks: Ranks) -> Any:
+    """Return torchrun's store, which on one machine outlives a restart: no rank may find addresses of dead ones there.
+
+    Machines count restarts each by itself, so that their ranks have no number in common.
+    """
+    store = next(rendezvous("env://"))[0]
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if ranks.local_size == ranks.size else "any"
+    return dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
 
 
 @contextmanager
