@@ -10,6 +10,8 @@ EXTRA = ("jinja2", "matplotlib", "numpy", "platformdirs", "rich", "sklearn", "te
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run ``softmax-fused`` and exits: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
 
+    Of several ranks the first alone reports what happens to all.
+
     Args:
         argv: The arguments; by default those of the process.
     """
@@ -18,21 +20,27 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _fail(f"softmax-fused needs {', '.join(missing)}; run: pip install 'softmax-fused[train]'", 1)
     import torch
 
-    from softmax_fused.training.errors import LabError, Stopped, UsageError
+    from softmax_fused.training.errors import CommonError, LabError, Stopped, UsageError
+    from softmax_fused.training.ranks import torchrun_ranks
     from softmax_fused.training.signals import signals_raise
 
+    ranks = torchrun_ranks()
+    speaker = f"rank {ranks.rank}: " if ranks.rank else ""
     try:
-        with signals_raise():
+        with signals_raise(once=ranks.size > 1):
             status = _run(sys.argv[1:] if argv is None else argv)
     except Stopped as stop:
-        _fail(str(stop), stop.status)
-    except (LabError, UsageError) as error:
-        _fail(f"error: {error}", error.status)
+        _fail("" if speaker else str(stop), stop.status)
+    except (CommonError, UsageError) as error:
+        _fail("" if speaker else f"error: {error}", error.status)
+    except LabError as error:
+        _fail(f"{speaker}error: {error}", error.status)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        _fail(f"error: expected a batch to fit into the GPU's memory, got: {reason}; choose a smaller --batch-size", 1)
+        wanted = "a batch to fit into the GPU's memory"
+        _fail(f"{speaker}error: expected {wanted}, got: {reason}; choose a smaller --batch-size", 1)
     except OSError as error:
-        _fail(f"error: expected to read and write files, got {error}; check that path and its permissions", 1)
+        _fail(f"{speaker}error: expected to read and write files, got {error}; check that path and its permissions", 1)
     sys.exit(status)
 
 
@@ -53,5 +61,6 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    print(message, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr)
     sys.exit(status)

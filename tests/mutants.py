@@ -44,14 +44,17 @@ SLICES, TORCH_SLICES, EXCHANGE, DTENSOR = (
     "softmax_fused/_exchange.py",
     "softmax_fused/_dtensor.py",
 )
-RANKS = dict.fromkeys((SLICES, TORCH_SLICES, EXCHANGE, DTENSOR), ("distributed_loss",))
+RANKS, SHARES, LOOP, FOLDER = (
+    f"softmax_fused/training/{name}.py" for name in ("ranks", "shares", "loop", "checkpoint")
+)
 OWN = {
     PATCHING: ("patch", "patch_compile"),
     LINEAR: LINEAR_TESTS,
     SOFTMAX: ("softmax",),
     OUTPUTS: ("row_outputs",),
     TORCH_OUTPUTS: ("row_outputs",),
-    **RANKS,
+    **dict.fromkeys((SLICES, TORCH_SLICES, EXCHANGE, DTENSOR), ("distributed_loss",)),
+    **dict.fromkeys((RANKS, SHARES, LOOP, FOLDER), ("training_parallel",)),
 }
 MUTANTS = {
     "tile reads classes beyond C": Mutant(KERNEL, "inside = exists[:, None] & live[None, :]\n        z = load_tile", "inside = (exists | True)[:, None] & live[None, :]\n        z = load_tile"),
@@ -146,6 +149,11 @@ MUTANTS = {
     "slices: another's bad arguments go unnoticed": Mutant(EXCHANGE, "if bad:", "if False:"),
     "slices: ranks may differ in their targets": Mutant(EXCHANGE, "for name, meaning in AGREED.items():", "for name, meaning in list(AGREED.items())[:-1]:"),
     "dtensor: mean of the ranks' means": Mutant(DTENSOR, 'here = "sum" if mean_of_parts else reduction', "here, mean_of_parts = reduction, False"),
+    "ranks: uneven shares weigh the same": Mutant(LOOP, "loss * share.factor", "loss"),
+    "ranks: an empty share is empty": Mutant(RANKS, "return part if len(part) else rows[:1]", "return part"),
+    "ranks: an empty share counts": Mutant(SHARES, "yield Share(own,", "yield Share(max(own, 1),"),
+    "ranks: metrics of one rank": Mutant(RANKS, "dist.all_reduce(total)", "pass"),
+    "ranks: any job's run is continued": Mutant(FOLDER, 'load_checkpoint(f).get("job") == job', 'load_checkpoint(f).get("job")'),
     "patch: no lock": Mutant(PATCHING, "lock = threading.Lock()", "import contextlib\nlock = contextlib.nullcontext()"),
 }  # fmt: skip
 
@@ -163,7 +171,7 @@ def survives(mutant: Mutant) -> bool:
             raise SystemExit(f"{mutant.file} no longer contains: {mutant.right}")
         path.write_text(source.replace(mutant.right, mutant.wrong))
         tests = [f"tests/test_{name}.py" for name in OWN.get(mutant.file, TESTS)]
-        on_cpu = mutant.file in (TORCH, TARGETS, CHUNKS, PATCHING, LINEAR, TORCH_OUTPUTS, *RANKS)
+        on_cpu = mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {SOFTMAX, OUTPUTS}
         place = "not interpreter" if on_cpu else "interpreter or launch"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", "-k", place, *tests]
         run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True)

@@ -1,9 +1,18 @@
 """Batches: every image once, the same from memory and from workers."""
 
+import signal
+
 import pytest
 import torch
 
-from softmax_fused.training.batches import LoaderBatches, MemoryBatches, make_batches, shuffled
+from softmax_fused.training.batches import (
+    LoaderBatches,
+    MemoryBatches,
+    leave_signals_to_the_parent,
+    make_batches,
+)
+from softmax_fused.training.shares import shuffled
+from softmax_fused.training.signals import SIGNALS
 from tests.lab import few_digits
 
 CPU = torch.device("cpu")
@@ -49,3 +58,13 @@ def test_odd_batch_sizes(size: int) -> None:
     sizes = [len(labels) for _, labels in batches.epoch(1)]
     assert len(sizes) == len(batches)
     assert sum(sizes) == 300
+
+
+def test_workers_leave_both_signals_to_the_parent() -> None:
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    try:
+        leave_signals_to_the_parent(0)
+        assert {signal.getsignal(signum) for signum in SIGNALS} == {signal.SIG_IGN}
+    finally:
+        for signum, known in before.items():
+            signal.signal(signum, known)

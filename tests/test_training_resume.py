@@ -103,13 +103,13 @@ def interrupt_in_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int, stop: BaseEx
     original = run_module.train_epoch
     done = 0
 
-    def interrupted(learner: Any, batches: Any) -> Any:
+    def interrupted(learner: Any, batches: Any, *shares: Any) -> Any:
         nonlocal done
         done += 1
         if done == epoch:
             next(iter(batches))
             raise stop
-        return original(learner, batches)
+        return original(learner, batches, *shares)
 
     monkeypatch.setattr(run_module, "train_epoch", interrupted)
 

@@ -1,14 +1,19 @@
-"""Shuffled batches: gathered from memory, or read by the workers of a DataLoader; the same ones either way."""
+"""Shuffled batches: gathered from memory, or read by the workers of a DataLoader; the same ones either way.
 
-import signal
+Of several ranks each gets its share of every batch.
+"""
+
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from softmax_fused.training.data import Split, to_input
+from softmax_fused.training.ranks import ALONE, Ranks
+from softmax_fused.training.shares import ShareSampler
+from softmax_fused.training.signals import ignore_signals
 
 Batch = tuple[Tensor, Tensor]
 
@@ -28,85 +33,74 @@ class Batches(Protocol):
         ...
 
 
-def shuffled(size: int, seed: int, epoch: int) -> Tensor:
-    """Return the order of the images, a function of (seed, epoch): resuming needs no state of a sampler."""
-    # torch's CPU generator keeps 32 bits of its seed; an odd factor gives each of 2^32 seeds its own.
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32)
-    return torch.randperm(size, generator=generator)
-
-
 class MemoryBatches:
     """Batches gathered from a split that stays on the device, one byte a pixel."""
 
-    def __init__(self, split: Split, batch_size: int, seed: int, device: torch.device) -> None:
+    def __init__(self, split: Split, batch_size: int, seed: int, device: torch.device, ranks: Ranks = ALONE) -> None:
         self.split = split.to(device)
-        self.batch_size = batch_size
-        self.seed = seed
+        self.sampler = ShareSampler(_Rows(split), batch_size, seed, ranks)
 
     def __len__(self) -> int:
-        return -(-len(self.split) // self.batch_size)
+        return len(self.sampler)
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """See `Batches.epoch`."""
         images, labels = self.split.images, self.split.labels
-        order = shuffled(len(labels), self.seed, number).to(labels.device)
-        for rows in torch.split(order, self.batch_size):
+        self.sampler.set_epoch(number)
+        for rows in self.sampler.rows(labels.device):
             yield to_input(images.index_select(0, rows)), labels.index_select(0, rows)
 
 
 class LoaderBatches:
     """The same batches through `torch.utils.data.DataLoader` with worker processes."""
 
-    def __init__(self, split: Split, batch_size: int, seed: int, device: torch.device, workers: int) -> None:
+    def __init__(
+        self, split: Split, batch_size: int, seed: int, device: torch.device, workers: int, ranks: Ranks = ALONE
+    ) -> None:
         self.device = device
-        self.order = _Order(len(split), batch_size, seed)
+        rows = _Rows(split)
+        self.sampler = ShareSampler(rows, batch_size, seed, ranks)
         self.loader: DataLoader[Any] = DataLoader(
-            _Rows(split),
+            rows,
             batch_size=None,  # the sampler yields whole batches
-            sampler=self.order,
+            sampler=self.sampler,
             num_workers=workers,
             persistent_workers=True,
             pin_memory=device.type == "cuda",
-            worker_init_fn=leave_interrupts_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator().manual_seed(seed),  # else each epoch would draw from the global generator
         )
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.sampler)
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """See `Batches.epoch`."""
-        self.order.number = number
+        self.sampler.set_epoch(number)
         for images, labels in self.loader:
             yield to_input(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
-
-
-class _Order(Sampler[Tensor]):
-    def __init__(self, size: int, batch_size: int, seed: int) -> None:
-        self.size, self.batch_size, self.seed, self.number = size, batch_size, seed, 1
-
-    def __len__(self) -> int:
-        return -(-self.size // self.batch_size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(torch.split(shuffled(self.size, self.seed, self.number), self.batch_size))
 
 
 class _Rows(Dataset[Batch]):
     def __init__(self, split: Split) -> None:
         self.split = split
 
+    def __len__(self) -> int:
+        return len(self.split)
+
     def __getitem__(self, rows: Tensor) -> Batch:
         return self.split.images.index_select(0, rows), self.split.labels.index_select(0, rows)
 
 
-def leave_interrupts_to_the_parent(worker: int) -> None:  # noqa: ARG001 - DataLoader passes the worker's number
-    """Let the parent alone decide what Ctrl-C does to workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals_to_the_parent(worker: int) -> None:  # noqa: ARG001 - DataLoader passes the worker's number
+    """Let the parent alone decide what Ctrl-C does to workers, and SIGTERM, which torchrun sends to them too."""
+    ignore_signals()
 
 
-def make_batches(split: Split, batch_size: int, seed: int, device: torch.device, workers: int = 0) -> Batches:
+def make_batches(
+    split: Split, batch_size: int, seed: int, device: torch.device, workers: int = 0, ranks: Ranks = ALONE
+) -> Batches:
     """Return batches from memory, or from `workers` processes if there are to be any."""
     if workers:
-        return LoaderBatches(split, batch_size, seed, device, workers)
-    return MemoryBatches(split, batch_size, seed, device)
+        return LoaderBatches(split, batch_size, seed, device, workers, ranks)
+    return MemoryBatches(split, batch_size, seed, device, ranks)

@@ -5,6 +5,7 @@ files leaves metrics.json one epoch behind, and resuming writes it again from th
 """
 
 import errno
+import glob
 import io
 import json
 import os
@@ -56,6 +57,20 @@ def create_folder(path: Path) -> Path:
         go_on = f"continue that run with --resume {path}, or " if CHECKPOINT in held else ""
         raise LabError(f"expected --output to be a new folder, got {path} with {held[0]}; {go_on}choose another folder")
     return path
+
+
+def begun_folder(output: Path | None, label: str, job: str | None) -> Path | None:
+    """Return the run folder that torchrun's job has begun already, if it has: its ranks were started again.
+
+    Args:
+        output: The folder asked for; by default one under ``runs`` whose name ends with `label`.
+        label: As of `default_folder`, with the job in it.
+        job: As of `Ranks`.
+    """
+    if job is None:
+        return None
+    folders = [output] if output else sorted(Path("runs").glob(f"*-{glob.escape(label)}"))
+    return next((f for f in folders if (f / CHECKPOINT).exists() and load_checkpoint(f).get("job") == job), None)
 
 
 def save_run(folder: Path, checkpoint: Checkpoint) -> None:

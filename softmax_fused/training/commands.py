@@ -14,6 +14,7 @@ from softmax_fused.training.learner import OPTIMIZERS
 from softmax_fused.training.losses import LOSSES
 from softmax_fused.training.models import ACTIVATIONS, MODELS
 from softmax_fused.training.options import DataDir
+from softmax_fused.training.ranks import connected, refuse_several, torchrun_ranks
 from softmax_fused.training.report_command import report
 
 app = typer.Typer(
@@ -27,6 +28,13 @@ app.command()(data)
 app.command()(report)
 
 DEFAULT = TrainConfig()
+
+
+@app.callback()
+def check_ranks(context: typer.Context) -> None:
+    """Let torchrun start several ranks of `train` alone."""
+    if context.invoked_subcommand != "train":
+        refuse_several(str(context.invoked_subcommand))
 
 
 def _whole(text: str) -> int:
@@ -137,19 +145,21 @@ def train(
     """Train a model and leave metrics, curves, pictures and a checkpoint in a run folder.
 
     Without --dataset, scikit-learn's digits stand in for Fashion-MNIST where it cannot be downloaded.
+    Under torchrun, each rank takes its share of every batch.
     """
     from softmax_fused.training import run
     from softmax_fused.training.report import Reporter
 
-    given = _given_settings(context)
-    reporter = Reporter(quiet=quiet)
-    if resume is None:
-        config = TrainConfig.fitting(given)
-        run.train(config, output=output, fallback="dataset" not in given, reporter=reporter)
-    elif output is not None:
+    given, ranks = _given_settings(context), torchrun_ranks()
+    reporter = Reporter(quiet=quiet, mute=ranks.rank > 0)
+    if resume is not None and output is not None:
         raise UsageError("expected --resume without --output, got both; leave --output out: a run stays in its folder")
-    else:
-        run.resume(resume, given, reporter=reporter)
+    config = TrainConfig.fitting(given) if resume is None else None
+    with connected(ranks):
+        if config is not None:
+            run.train(config, output=output, fallback="dataset" not in given, reporter=reporter, ranks=ranks)
+        elif resume is not None:
+            run.resume(resume, given, reporter=reporter, ranks=ranks)
 
 
 @app.command()

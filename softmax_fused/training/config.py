@@ -10,7 +10,8 @@ from softmax_fused.training.errors import LabError, UsageError
 from softmax_fused.training.fitting import check_name, check_names, check_options, fitting_settings
 from softmax_fused.training.learner import OPTIMIZERS
 
-MAY_CHANGE = ("epochs", "device", "data_dir", "workers")  # when a run is resumed
+MACHINE = ("device", "data_dir", "workers")  # what may differ between ranks
+MAY_CHANGE = ("epochs", *MACHINE)  # when a run is resumed
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ class LabError(RuntimeError):
     status = 1
 
 
+class CommonError(LabError):
+    """A failure that all ranks meet alike: one of them reports it."""
+
+
 class MissingDataError(LabError):
     """Files of a data set that are not there and could not be downloaded."""
 

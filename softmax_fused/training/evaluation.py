@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmax_fused.training.data import ImageData
+from softmax_fused.training.data import ImageData, Split
 from softmax_fused.training.learner import Learner
 from softmax_fused.training.loop import confusion_matrix, predict_classes, predict_outputs
+from softmax_fused.training.ranks import ALONE, Ranks
 
 CURVES = ("train_loss", "train_accuracy", "test_accuracy", "epoch_seconds")
 REGRESSION_CURVES = ("train_loss", "test_loss", "epoch_seconds")
@@ -18,10 +19,14 @@ def curve_names(data: ImageData) -> tuple[str, ...]:
     return CURVES if data.classes else REGRESSION_CURVES
 
 
-def evaluate(learner: Learner, data: ImageData) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return the test set's value of a curve, and what the record holds of the last epoch alone."""
+def evaluate(learner: Learner, data: ImageData, ranks: Ranks = ALONE) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the test set's value of a curve, and what the record holds of the last epoch alone.
+
+    Several ranks classify a part of the test set each and add up their counts; all evaluate a regression.
+    """
     if data.classes:
-        counts = confusion_matrix(predict_classes(learner, data.test), data.test, len(data.classes)).cpu()
+        part = Split(data.test.images[ranks.rank :: ranks.size], data.test.labels[ranks.rank :: ranks.size])
+        counts = ranks.sum(confusion_matrix(predict_classes(learner, part), part, len(data.classes))).cpu()
         return {"test_accuracy": int(counts.diagonal().sum()) / len(data.test)}, _of_classes(counts, data.classes)
     loss = learner.loss(predict_outputs(learner, data.test).float(), data.test.labels).item()  # as in training
     weights, bias = read_parameters(learner, data.test.images)

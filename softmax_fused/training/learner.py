@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.losses import LOSSES, Fused, Loss, LossEntry, build_loss, class_scores
@@ -31,7 +32,7 @@ class Learner:
     """A model, its loss and its optimiser; `forward` is the model, compiled or not, `scale` a factor of its logits.
 
     `head` is the last layer where the loss computes that too; then `forward` is the model before it. `advice` is what
-    to do about a loss that is not finite.
+    to do about a loss that is not finite. `parallel` computes the loss where other ranks do so too.
     """
 
     model: Model
@@ -44,6 +45,7 @@ class Learner:
     scale: float = 1.0
     advice: str = LossEntry.advice
     head: nn.Linear | None = None
+    parallel: DistributedDataParallel | None = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context of mixed precision, if the run asks for it."""
@@ -60,6 +62,9 @@ class Learner:
 
     def loss_and_predictions(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the mean loss and each row's predicted class, None for a regression."""
+        if self.parallel is not None:
+            result: tuple[Tensor, Tensor | None] = self.parallel(images, target)
+            return result
         if isinstance(self.loss, Fused):
             return self.loss.with_predictions(self.logits(images), target)
         outputs, loss = self.outputs_and_loss(images, target)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from softmax_fused.training.batches import Batch, MemoryBatches, leave_interrupts_to_the_parent
+from softmax_fused.training.batches import Batch, MemoryBatches, leave_signals_to_the_parent
 from softmax_fused.training.data import Split
 from softmax_fused.training.errors import Stopped
 from softmax_fused.training.report import UPDATES, Reporter
@@ -98,7 +98,7 @@ def book_loader(split: Split, batch_size: int, workers: int) -> Iterable[Batch]:
             batch_size=batch_size,
             shuffle=True,
             num_workers=workers,
-            worker_init_fn=leave_interrupts_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator().manual_seed(0),
         )
     return loader

@@ -2,38 +2,50 @@
 
 import math
 from collections.abc import Iterable
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from softmax_fused.training.batches import Batch
 from softmax_fused.training.data import Split, to_input
-from softmax_fused.training.errors import LabError
+from softmax_fused.training.errors import CommonError
 from softmax_fused.training.learner import Learner
 from softmax_fused.training.losses import class_scores
+from softmax_fused.training.ranks import ALONE, Ranks
+from softmax_fused.training.shares import Shares
 
 EVALUATION_BATCH = 2000  # rows whose float32 pixels, 6 MB, stay in a core's cache
 
 
-def train_epoch(learner: Learner, batches: Iterable[Batch]) -> tuple[float, float]:
+def train_epoch(learner: Learner, batches: Iterable[Batch], shares: Shares | None = None) -> tuple[float, float]:
     """Train on every batch once.
+
+    Args:
+        learner: What to train.
+        batches: All of an epoch.
+        shares: What `batches` are of the global batches, where several ranks train.
 
     Returns:
         The mean loss over the epoch's images and the share of them classified correctly, each at its own step; of
         soft labels the likeliest class counts, and for a regression the share is NaN.
 
     Raises:
-        LabError: if the mean loss is not finite.
+        CommonError: if the mean loss is not finite.
     """
     learner.model.train()
     losses, correct, sizes = [], [], []
-    for images, target in batches:
+    for (images, target), share in zip(batches, shares or repeat(None), strict=False):
         loss, predicted = learner.loss_and_predictions(images, target)
-        learner.update(loss)
+        learner.update(loss if share is None else loss * share.factor)
         losses.append(loss.detach())
-        correct.append(_count_right(predicted, target))
-        sizes.append(len(target))
-    return mean_loss(losses, sizes, learner.advice), torch.stack(correct).sum().item() / sum(sizes)
+        if share is None or share.examples:
+            correct.append(_count_right(predicted, target))
+        sizes.append(len(target) if share is None else share.examples)
+    ranks = shares.ranks if shares else ALONE
+    loss_of_all = mean_loss(losses, sizes, learner.advice, ranks)
+    right = torch.stack(correct).sum().cpu().double() if correct else torch.zeros((), dtype=torch.float64)
+    return loss_of_all, ranks.sum(right).item() / int(ranks.sum(torch.tensor(sum(sizes))))
 
 
 def _count_right(predicted: Tensor | None, target: Tensor) -> Tensor:
@@ -42,15 +54,16 @@ def _count_right(predicted: Tensor | None, target: Tensor) -> Tensor:
     return (predicted == (target.argmax(dim=1) if target.is_floating_point() else target)).sum()
 
 
-def mean_loss(losses: list[Tensor], sizes: list[int], advice: str) -> float:
-    """Return the mean over images of batches' mean losses, summed in float64.
+def mean_loss(losses: list[Tensor], sizes: list[int], advice: str, ranks: Ranks = ALONE) -> float:
+    """Return the mean over images, of all ranks, of batches' mean losses, summed in float64.
 
     Raises:
-        LabError: if it is not finite; `advice` says what to do about it.
+        CommonError: if it is not finite; `advice` says what to do about it.
     """
-    mean = torch.stack(losses).cpu().double().dot(torch.tensor(sizes).double()).item() / sum(sizes)
+    total = ranks.sum(torch.stack(losses).cpu().double().dot(torch.tensor(sizes).double()))
+    mean = total.item() / int(ranks.sum(torch.tensor(sum(sizes))))
     if not math.isfinite(mean):
-        raise LabError(f"expected a finite training loss, got {mean}; {advice}")
+        raise CommonError(f"expected a finite training loss, got {mean}; {advice}")
     return mean
 
 

@@ -11,27 +11,29 @@ import torch
 from softmax_fused.training.config import TrainConfig
 from softmax_fused.training.data import ImageData
 from softmax_fused.training.evaluation import curve_names
+from softmax_fused.training.ranks import ALONE, Ranks
 
 Metrics = dict[str, Any]
 
 
-def new_metrics(config: TrainConfig, data: ImageData, device: torch.device) -> Metrics:
+def new_metrics(config: TrainConfig, data: ImageData, device: torch.device, ranks: Ranks = ALONE) -> Metrics:
     """Return the record of a run that has not trained yet."""
     return {
-        **surroundings(config, device),
+        **surroundings(config, device, ranks),
         "dataset": data.describe(),
         **{name: [] for name in curve_names(data)},
         **({"per_class_accuracy": {}, "confusion_matrix": []} if data.classes else {"parameters": {}}),
     }
 
 
-def surroundings(config: TrainConfig, device: torch.device) -> Metrics:
-    """Return settings, versions and device: what may change when a run is resumed."""
+def surroundings(config: TrainConfig, device: torch.device, ranks: Ranks = ALONE) -> Metrics:
+    """Return settings, versions, device and the number of ranks: what may change when a run is resumed."""
     return {
         "config": config.as_dict(),
         "versions": versions(),
         "device": str(device),
         "device_name": device_name(device),
+        "ranks": ranks.size,
     }
 
 

@@ -19,11 +19,14 @@ TIME_NOTE = "us: median microseconds of the loss, forward + backward, and of the
 
 
 class Reporter:
-    """Progress on standard output; warnings go to standard error, and are never silenced."""
+    """Progress on standard output; warnings go to standard error, and `quiet` does not silence them.
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self.console = Console(highlight=False, soft_wrap=True)
+    One that is `mute` prints nothing at all: of several ranks one speaks.
+    """
+
+    def __init__(self, *, quiet: bool = False, mute: bool = False) -> None:
+        self.quiet = quiet or mute
+        self.console = Console(highlight=False, soft_wrap=True, quiet=mute)
 
     def line(self, text: str) -> None:
         """Print one line, unless quiet."""
@@ -44,7 +47,7 @@ class Reporter:
         panel = Panel(
             Text(text), title="WARNING: other data", title_align="left", border_style="bold red", padding=(1, 2)
         )
-        Console(stderr=True, highlight=False).print(panel)
+        Console(stderr=True, highlight=False, quiet=self.console.quiet).print(panel)
 
     def comparison(self, losses: dict[str, dict[str, Any]]) -> None:
         """Print a table of losses trained side by side."""

@@ -2,8 +2,9 @@
 
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,39 +13,54 @@ import torch
 from torch import Tensor
 
 from softmax_fused.training.batches import Batches, make_batches
-from softmax_fused.training.checkpoint import CHECKPOINT, create_folder, load_checkpoint, remove_figures, save_run
-from softmax_fused.training.config import TrainConfig, check_changes, pick_device
+from softmax_fused.training.checkpoint import (
+    CHECKPOINT,
+    begun_folder,
+    create_folder,
+    load_checkpoint,
+    remove_figures,
+    save_run,
+)
+from softmax_fused.training.config import MACHINE, TrainConfig, check_changes
 from softmax_fused.training.data import ImageData, data_root, load_dataset
 from softmax_fused.training.errors import LabError, Stopped, WriteError
 from softmax_fused.training.evaluation import curve_names, evaluate
-from softmax_fused.training.events import event_writer
+from softmax_fused.training.events import EventWriter, event_writer
 from softmax_fused.training.figures import draw_figures
 from softmax_fused.training.learner import Learner, learner_for
 from softmax_fused.training.loop import train_epoch
+from softmax_fused.training.parallel import check_parallel, parallel_learner
+from softmax_fused.training.ranks import ALONE, Ranks, describe_lost_rank, is_lost_rank
 from softmax_fused.training.record import Metrics, add_results, default_folder, new_metrics, surroundings
 from softmax_fused.training.report import Reporter, describe, describe_parameters
+from softmax_fused.training.shares import Shares
 from softmax_fused.training.signals import signals_held
 from softmax_fused.training.targets import SoftBatches
 
 
 @dataclass
 class Run:
-    """A run between two epochs; `metrics` is what metrics.json holds."""
+    """A run between two epochs; `metrics` is what metrics.json holds. Of several ranks the first writes."""
 
     folder: Path
     config: TrainConfig
     data: ImageData
     learner: Learner
     metrics: Metrics
+    ranks: Ranks = ALONE
 
     @property
     def epochs_done(self) -> int:
         """Return the number of epochs whose results are in `metrics`."""
         return len(self.metrics["train_loss"])
 
-    def save(self) -> None:
-        """Write checkpoint.pt and metrics.json."""
+    def save(self, events: EventWriter | None = None) -> None:
+        """Write checkpoint.pt and metrics.json, and the last epoch's events; all ranks wait for them."""
+        self.ranks.from_first(lambda: self._write(events))
+
+    def _write(self, events: EventWriter | None) -> None:
         state = {
+            "job": self.ranks.job,
             "config": self.config.as_dict(),
             "metrics": self.metrics,
             "model": self.learner.model.state_dict(),
@@ -53,6 +69,8 @@ class Run:
             "generators": _generators(self.learner.device),
         }
         save_run(self.folder, state)
+        if events:
+            events.add_epoch(self.metrics)
 
 
 def train(
@@ -62,8 +80,9 @@ def train(
     data: ImageData | None = None,
     fallback: bool = False,
     reporter: Reporter | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
-    """Train from the beginning.
+    """Train from the beginning, or from where torchrun's job was when it started its ranks again.
 
     Args:
         config: What to train.
@@ -71,20 +90,30 @@ def train(
         data: Data to use instead of the data set that `config` names.
         fallback: Whether scikit-learn's digits may stand in for a data set that cannot be had.
         reporter: Where progress goes.
+        ranks: The processes that train together, connected.
 
     Returns:
         The run folder.
     """
-    reporter = reporter or Reporter()
-    device = pick_device(config.device)
-    data = data or load_dataset(config.dataset, data_root(config.data_dir), fallback=fallback)
+    reporter = reporter or Reporter(mute=ranks.rank > 0)
+    check_parallel(config.model, ranks)
+    device = ranks.pick_device(config.device)
+    load, asked = partial(load_dataset, config.dataset, data_root(config.data_dir), fallback=fallback), config.dataset
+    data = data or ranks.by_turns(load)
     if data.fallback:
-        reporter.fallback(config.dataset, data)
         config = replace(config, dataset=data.name)
+    label = f"{config.dataset}-{config.model}-{config.loss}" + f"-{ranks.job}" * (ranks.job is not None)
+    begun = ranks.from_first(lambda: begun_folder(output, label, ranks.job))
+    if begun:
+        reporter.line(f"torchrun started the ranks again; {begun} goes on")
+        return resume(begun, config.as_dict(), data=data, reporter=reporter, ranks=ranks)
+    if data.fallback:
+        reporter.fallback(asked, data)
+    _check_same(config, data, ranks)
     torch.manual_seed(config.seed)
     learner = learner_for(config, len(data.classes), device)
-    folder = create_folder(output or default_folder(f"{config.dataset}-{config.model}-{config.loss}"))
-    run = Run(folder, config, data.to(device), learner, new_metrics(config, data, device))
+    folder = ranks.from_first(lambda: create_folder(output or default_folder(label)))
+    run = Run(folder, config, data.to(device), learner, new_metrics(config, data, device, ranks), ranks)
     with _saying_how_to_resume(run):
         run.save()  # so that a run stopped in its first epoch can be resumed too
         _finish(run, reporter)
@@ -92,7 +121,12 @@ def train(
 
 
 def resume(
-    folder: Path, changes: dict[str, Any], *, data: ImageData | None = None, reporter: Reporter | None = None
+    folder: Path,
+    changes: dict[str, Any],
+    *,
+    data: ImageData | None = None,
+    reporter: Reporter | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Continue a run; it ends with the same weights as one that never stopped.
 
@@ -101,26 +135,30 @@ def resume(
         changes: Settings by name; `check_changes` says which may differ from the run's.
         data: Data to use instead of the data set that the run names.
         reporter: Where progress goes.
+        ranks: The processes that train together, connected; there may be more or fewer than before.
 
     Returns:
         The run folder.
     """
-    reporter = reporter or Reporter()
-    state = load_checkpoint(folder / CHECKPOINT)
+    reporter = reporter or Reporter(mute=ranks.rank > 0)
+    state = ranks.from_first(lambda: load_checkpoint(folder / CHECKPOINT))
     metrics: Metrics = state["metrics"]
     config = check_changes(TrainConfig(**state["config"]), changes, epochs_done=len(metrics["train_loss"]))
-    device = pick_device(config.device)
-    data = _same_data(metrics, data or load_dataset(config.dataset, data_root(config.data_dir)))
+    check_parallel(config.model, ranks)
+    device = ranks.pick_device(config.device)
+    load = partial(load_dataset, config.dataset, data_root(config.data_dir))
+    data = _same_data(metrics, data or ranks.by_turns(load))
+    _check_same(config, data, ranks)
     if data.fallback:
         reporter.fallback("the data set asked for", data)
     learner = learner_for(config, len(data.classes), device)
-    run = Run(folder, config, data.to(device), learner, {**metrics, **surroundings(config, device)})
+    run = Run(folder, config, data.to(device), learner, {**metrics, **surroundings(config, device, ranks)}, ranks)
     learner.model.load_state_dict(state["model"])
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.scaler.load_state_dict(state["scaler"])
     _set_generators(state["generators"], device)
     with _saying_how_to_resume(run):
-        remove_figures(folder)
+        ranks.from_first(lambda: remove_figures(folder))
         run.save()  # metrics.json may be one epoch behind the checkpoint
         _finish(run, reporter)
     return folder
@@ -130,35 +168,40 @@ def _finish(run: Run, reporter: Reporter) -> None:
     """Train the epochs that are left, draw the pictures, say where everything is."""
     config = run.config
     batches = _batches(run)
-    with event_writer(run.folder, run.metrics) as events:
+    run.learner = parallel_learner(run.learner, run.ranks)
+    with event_writer(run.folder, run.metrics) if run.ranks.rank == 0 else nullcontext() as events:
         for number in range(run.epochs_done + 1, config.epochs + 1):
             with reporter.epoch(number, config.epochs) as report:
                 results, last = _epoch(run, report.track(batches.epoch(number), len(batches)))
                 report.finish(describe(results, len(run.data.train)))
             with signals_held():
                 add_results(run.metrics, results, last)
-                run.save()
-                events.add_epoch(run.metrics)
+                run.save(events)
     if not run.data.classes:
         reporter.line(describe_parameters(run.metrics["parameters"]))
-    draw_figures(run.folder, run.metrics, run.data.test, run.learner)
+    run.ranks.from_first(lambda: draw_figures(run.folder, run.metrics, run.data.test, run.learner))
     reporter.result(str(run.folder))
 
 
 def _batches(run: Run) -> Batches:
-    """Return the batches that the settings describe; labels are indices where nothing asks for probabilities."""
+    """Return the batches that the settings describe; labels are indices where nothing asks for probabilities.
+
+    To mix images a rank reads whole batches: those of other ranks are among them.
+    """
     config = run.config
-    batches = make_batches(run.data.train, config.batch_size, config.seed, run.learner.device, config.workers)
+    read, mix = (ALONE, run.ranks) if config.mixup else (run.ranks, ALONE)
+    batches = make_batches(run.data.train, config.batch_size, config.seed, run.learner.device, config.workers, read)
     if config.one_hot or config.mixup:
-        return SoftBatches(batches, len(run.data.classes), config.mixup, config.seed)
+        return SoftBatches(batches, len(run.data.classes), config.mixup, config.seed, mix)
     return batches
 
 
 def _epoch(run: Run, batches: Any) -> tuple[dict[str, float], Metrics]:
     """Train one epoch and look at the test set; the seconds are those of both."""
     start = perf_counter()
-    loss, accuracy = train_epoch(run.learner, batches)
-    scores, last = evaluate(run.learner, run.data)
+    shares = Shares(run.ranks, len(run.data.train), run.config.batch_size) if run.ranks.size > 1 else None
+    loss, accuracy = train_epoch(run.learner, batches, shares)
+    scores, last = evaluate(run.learner, run.data, run.ranks)
     seconds = perf_counter() - start
     values = {"train_loss": loss, "train_accuracy": accuracy, **scores, "epoch_seconds": seconds}
     return {name: values[name] for name in curve_names(run.data)}, last
@@ -170,6 +213,12 @@ def _same_data(metrics: Metrics, data: ImageData) -> ImageData:
         if then[key] != now[key]:
             raise LabError(f"expected the run's data ({key} {then[key]}), got {key} {now[key]}; pass the same data")
     return replace(data, fallback=then["fallback"])
+
+
+def _check_same(config: TrainConfig, data: ImageData, ranks: Ranks) -> None:
+    """Raise `LabError` if ranks, on several machines perhaps, would not train the same model on the same data."""
+    ranks.check_same("settings", {name: value for name, value in config.as_dict().items() if name not in MACHINE})
+    ranks.check_same("data", {name: value for name, value in data.describe().items() if name != "source"})
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
@@ -188,13 +237,20 @@ def _set_generators(states: dict[str, Tensor], device: torch.device) -> None:
 
 @contextmanager
 def _saying_how_to_resume(run: Run) -> Iterator[None]:
-    command = f"softmax-fused train --resume {shlex.quote(str(run.folder))}"
+    command = f"{run.ranks.program} train --resume {shlex.quote(str(run.folder))}"
+
+    def kept() -> str:
+        return f"{run.folder} keeps {run.epochs_done} of {run.config.epochs} epochs; resume with: {command}"
+
     try:
         yield
     except (KeyboardInterrupt, Stopped) as stop:
-        kept = f"{run.folder} keeps {run.epochs_done} of {run.config.epochs} epochs"
-        raise Stopped(f"stopped; {kept}; resume with: {command}", getattr(stop, "status", 130)) from None
+        raise Stopped(f"stopped; {kept()}", getattr(stop, "status", 130)) from None
     except WriteError as error:
         if not (run.folder / CHECKPOINT).exists():
             raise
         raise LabError(f"{error}, then resume with: {command}") from error
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        raise LabError(f"{describe_lost_rank(error)}; {kept()}") from error

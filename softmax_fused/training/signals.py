@@ -12,14 +12,26 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def signals_raise() -> Iterator[None]:
-    """Turn both signals into `Stopped`; one that is ignored on entry, as under nohup, stays ignored."""
+def signals_raise(*, once: bool = False) -> Iterator[None]:
+    """Turn both signals into `Stopped`; one that is ignored on entry, as under nohup, stays ignored.
+
+    With `once` the first is the last to be heard: torchrun passes on what its ranks may have got already.
+    """
 
     def stop(signum: int, _: FrameType | None) -> None:
+        if once:
+            ignore_signals()
         raise Stopped(status=128 + signum)
 
     with _handler(stop):
         yield
+
+
+def ignore_signals() -> None:
+    """Ignore both from now on, to the end of the process."""
+    if threading.current_thread() is threading.main_thread():
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
 
 
 @contextmanager
@@ -45,4 +57,5 @@ def _handler(handler: Callable[[int, FrameType | None], object]) -> Iterator[Non
         yield
     finally:
         for signum, known in before.items():
-            signal.signal(signum, known)
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, known)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from softmax_fused.training.batches import Batch, Batches
+from softmax_fused.training.ranks import ALONE, Ranks
 
 
 class SoftBatches:
@@ -17,10 +18,11 @@ class SoftBatches:
         \lambda \sim \mathrm{Beta}(\alpha, \alpha)
 
     One :math:`\lambda` a batch, and j a permutation of it (Zhang et al. 2018). Both are functions of (seed, epoch).
+    What is mixed is the share that `ranks` leave to this one, with examples of the whole batch, which `batches` yield.
     """
 
-    def __init__(self, batches: Batches, classes: int, mixup: float, seed: int) -> None:
-        self.batches, self.classes, self.mixup, self.seed = batches, classes, mixup, seed
+    def __init__(self, batches: Batches, classes: int, mixup: float, seed: int, ranks: Ranks = ALONE) -> None:
+        self.batches, self.classes, self.mixup, self.seed, self.ranks = batches, classes, mixup, seed, ranks
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -32,7 +34,8 @@ class SoftBatches:
             target = F.one_hot(labels, self.classes).to(torch.float32)
             if self.mixup:
                 share = random.beta(self.mixup, self.mixup)
-                others = torch.from_numpy(random.permutation(len(labels))).to(labels.device)
-                yield images.lerp(images[others], 1 - share), target.lerp(target[others], 1 - share)
+                others = self.ranks.share(torch.from_numpy(random.permutation(len(labels)))).to(labels.device)
+                own, own_target = self.ranks.share(images), self.ranks.share(target)
+                yield own.lerp(images[others], 1 - share), own_target.lerp(target[others], 1 - share)
             else:
                 yield images, target
