@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def effective(z: Tensor, options: RowSpec) -> tuple[Tensor, Tensor | float]:
     """Return the logits scaled and capped, in the accumulation type, and what the gradient by them is multiplied by."""
-    x = z.to(options.spec.acc)
+    x = z if z.dtype is options.spec.acc else z.to(options.spec.acc)
     if options.scale != 1:
         x = x * options.scale
     if options.softcap is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -121,6 +122,10 @@ def check_options(logit_scale: Any, softcap: Any, outputs: Any, dtype: Any, back
     return tuple(name for name in FIELDS if name in wanted)
 
 
+known_options = functools.lru_cache(64, typed=True)(check_options)
+"""The same, for a training loop; torch.compile warns of caches."""
+
+
 def cross_entropy_rows(
     input: Tensor,
     target: Tensor,
@@ -181,20 +186,22 @@ def cross_entropy_rows(
         2024 (soft-capping of logits).
     """
     tensors = (input, target, weight)
-    wanted = check_options(logit_scale, softcap, outputs, dtype, backend)
+    named = outputs if isinstance(outputs, (str, tuple)) else tuple(outputs)
+    check = check_options if torch.compiler.is_compiling() else known_options
+    wanted = check(logit_scale, softcap, named, dtype, backend)
     if has_torch_function_variadic(*tensors):
         overridden: RowOutputs = handle_torch_function(
             cross_entropy_rows, tensors, *tensors, ignore_index, label_smoothing,
             logit_scale=logit_scale, softcap=softcap, outputs=outputs, dtype=dtype, backend=backend,
         )  # fmt: skip
         return overridden
-    plain = _check.plain(input, target, weight, ignore_index, "none", label_smoothing)
+    small = backend == "auto" and "loss" in wanted and type(target) is torch.Tensor and small_on_cpu(input)
+    plain = small or _check.plain(input, target, weight, ignore_index, "none", label_smoothing)
     if not plain:  # torch's error, or a call that only torch covers
         torch_cross_entropy(input, target, weight, ignore_index, "none", label_smoothing)
     spec = make_spec(input, target, "none", ignore_index, label_smoothing, dtype or _check.loss_dtype(input, target))
     options = RowSpec(spec, float(logit_scale), None if softcap is None else float(softcap), wanted)
-    small = backend == "auto" and small_on_cpu(input)
-    if not plain or small or torch.compiler.is_compiling() or transformed():
+    if small or not plain or torch.compiler.is_compiling() or transformed():
         return composed(input, target, weight, options)
     module = implementation(backend, input.device)
     if input.requires_grad and torch.is_grad_enabled():
@@ -212,9 +219,12 @@ def composed(input: Tensor, target: Tensor, weight: Tensor | None, options: RowS
         w = None if weight is None else weight.to(x.dtype)
         loss = cross_entropy(
             x, target, w, ignore_index=spec.ignore_index, reduction="none", label_smoothing=spec.label_smoothing
-        ).to(spec.dtype)
+        )
+        loss = loss if loss.dtype is spec.dtype else loss.to(spec.dtype)
+    if not {"logsumexp", "entropy"} & set(options.outputs):
+        prediction = x.detach().argmax(min(x.ndim - 1, 1)) if "prediction" in options.outputs else None
+        return RowOutputs(loss, None, prediction, None)  # type: ignore[arg-type]  # None as the caller asked
     rows = x.unsqueeze(0) if input.ndim == 1 else x
-    log_p = torch.log_softmax(rows, 1) if {"logsumexp", "entropy"} & set(options.outputs) else None
-    found = _torch_row_outputs.statistics(rows, options, log_p)
+    found = _torch_row_outputs.statistics(rows, options, torch.log_softmax(rows, 1))
     others = [it if it is None or it.dtype is torch.int64 else it.to(spec.dtype) for it in found[1:]]
     return options.select(loss, *(it if it is None or input.ndim > 1 else it.squeeze(0) for it in others))
