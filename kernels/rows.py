@@ -154,6 +154,16 @@ def lane_max(z):
 
 
 @triton.jit
+def lane_min(x):
+    """Minimum over a lane's share of a block."""
+    if len(x.shape) == 3:
+        y = tl.min(tl.min(x, axis=2), axis=0)
+    else:
+        y = tl.min(x, axis=0)
+    return y
+
+
+@triton.jit
 def lane_sum(z):
     """Sum over a lane's share of a block."""
     if len(z.shape) == 3:

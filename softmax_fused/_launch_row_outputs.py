@@ -9,12 +9,8 @@ import torch
 from softmax_fused import _launch
 from softmax_fused._launch import FORWARD_WARPS, constants, packed, plan, split
 from softmax_fused._layout import describe
-from softmax_fused.kernels.row_outputs import (
-    row_outputs_backward,
-    row_outputs_forward,
-    row_outputs_long_backward,
-    row_outputs_long_forward,
-)
+from softmax_fused.kernels.long_row_outputs import row_outputs_long_backward, row_outputs_long_forward
+from softmax_fused.kernels.row_outputs import row_outputs_backward, row_outputs_forward
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,6 @@ from softmax_fused.kernels.cross_entropy import cross_entropy_statistics
 from softmax_fused.kernels.long_rows import cross_entropy_long_forward
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from softmax_fused._autograd import Spec
@@ -58,14 +56,5 @@ def joined(pieces: Tensor) -> Tensor:
     return out
 
 
-def gradient(
-    upstream: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    saved: Sequence[Tensor],
-    spec: Spec,
-    grad: Tensor,
-) -> None:
-    """Fill `grad` with the gradient of the slice, from the row statistics (m, log s[, A]) and a mean's denominator."""
-    _launch.gradient(upstream, logits, target, weight, saved, spec, grad)
+gradient = _launch.gradient
+"""The plain loss's: the row statistics it reads are those of all slices together."""
