@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from softmax_fused import _check
 from softmax_fused._autograd import make_spec
-from softmax_fused._exchange import Arguments, fault
+from softmax_fused._exchange import Arguments, fault, label_range
 from softmax_fused._slices import Slice, slice_cross_entropy
 from softmax_fused.functional import operations
 
@@ -135,7 +135,10 @@ def cross_entropy(
     if fault(Arguments(local, target, local_weight, ignore_index, reduction, label_smoothing)):
         return None
     dtype = _check.loss_dtype(local, target)
-    mean_of_parts = reduction == "mean" and any(isinstance(placement, Shard) for placement in rows)
+    by_parts = reduction != "none" and any(isinstance(placement, Shard) for placement in rows)
+    if by_parts and local.is_cpu and target.ndim < local.ndim:
+        check_labels(target, input.shape[class_dim], ignore_index, mesh, rows)
+    mean_of_parts = by_parts and reduction == "mean"
     here = "sum" if mean_of_parts else reduction
     spec = make_spec(local, target, here, ignore_index, label_smoothing, dtype)
     spec = spec._replace(classes=input.shape[class_dim], dtype=spec.acc)
@@ -146,16 +149,28 @@ def cross_entropy(
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(loss.to(dtype), mesh, rows, run_check=False, shape=shape, stride=stride)
     if mean_of_parts:
-        count = summed(denominator(input, local, target, weight, ignore_index, spec.acc), mesh, rows).to_local()
+        count = reduced(denominator(input, local, target, weight, ignore_index, spec.acc), mesh, rows).to_local()
         loss = loss / count.masked_fill(count == 0, torch.nan)
-    whole: DTensor = summed(loss, mesh, rows).to(dtype)  # type: ignore[assignment]  # stays one
+    whole: DTensor = reduced(loss, mesh, rows).to(dtype)  # type: ignore[assignment]  # stays one
     return whole
 
 
-def summed(number: Tensor, mesh: DeviceMesh, rows: Sequence[Placement]) -> DTensor:
-    """Return the sum of a number over the ranks that hold different rows, on every rank."""
-    parts = [Partial() if isinstance(placement, Shard) else Replicate() for placement in rows]
-    return DTensor.from_local(number, mesh, parts, run_check=False).redistribute(mesh, [Replicate()] * mesh.ndim)
+def reduced(values: Tensor, mesh: DeviceMesh, rows: Sequence[Placement], operation: str = "sum") -> DTensor:
+    """Return the sum or maximum of values over the ranks that hold different rows, on every rank."""
+    parts = [Partial(operation) if isinstance(placement, Shard) else Replicate() for placement in rows]
+    return DTensor.from_local(values, mesh, parts, run_check=False).redistribute(mesh, [Replicate()] * mesh.ndim)
+
+
+def check_labels(target: Tensor, classes: int, ignore_index: int, mesh: DeviceMesh, rows: Sequence[Placement]) -> None:
+    """Refuse class indices out of range wherever they are, so that no rank waits for one that raised.
+
+    Raises:
+        IndexError: On every rank.
+    """
+    low, high = label_range(target, ignore_index)
+    below, above = reduced(torch.stack([-low, high]), mesh, rows, "max").to_local().tolist()
+    if below > 0 or above >= classes:
+        raise IndexError(_check.out_of_range(classes, ignore_index, -below if below > 0 else above))
 
 
 def denominator(

@@ -79,14 +79,20 @@ def digest(*values: Any) -> int:
     return zlib.crc32(repr(values).encode())
 
 
+def label_range(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return the lowest and the highest of 0 and the class indices that are not ignored."""
+    label = target.long().masked_fill(target == ignore_index, 0)
+    return torch.cat([label.flatten(), label.new_zeros(1)]).aminmax()
+
+
 def facts(it: Arguments) -> Facts:
     """Say what the other ranks must know of valid arguments."""
     dim = min(it.logits.ndim - 1, 1)
     indices = it.target.ndim < it.logits.ndim
     low = high = checksum = torch.zeros((), dtype=torch.int64)
-    if indices and it.target.numel():
+    if indices:
+        low, high = label_range(it.target, it.ignore_index)
         label = it.target.detach().flatten().long()
-        low, high = label.masked_fill(label == it.ignore_index, 0).aminmax()
         checksum = (label * (2 * torch.arange(len(label), device=label.device) + 1)).sum()
     return Facts(
         1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from softmax_fused import _check
@@ -48,8 +49,8 @@ def cross_entropy(
     with smoothing, 3 N for class probabilities; backward none; all independent of C. Before them, unless `sizes` is
     given, one all-gather of 64 bytes a rank: the slices' sizes, and what shows whether the ranks' arguments are right
     and fit together. It waits for the device. Arguments that one rank refuses then raise on every rank. With `sizes`
-    they raise there alone, and the other ranks wait until the group's timeout. Under torch.compile the all-gather
-    breaks the graph.
+    they raise there alone, and the other ranks wait until the group's timeout. Under torch.compile it runs
+    untraced, between two graphs.
 
     Args:
         local_logits: This rank's slice of the logits, (C_r,), (N, C_r) or (N, C_r, d1, ..., dk); any strides.
@@ -91,20 +92,27 @@ def cross_entropy(
     References:
         Shoeybi et al., Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism, 2019.
     """
-    ranks, rank = members(group)
     given = Arguments(local_logits, target, weight, ignore_index, reduction, label_smoothing)
-    problem = fault(given) or refused(local_logits, backend)
+    loss: Tensor = compute(given, group, sizes, backend)
+    return loss
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def compute(it: Arguments, group: dist.ProcessGroup | None, sizes: Sequence[int] | None, backend: str) -> Tensor:
+    """Agree with the other ranks, and compute the loss."""
+    ranks, rank = members(group)
+    problem = fault(it) or refused(it.logits, backend)
     if sizes is None:
-        sizes = exchange(given, problem, ranks)
+        sizes = exchange(it, problem, ranks)
     elif problem is not None:
         raise problem
     else:
-        check_sizes(sizes, local_logits, dist.get_world_size(ranks), rank)
-    spec = make_spec(
-        local_logits, target, reduction, ignore_index, label_smoothing, _check.loss_dtype(local_logits, target)
-    )._replace(classes=sum(sizes))
+        check_sizes(sizes, it.logits, dist.get_world_size(ranks), rank)
+    dtype = _check.loss_dtype(it.logits, it.target)
+    spec = make_spec(it.logits, it.target, it.reduction, it.ignore_index, it.label_smoothing, dtype)
+    spec = spec._replace(classes=sum(sizes))
     part = Slice(sum(sizes[:rank]), ranks if len(sizes) > 1 else None)
-    return slice_cross_entropy(local_logits, target, weight, spec, part, operations(backend, local_logits.device))
+    return slice_cross_entropy(it.logits, it.target, it.weight, spec, part, operations(backend, it.logits.device))
 
 
 def members(group: dist.ProcessGroup | None) -> tuple[Any, int]:

@@ -103,4 +103,19 @@ def dtensors_left_to_torch(rank: int, world: int) -> None:
         cross_entropy(torn, t)
 
 
-ALL = (dtensors, loss_parallel_agrees, parallel_plan, dtensors_left_to_torch)
+def wrong_labels_on_one_rank(rank: int, world: int) -> None:
+    """The labels that a rank holds are out of range: every rank raises, and the mesh is of use afterwards."""
+    mesh = init_device_mesh("cpu", (world,))
+    logits = distribute_tensor(torch.randn(3 * world, 5), mesh, [Shard(0)])
+    for label in (5, -1):
+        wrong = torch.zeros(3 * world, dtype=torch.long)
+        wrong[0], wrong[-1] = -100, label  # the last rank's
+        target = distribute_tensor(wrong, mesh, [Shard(0)])
+        for reduction in ("mean", "sum"):
+            with pytest.raises(IndexError, match=f"class indices from 0 to 4 or ignore_index .-100.; got {label}"):
+                cross_entropy(logits, target, reduction=reduction)
+    fine = distribute_tensor(torch.full((3 * world,), -100), mesh, [Shard(0)])
+    assert cross_entropy(logits, fine, reduction="sum").full_tensor() == 0
+
+
+ALL = (wrong_labels_on_one_rank, dtensors, loss_parallel_agrees, parallel_plan, dtensors_left_to_torch)

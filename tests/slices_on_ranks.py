@@ -174,6 +174,16 @@ def second_derivatives(rank: int, world: int) -> None:
         torch.autograd.grad(loss, local, create_graph=True)
 
 
+def under_compile(rank: int, world: int) -> None:
+    """The graph breaks at the loss, which is computed as ever."""
+    local, target = torch.randn(3, 4, requires_grad=True), torch.tensor([0, 1, 5])
+    step = torch.compile(lambda z: 2 * distributed.cross_entropy(z * 3, target), backend="eager")
+    truth = 2 * distributed.cross_entropy(local * 3, target)
+    loss = step(local)
+    torch.testing.assert_close(loss, truth)
+    torch.testing.assert_close(*(torch.autograd.grad(it, local)[0] for it in (loss, truth)))
+
+
 def wrong_on_one_rank(rank: int, world: int) -> None:
     """Every rank raises, the one at fault the error of the whole loss; the group is of use afterwards."""
     logits, target, weight = torch.randn(4, 3), torch.tensor([0, 2, 1, -100]), torch.ones(3)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import dtensors_on_ranks, slices_on_ranks
+from tests import dtensors_on_ranks, mesh_on_ranks, slices_on_ranks
+from tests.lab import real_data
 from tests.ranks import run, several
 
 
@@ -12,8 +13,17 @@ from tests.ranks import run, several
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks(world: int, tmp_path: Path) -> None:
     """One start of the ranks for all of it: that is what takes the time."""
-    works = slices_on_ranks.ALL + dtensors_on_ranks.ALL
-    run(tmp_path, world, several, works if world == 2 else (*works, slices_on_ranks.subgroups))
+    extra = {
+        2: (slices_on_ranks.under_compile,),
+        4: (slices_on_ranks.subgroups, mesh_on_ranks.readme, mesh_on_ranks.softmax_model_on_a_mesh),
+    }
+    run(tmp_path, world, several, slices_on_ranks.ALL + dtensors_on_ranks.ALL + extra[world])
+
+
+@pytest.mark.slow
+@real_data
+def test_training_on_a_mesh_with_the_real_data(tmp_path: Path) -> None:
+    run(tmp_path, 4, mesh_on_ranks.softmax_model_on_a_mesh_with_real_data)
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from softmax_fused.training.config import pick_device
 from softmax_fused.training.errors import CommonError, LabError, UsageError
@@ -171,6 +170,8 @@ def _store(ranks: Ranks) -> Any:
 
     Machines count restarts each by itself, so that their ranks have no number in common.
     """
+    from torch.distributed.rendezvous import rendezvous  # not there where torch was built without distributed
+
     store = next(rendezvous("env://"))[0]
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if ranks.local_size == ranks.size else "any"
     return dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
