@@ -33,7 +33,7 @@ check: $(VENV)/.dev ## formatting, lint, types, and the package as users get it
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_package.py
 
-mutants: $(VENV)/.test ## plant bugs, one at a time, and see a test catch each (half an hour)
+mutants: $(VENV)/.test ## plant bugs, one at a time, and see a test catch each (over an hour)
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 bench: $(VENV)/.bench ## pytest-benchmark suites on the CPU; ARGS="-k 'both and 32000'" picks some

@@ -22,7 +22,8 @@ NOT_ON_A_GPU = "**Not measured on a GPU yet.** `make bench-gpu` does, in one com
 
 PREDICTED = """### On an H200, predicted from the machine code, not measured
 `python bench/codegen.py` counts what the compiler makes of the kernels for sm_90 and says what bytes, issue slots and
-EX2 allow at best: no kernel can be faster, a real one will be slower.
+EX2 allow at best: no kernel can be faster, a real one will be slower. Other types and small shapes are in
+bench/results/codegen.json.
 
 <details><summary>Instructions a logit and least times</summary>
 

@@ -122,7 +122,7 @@ def device_table(points: list[Point]) -> str:
 
 
 def predicted_table(kernels: list[dict[str, Any]]) -> str:
-    """What the machine code for an H100 or H200 holds, for every call whose kernels go over the logits."""
+    """What the machine code for an H100 or H200 holds in bfloat16, for every call whose kernels go over the logits."""
     titles = ["logits", "dtype", "call", "launch", "registers", "instructions per logit", "EX2 per logit"]
     lines = [
         [
@@ -136,6 +136,7 @@ def predicted_table(kernels: list[dict[str, Any]]) -> str:
             f"{milliseconds(kernel['predicted_us'])} ({kernel['bound']})",
         ]
         for kernel in kernels
-        if kernel["target"] == "sm_90" and kernel.get("predicted_us", 0) >= PREDICTABLE_US
+        if (kernel["target"], kernel["dtype"]) == ("sm_90", "bfloat16")
+        and kernel.get("predicted_us", 0) >= PREDICTABLE_US
     ]
     return markdown([*titles, "at least, on an H200 (bound by)"], lines) if lines else ""

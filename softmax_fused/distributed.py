@@ -93,11 +93,14 @@ def cross_entropy(
         Shoeybi et al., Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism, 2019.
     """
     given = Arguments(local_logits, target, weight, ignore_index, reduction, label_smoothing)
-    loss: Tensor = compute(given, group, sizes, backend)
-    return loss
+    if torch.compiler.is_compiling():
+        from softmax_fused import _untraced
+
+        untraced: Tensor = _untraced.compute(given, group, sizes, backend)
+        return untraced
+    return compute(given, group, sizes, backend)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def compute(it: Arguments, group: dist.ProcessGroup | None, sizes: Sequence[int] | None, backend: str) -> Tensor:
     """Agree with the other ranks, and compute the loss."""
     ranks, rank = members(group)

@@ -359,7 +359,7 @@ KERNEL |= {"instructions_per_element": 12.73, "ex2_per_element": 2.1, "predicted
 
 
 def test_predicted_table() -> None:
-    others = [KERNEL | {"target": "sm_80"}, KERNEL | {"predicted_us": 3.0}]
+    others = [KERNEL | {"target": "sm_80"}, KERNEL | {"predicted_us": 3.0}, KERNEL | {"dtype": "float16"}]
     assert tables.predicted_table(others) == ""
     assert tables.predicted_table([*others, KERNEL]).splitlines()[2:] == [
         "| (8192, 32000) | bfloat16 | indices | both | 32 | 12.7 | 2.10 | 0.26 ms (bytes) |"

@@ -153,8 +153,9 @@ def test_error_at_most_half_as_much_again_as_torch(
 
 
 def test_mean_over_a_million_rows(place: Place) -> None:
-    logits = make_logits((1_000_000, 2), torch.float32, place.device)
-    target = make_indices((1_000_000, 2), place.device)
+    rows = 100_000 if place == INTERPRETER else 1_000_000  # minutes, there
+    logits = make_logits((rows, 2), torch.float32, place.device)
+    target = make_indices((rows, 2), place.device)
     loss = cross_entropy(logits, target, backend=place.backend).double()
     torch.testing.assert_close(loss, reference.cross_entropy(logits, target).loss, rtol=3e-7, atol=0)
 

@@ -77,7 +77,8 @@ Epochs = Annotated[
     typer.Option(parser=_whole, metavar="INTEGER", help="Passes over the training set.", show_default=FITTING),
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(parser=_whole, metavar="INTEGER", help="Images a step.", show_default=FITTING)
+    int | None,
+    typer.Option(parser=_whole, metavar="INTEGER", help="Images a step, of all ranks together.", show_default=FITTING),
 ]
 Lr = Annotated[
     float | None, typer.Option(parser=_number, metavar="NUMBER", help="Learning rate.", show_default=FITTING)
