@@ -157,11 +157,13 @@ def main() -> None:
     path = options.json or RESULTS / f"linear-{slug(torch.cuda.get_device_name()) if options.gpu else 'cpu'}.json"
     record = header(clock, 0, " ".join(["python -m bench.linear", *sys.argv[1:]]), 0) | {"rows": []}
     del record["copy_gb_per_s"]  # products bound the time, not copies
-    for case in ON_GPU if options.gpu else CASES:
+    cases = ON_GPU if options.gpu else CASES
+    for case in cases:
         record["rows"] += measure(case, clock, options.rounds)
-        record["complete"] = case == (ON_GPU if options.gpu else CASES)[-1]
+        record["complete"] = case == cases[-1]
         write_json(path, record)
-        print(table(record), flush=True)
+        lines = table(record).splitlines()
+        print(*(lines if case == cases[0] else lines[-1:]), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

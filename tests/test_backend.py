@@ -24,7 +24,16 @@ def run(program: str, **environment: str) -> str:
 
 def test_import_needs_torch_alone() -> None:
     loaded = run("import sys, softmax_fused; print(*sys.modules)").split()
-    for name in ("triton", "torch._dynamo", "torchvision", "matplotlib", "sklearn", "typer", "rich", "softmax_fused._launch"):
+    for name in (
+        "triton",
+        "torch._dynamo",
+        "torchvision",
+        "matplotlib",
+        "sklearn",
+        "typer",
+        "rich",
+        "softmax_fused._launch",
+    ):
         assert name not in loaded or name in run("import sys, torch; print(*sys.modules)").split()
 
 
