@@ -158,7 +158,9 @@ def cross_entropy(
 def reduced(values: Tensor, mesh: DeviceMesh, rows: Sequence[Placement], operation: str = "sum") -> DTensor:
     """Return the sum or maximum of values over the ranks that hold different rows, on every rank."""
     parts = [Partial(operation) if isinstance(placement, Shard) else Replicate() for placement in rows]
-    return DTensor.from_local(values, mesh, parts, run_check=False).redistribute(mesh, [Replicate()] * mesh.ndim)
+    whole = [Replicate()] * mesh.ndim
+    placed = DTensor.from_local(values, mesh, parts, run_check=False)
+    return placed if parts == whole else placed.redistribute(mesh, whole)  # torch 2.7 fails backward with nothing to do
 
 
 def check_labels(target: Tensor, classes: int, ignore_index: int, mesh: DeviceMesh, rows: Sequence[Placement]) -> None:

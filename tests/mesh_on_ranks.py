@@ -72,7 +72,7 @@ def plan(model: nn.Sequential, mesh: DeviceMesh) -> Parallel:
     local = list(replica.parameters())  # it makes plain tensors of them, and DTensors again while the model runs
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(replica(x), y).full_tensor()
+        return cross_entropy(replica(x), y).to_local()
 
     return Parallel(loss, local, lambda: joined(local, mesh.get_group("classes")))
 
@@ -85,7 +85,7 @@ def dtensors(model: nn.Sequential, mesh: DeviceMesh) -> Parallel:
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         rows, labels = (distribute_tensor(it, mesh, [Shard(0), Replicate()]) for it in (x.flatten(1), y))
-        return cross_entropy(F.linear(rows, weight, bias), labels).full_tensor()
+        return cross_entropy(F.linear(rows, weight, bias), labels).to_local()
 
     return Parallel(loss, [weight, bias], lambda: [weight.full_tensor(), bias.full_tensor()], whole_batches=True)
 
