@@ -147,10 +147,11 @@ def make_slice_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
     """Do what a rank does with its eighth of the classes."""
     target = meta(case.shape[:1], torch.int64)
     spec = make_spec(logits, target, "none", -100, 0.1 if case.kind == SLICES[1] else 0.0, dtype)
-    spec = spec._replace(classes=8 * case.shape[1])
-    _launch_slices.statistics(logits, target, None, spec)
-    stats = meta((case.shape[0], 2), spec.acc)
-    _launch_slices.gradient(meta(case.shape[:1], dtype), logits, target, None, [stats], spec, logits)
+    spec = spec._replace(classes=8 * case.shape[1], first=3 * case.shape[1])
+    parts = _launch_slices.statistics(logits, target, None, spec)
+    sums = _launch_slices.terms(parts, parts[0], logits, target, None, spec)
+    loss, saved = _launch_slices.close(sums, parts[0], logits, target, None, spec)
+    _launch_slices.gradient(loss, logits, target, None, saved, spec, logits)
 
 
 def useful(case: Case, constants: dict[str, Any]) -> float:

@@ -67,10 +67,16 @@ def index_target(target_ptr, rows, c, inside, live, classes, ignore_index, class
 
 @triton.jit
 def slice_target(target_ptr, rows, c, inside, live, classes, ignore_index, class_stride, ACC: tl.constexpr):
-    """As index_target, for class indices relative to a slice of the classes: -1 on another, -2 ignored, -3 no class."""
-    label = tl.load(target_ptr + rows, mask=live, other=-2)
-    keep = tl.where(label == -2, 0.0, tl.where(label == -3, float("nan"), 1.0)).to(ACC)
-    return tl.maximum(label, -1).to(tl.int32), keep, keep
+    """As index_target, where `classes` are a slice: ignore_index is (ignore_index, the first class, the number of all).
+
+    The label is relative to the slice, and -1 where another holds it.
+    """
+    label = tl.load(target_ptr + rows, mask=live, other=-1).to(tl.int64)
+    known = (label >= 0) & (label < ignore_index[2])
+    keep = tl.where(label == ignore_index[0], 0.0, tl.where(known, 1.0, float("nan"))).to(ACC)
+    here = label - ignore_index[1]
+    found = (keep == 1.0) & (here >= 0) & (here < classes)
+    return tl.where(found, here, -1).to(tl.int32), keep, keep
 
 
 @triton.jit

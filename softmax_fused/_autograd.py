@@ -24,6 +24,7 @@ class Spec(NamedTuple):
     dtype: torch.dtype  # of the loss
     acc: torch.dtype  # arithmetic: float32, or float64 where a tensor is float64
     classes: int = 0  # of all slices, where the logits are a slice of the classes
+    first: int = 0  # class of the slice
 
 
 def make_spec(

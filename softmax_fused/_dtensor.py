@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from softmax_fused import _check
 from softmax_fused._autograd import make_spec
 from softmax_fused._exchange import Arguments, fault, label_range
-from softmax_fused._slices import Slice, slice_cross_entropy
+from softmax_fused._slices import slice_cross_entropy
 from softmax_fused.functional import operations
 
 if TYPE_CHECKING:
@@ -95,14 +95,14 @@ def chunk_sizes(size: int, ranks: int) -> list[int]:
     return [max(0, min(step, size - rank * step)) for rank in range(ranks)]
 
 
-def class_slice(input: DTensor, local: Tensor, divides: list[bool]) -> Slice:
-    """Return which classes this rank holds, and who holds the others.
+def class_slice(input: DTensor, local: Tensor, divides: list[bool]) -> tuple[int, Any]:
+    """Return the first class that this rank holds, and the group that holds all; None if this rank does.
 
     Raises:
         RuntimeError: If the mesh divides the classes otherwise than Shard does.
     """
     if not any(divides):
-        return Slice(0, None)
+        return 0, None
     mesh, mesh_dim, class_dim = input.device_mesh, divides.index(True), min(input.ndim - 1, 1)
     sizes, rank = chunk_sizes(input.shape[class_dim], mesh.size(mesh_dim)), mesh.get_local_rank(mesh_dim)
     if local.shape[class_dim] != sizes[rank]:
@@ -110,7 +110,7 @@ def class_slice(input: DTensor, local: Tensor, divides: list[bool]) -> Slice:
             f"a DTensor's ranks must hold {sizes} classes, as Shard divides them; rank {rank} has "
             f"{local.shape[class_dim]}: use softmax_fused.distributed.cross_entropy"
         )
-    return Slice(sum(sizes[:rank]), mesh.get_group(mesh_dim))
+    return sum(sizes[:rank]), mesh.get_group(mesh_dim)
 
 
 def cross_entropy(
@@ -141,9 +141,9 @@ def cross_entropy(
     mean_of_parts = by_parts and reduction == "mean"
     here = "sum" if mean_of_parts else reduction
     spec = make_spec(local, target, here, ignore_index, label_smoothing, dtype)
-    spec = spec._replace(classes=input.shape[class_dim], dtype=spec.acc)
-    part = class_slice(input, local, divides)
-    loss = slice_cross_entropy(local, target, local_weight, spec, part, operations(backend, local.device))
+    first, group = class_slice(input, local, divides)
+    spec = spec._replace(classes=input.shape[class_dim], first=first, dtype=spec.acc)
+    loss = slice_cross_entropy(local, target, local_weight, spec, group, operations(backend, local.device))
     if reduction == "none":
         shape = torch.Size(size for dim, size in enumerate(input.shape) if dim != class_dim)
         stride = torch.empty(shape, device="meta").stride()

@@ -158,6 +158,11 @@ def smoothing(spec: Spec) -> tuple[float | int, ...] | None:
     return (*terms, spec.classes) if terms and spec.classes else terms
 
 
+def ignored(spec: Spec) -> int | tuple[int, int, int]:
+    """Return the ignored index as kernels get it, with where a slice begins and the number of all classes."""
+    return (spec.ignore_index, spec.first, spec.classes) if spec.classes else spec.ignore_index
+
+
 def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:
     """Return the shapes of what `loss` saves: (m, log s[, A]) of each row, and the denominator of a mean."""
     rows = logits.numel() // logits.shape[min(logits.ndim - 1, 1)]
@@ -274,7 +279,7 @@ def fill_gradient(
     tile, programs = plan(rows, logits.itemsize, FORWARD_WARPS, logits_strides, grad_strides)
     helper, acc = constants(spec)
     tensors = (grad, stats, upstream, denominator, logits, target, packed(weight), rows.sizes)
-    options = (spec.ignore_index, smoothing(spec), wanted == "not one", helper, acc)
+    options = (ignored(spec), smoothing(spec), wanted == "not one", helper, acc)
     if not tile.lanes:
         launch(
             cross_entropy_backward, programs, tile.warps, logits.device,

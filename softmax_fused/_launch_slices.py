@@ -1,4 +1,4 @@
-"""Statistics and gradient of a slice of the classes by the kernels: tile choice, grid, launch."""
+"""Statistics, loss and gradient of a slice of the classes by the kernels: tile choice, grid, launch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import math
 from typing import TYPE_CHECKING
 
 from softmax_fused import _launch, _torch_slices
-from softmax_fused._launch import FORWARD_WARPS, constants, packed, plan, smoothing, split_rows
+from softmax_fused._launch import FORWARD_WARPS, Outputs, constants, ignored, packed, plan, smoothing, split_rows
 from softmax_fused._layout import describe
-from softmax_fused.kernels.cross_entropy import cross_entropy_statistics
+from softmax_fused._torch_slices import row_shape, spreads
+from softmax_fused.kernels.cross_entropy import cross_entropy_reduce, cross_entropy_statistics
 from softmax_fused.kernels.long_rows import cross_entropy_long_forward
+from softmax_fused.kernels.slices import cross_entropy_close, cross_entropy_terms
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from softmax_fused._autograd import Spec
+
+BLOCK = 128  # rows a program
+
+
+def prepare(logits: Tensor, target: Tensor, spec: Spec) -> Tensor:  # noqa: ARG001
+    """Return the target: the kernels find their slice in it."""
+    return target
 
 
 def statistics(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
@@ -25,11 +34,10 @@ def statistics(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
     tile, programs = plan(rows, logits.itemsize, FORWARD_WARPS, rows.strides[0])
     number = math.prod(rows.sizes)
     parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
-    kinds = 4 if spec.label_smoothing or not spec.indices else 2
-    out = logits.new_empty((4, number, parts), dtype=spec.acc)
+    out = logits.new_empty((4 if spreads(spec) else 2, number, parts), dtype=spec.acc)
     helper, acc = constants(spec)
     inputs = (logits, target, packed(weight), rows.sizes, *rows.strides, rows.classes)
-    options = (spec.ignore_index, smoothing(spec), helper)
+    options = (ignored(spec), smoothing(spec), helper)
     if tile.lanes:
         _launch.launch(
             cross_entropy_long_forward, programs * parts, tile.warps, logits.device,
@@ -40,8 +48,7 @@ def statistics(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
             cross_entropy_statistics, programs, tile.warps, logits.device,
             out, *inputs, number, *options, acc, tile.rows, tile.classes,
         )  # fmt: skip
-    found = joined(out[:kinds]) if parts > 1 else out[:kinds]
-    return found.view(kinds, *((logits.shape[0], *logits.shape[2:]) if logits.ndim > 1 else ()))
+    return joined(out) if parts > 1 else out.squeeze(2)
 
 
 def joined(pieces: Tensor) -> Tensor:
@@ -54,6 +61,54 @@ def joined(pieces: Tensor) -> Tensor:
         out[2] = pieces[2].sum(1)
         out[3] = (pieces[3] + (pieces[2] * delta).masked_fill_(pieces[2] == 0, 0)).sum(1)
     return out
+
+
+def by_row(target: Tensor, spec: Spec) -> Tensor:
+    """Return class indices one after another; of class probabilities the kernels want the type alone."""
+    return target.contiguous() if spec.indices else target
+
+
+def terms(parts: Tensor, m: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
+    """Return what is summed over ranks, from the slice's statistics and the m of all slices."""
+    if not logits.numel():
+        return _torch_slices.terms(parts, m, logits, target, weight, spec)
+    rows = describe(logits)
+    number = len(m)
+    kinds = (3 if spreads(spec) else 1) + (0 if not spec.indices else 1 if weight is None else 2)
+    out = m.new_empty((kinds, number))
+    helper, acc = constants(spec)
+    _launch.launch(
+        cross_entropy_terms, -(-number // BLOCK), 4, logits.device,
+        out, parts, m, logits, by_row(target, spec), packed(weight), rows.sizes, rows.strides[0], rows.classes, number,
+        ignored(spec), spreads(spec), helper, acc, BLOCK,
+    )  # fmt: skip
+    return out
+
+
+def close(
+    sums: Tensor, m: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss and what `gradient` needs, from the sums over ranks."""
+    number = len(m)
+    if not number:
+        return _torch_slices.close(sums, m, logits, target, weight, spec)
+    programs = -(-number // BLOCK)
+    reduced = spec.reduction != "none"
+    out = Outputs(
+        m.new_empty(() if reduced else row_shape(logits), dtype=spec.dtype),
+        m.new_empty((number, 2 if spec.indices and weight is None else 3)),
+        m.new_empty((2, programs)) if reduced and programs > 1 else None,
+        m.new_empty((1,)) if spec.reduction == "mean" else None,
+    )
+    helper, acc = constants(spec)
+    _launch.launch(
+        cross_entropy_close, programs, 4, logits.device,
+        out.loss, out.stats, out.sums, out.denominator, sums, m, by_row(target, spec), spec.classes, number,
+        ignored(spec), smoothing(spec), spreads(spec), weight is not None, helper, spec.reduction, acc, BLOCK,
+    )  # fmt: skip
+    if out.sums is not None:
+        _launch.launch(cross_entropy_reduce, 1, 4, logits.device, out.loss, out.denominator, out.sums, programs, 256)
+    return out.loss, out.saved()
 
 
 gradient = _launch.gradient

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from softmax_fused import _check
 from softmax_fused._autograd import make_spec
 from softmax_fused._exchange import REFUSALS, Arguments, exchange, fault
-from softmax_fused._slices import Slice, slice_cross_entropy
+from softmax_fused._slices import slice_cross_entropy
 from softmax_fused.functional import operations
 
 if TYPE_CHECKING:
@@ -113,9 +113,9 @@ def compute(it: Arguments, group: dist.ProcessGroup | None, sizes: Sequence[int]
         check_sizes(sizes, it.logits, dist.get_world_size(ranks), rank)
     dtype = _check.loss_dtype(it.logits, it.target)
     spec = make_spec(it.logits, it.target, it.reduction, it.ignore_index, it.label_smoothing, dtype)
-    spec = spec._replace(classes=sum(sizes))
-    part = Slice(sum(sizes[:rank]), ranks if len(sizes) > 1 else None)
-    return slice_cross_entropy(it.logits, it.target, it.weight, spec, part, operations(backend, it.logits.device))
+    spec = spec._replace(classes=sum(sizes), first=sum(sizes[:rank]))
+    others = ranks if len(sizes) > 1 else None
+    return slice_cross_entropy(it.logits, it.target, it.weight, spec, others, operations(backend, it.logits.device))
 
 
 def members(group: dist.ProcessGroup | None) -> tuple[Any, int]:

@@ -75,7 +75,7 @@ def operations(backend: str, device: torch.device) -> Operations:
     problem = triton_problem()
     if problem:
         raise RuntimeError(f"backend='triton' is not available. {problem}")
-    from softmax_fused import _launch, _launch_row_outputs, _launch_softmax  # noqa: F401 - all interpreted, or none
+    from softmax_fused import _launch, _launch_row_outputs, _launch_slices, _launch_softmax  # noqa: F401 - interpreted?
 
     if device.type == "cpu" and not _launch.INTERPRETED:
         raise RuntimeError(

@@ -18,6 +18,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     import softmax_fused._launch
     import softmax_fused._launch_row_outputs
+    import softmax_fused._launch_slices
     import softmax_fused._launch_softmax
 
     del os.environ["TRITON_INTERPRET"]

@@ -23,6 +23,7 @@ class Mutant(NamedTuple):
     file: str
     right: str
     wrong: str
+    tests: tuple[str, ...] = ()  # where not those of its file
 
 
 LINEAR_TESTS = ("linear", "linear_transforms")
@@ -38,7 +39,8 @@ KERNEL, LONG, ROWS, LAUNCH, TORCH, TARGETS, CHUNKS, LINEAR = (
 )
 PATCHING, SOFTMAX, OUTPUTS = "softmax_fused/patching.py", "kernels/softmax.py", "kernels/row_outputs.py"
 TORCH_OUTPUTS = "softmax_fused/_torch_row_outputs.py"
-SLICES, TORCH_SLICES, EXCHANGE, DTENSOR = (
+SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR = (
+    "kernels/slices.py",
     "softmax_fused/_slices.py",
     "softmax_fused/_torch_slices.py",
     "softmax_fused/_exchange.py",
@@ -53,7 +55,7 @@ OWN = {
     SOFTMAX: ("softmax",),
     OUTPUTS: ("row_outputs",),
     TORCH_OUTPUTS: ("row_outputs",),
-    **dict.fromkeys((SLICES, TORCH_SLICES, EXCHANGE, DTENSOR), ("distributed_loss",)),
+    **dict.fromkeys((SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR), ("distributed_loss",)),
     **dict.fromkeys((RANKS, SHARES, LOOP, FOLDER), ("training_parallel",)),
 }
 MUTANTS = {
@@ -142,9 +144,16 @@ MUTANTS = {
     "patch: subclasses see ours": Mutant(PATCHING, "return replacement if all", "return replacement if True or all"),
     "patch: torch lists ours as its own": Mutant(PATCHING, "    fill_tables()\n    with lock", "    with lock"),
     "patch: another's replacement clobbered": Mutant(PATCHING, "elif not patches and current is not found:", "elif not patches:\n        F.cross_entropy = found"),
-    "slices: sums not rescaled": Mutant(SLICES, "terms = [s * delta.exp()]", "terms = [s]"),
-    "slices: <a, z - m> not shifted": Mutant(SLICES, "dot + torch.where(total == 0, 0, total * delta)", "dot"),
-    "slices: true class cancels": Mutant(SLICES, "torch.where(e_true == 1, s.log1p(), (s + e_true).log())", "(s + e_true).log()"),
+    "slices: maxima of one rank": Mutant(SLICES, 'all_reduce(parts[0].clone(), "MAX", group)', "parts[0]"),
+    "slices: sums not rescaled": Mutant(TORCH_SLICES, "found = [s * delta.exp()]", "found = [s]"),
+    "slices: <a, z - m> not shifted": Mutant(TORCH_SLICES, "dot + torch.where(total == 0, 0, total * delta)", "dot"),
+    "slices: true class cancels": Mutant(TORCH_SLICES, "torch.where(e_true == 1, s.log1p(), (s + e_true).log())", "(s + e_true).log()"),
+    "slice kernels: sums not rescaled": Mutant(SLICE_KERNELS, "s * exponential(delta)", "s"),
+    "slice kernels: <a, z - m> not shifted": Mutant(SLICE_KERNELS, "dot + tl.where(total == 0.0, 0.0, total * delta)", "dot"),
+    "slice kernels: true class of another rank": Mutant(SLICE_KERNELS, "tl.where(here, z - m, 0.0)", "z - m"),
+    "slice kernels: true class cancels": Mutant(SLICE_KERNELS, "tl.where(e_true == 1.0, log1p(s), tl.log(s + e_true))", "tl.log(s + e_true)"),
+    "slice kernels: ignored rows count in the mean": Mutant(SLICE_KERNELS, "tl.where(keep == 1.0, w_true, 0.0)", "w_true"),
+    "slice kernels: labels of other slices": Mutant(ROWS, "found = (keep == 1.0) & (here >= 0) & (here < classes)", "found = keep == 1.0", ("distributed_loss",)),
     "slices: smoothing over the slice's classes": Mutant(TORCH_SLICES, "off = spec.label_smoothing / spec.classes\n    out", "off = spec.label_smoothing / max(1, z.shape[1])\n    out"),
     "slices: another's bad arguments go unnoticed": Mutant(EXCHANGE, "if bad:", "if False:"),
     "slices: ranks may differ in their targets": Mutant(EXCHANGE, "for name, meaning in AGREED.items():", "for name, meaning in list(AGREED.items())[:-1]:"),
@@ -170,8 +179,8 @@ def survives(mutant: Mutant) -> bool:
         if mutant.right not in source:
             raise SystemExit(f"{mutant.file} no longer contains: {mutant.right}")
         path.write_text(source.replace(mutant.right, mutant.wrong))
-        tests = [f"tests/test_{name}.py" for name in OWN.get(mutant.file, TESTS)]
-        on_cpu = mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {SOFTMAX, OUTPUTS}
+        tests = [f"tests/test_{name}.py" for name in mutant.tests or OWN.get(mutant.file, TESTS)]
+        on_cpu = mutant.tests or mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {SOFTMAX, OUTPUTS}
         place = "not interpreter" if on_cpu else "interpreter or launch"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", "-k", place, *tests]
         run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True)

@@ -20,7 +20,7 @@ OUTPUT = {"sm_80": "cubin", "sm_90": "cubin", "sm_100": "cubin", "gfx942": "hsac
 KERNELS = {
     *(
         f"cross_entropy_{name}"
-        for name in ("forward", "backward", "both", "reduce", "weights", "combine", "statistics")
+        for name in ("forward", "backward", "both", "reduce", "weights", "combine", "statistics", "terms", "close")
     ),
     *(f"cross_entropy_long_{name}" for name in ("forward", "backward", "both")),
     *(f"softmax_{name}" for name in ("forward", "backward", "long_forward", "long_backward")),
