@@ -15,7 +15,6 @@ import math
 import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -263,13 +262,17 @@ def main() -> None:
     cases = [case for case in CASES if not options.classes or case.shape[1] in options.classes]
     context = multiprocessing.get_context("spawn")
     records: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+    # a process compiles for one target: Triton keeps what it has compiled by device, and all go by the same number
+    with context.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
         runs = [
-            pool.submit(compile_calls, target, dtype, cases) for target in options.targets for dtype in options.dtypes
+            pool.apply_async(compile_calls, (target, dtype, cases))
+            for target in options.targets
+            for dtype in options.dtypes
         ]
         for run in runs:
-            records += run.result()
-            print(*map(line, records[-len(run.result()) :]), sep="\n", flush=True)
+            found = run.get()
+            records += found
+            print(*map(line, found), sep="\n", flush=True)
     if options.json:
         write_json(options.json, records)
 

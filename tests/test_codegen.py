@@ -63,6 +63,14 @@ def test_every_kernel_compiles(target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_one_command_compiles_for_several_targets(tmp_path: Path) -> None:
+    targets = ("sm_80", "sm_90", "gfx942")
+    records = compile_for(tmp_path, "--targets", *targets, "--dtypes", "bfloat16", "--classes", "1000")
+    assert {record["target"] for record in records} == set(targets)
+    assert all(OUTPUT[record["target"]] in record["outputs"] for record in records)
+
+
+@pytest.mark.slow
 def test_float64_compiles(tmp_path: Path) -> None:
     records = compile_for(tmp_path, "--targets", "sm_90", "--dtypes", "float64", "--classes", "10", "19", "1000")
     assert {record["classes"] for record in records} == {10, 19, 1000}
