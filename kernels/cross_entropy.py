@@ -253,7 +253,8 @@ def cross_entropy_statistics(
     on, off = smoothing_terms(smoothing, classes, ACC)
     first = (tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]
     label, keep, _ = TARGET(target_ptr, t_rows, tl.arange(0, CLASSES), first, live, classes, ignore_index, t_step, ACC)
-    spreads: tl.constexpr = target_ptr.dtype.element_ty.is_floating() or smoothing is not None
+    dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()
+    spreads: tl.constexpr = dense or smoothing is not None
     m, s, total, dot = tile_statistics(
         z_rows, logits_strides[len(sizes)], target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes,
         ignore_index, on, off, spreads, TARGET, ACC, ROWS, CLASSES,

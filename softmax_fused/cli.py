@@ -1,5 +1,6 @@
 """The console script: runs a command, turns what stops it into one line and an exit status."""
 
+import signal
 import sys
 from importlib.util import find_spec
 from typing import NoReturn
@@ -30,7 +31,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         with signals_raise(once=ranks.size > 1):
             status = _run(sys.argv[1:] if argv is None else argv)
     except Stopped as stop:
-        _fail("" if speaker else str(stop), stop.status)
+        by_torchrun = stop.status == 128 + signal.SIGTERM  # because the first rank died, perhaps: the second speaks too
+        _fail(f"{speaker}{stop}" if ranks.rank <= by_torchrun else "", stop.status)
     except (CommonError, UsageError) as error:
         _fail("" if speaker else f"error: {error}", error.status)
     except LabError as error:

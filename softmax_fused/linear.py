@@ -151,7 +151,12 @@ def watched() -> bool:
 
 def asked(layer: Layer) -> list[bool]:
     """Return which of x, W and b ask for a gradient."""
-    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in layer[:3]]
+    tensors = (
+        layer.input,
+        layer.linear_weight,
+        layer.linear_bias,
+    )  # torch 2.7 does not compile a slice of a NamedTuple
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
 
 
 def computed(layer: Layer, plan: Plan) -> Tensor:

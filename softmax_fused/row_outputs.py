@@ -226,5 +226,6 @@ def composed(input: Tensor, target: Tensor, weight: Tensor | None, options: RowS
         return RowOutputs(loss, None, prediction, None)  # type: ignore[arg-type]  # None as the caller asked
     rows = x.unsqueeze(0) if input.ndim == 1 else x
     found = _torch_row_outputs.statistics(rows, options, torch.log_softmax(rows, 1))
-    others = [it if it is None or it.dtype is torch.int64 else it.to(spec.dtype) for it in found[1:]]
+    rest = (found.logsumexp, found.prediction, found.entropy)  # torch 2.7 does not compile a slice of a NamedTuple
+    others = [it if it is None or it.dtype is torch.int64 else it.to(spec.dtype) for it in rest]
     return options.select(loss, *(it if it is None or input.ndim > 1 else it.squeeze(0) for it in others))

@@ -123,15 +123,13 @@ def test_a_job_goes_on_without_a_rank_that_died_and_stops_when_told(tmp_path: Pa
         assert job.process.wait(LIMIT) != 0
         assert not job.pids()
         out, err = job.out, job.err
-    lost, stopped = (re.findall(rf"^{start}.*", err, re.M) for start in ("error: expected every rank", "stopped; "))
+    lost, stopped = re.findall(r"^(?:error: expected every rank|stopped; ).*", err, re.M)
     command = rf"torchrun --nproc-per-node=2 -m softmax_fused train --resume {folder}"
-    assert re.fullmatch(
-        rf"error: expected every rank to go on, got one that ended \(.*\); torchrun names the first to fail; "
-        rf"{folder} keeps \d+ of 100000 epochs; resume with: {command}",
-        "\n".join(lost),
-    )
+    reason = r"error: expected every rank to go on, got one that ended \(.*\); torchrun names the first to fail"
+    told = "stopped"  # by torchrun, which may be the first to see that the other is gone
+    assert re.fullmatch(rf"({reason}|{told}); {folder} keeps \d+ of 100000 epochs; resume with: {command}", lost)
     done = len(metrics_of(folder)["train_loss"])
-    assert stopped == [f"stopped; {folder} keeps {done} of 100000 epochs; resume with: {command}"]
+    assert stopped == f"stopped; {folder} keeps {done} of 100000 epochs; resume with: {command}"
     assert curve_lines(out) == [str(number) for number in range(1, done + 1)]
     assert_consistent(folder, done)
     resume(folder, {"epochs": done + 1}, reporter=QUIET)
@@ -149,7 +147,8 @@ def test_a_job_that_may_not_restart_ends_when_a_rank_dies(tmp_path: Path) -> Non
         assert job.process.wait(LIMIT) == 1
         assert not job.pids()
         err = job.err
-    assert re.search(rf"^rank 1: error: expected every rank to go on, got .*; {tmp_path / 'run'} keeps ", err, re.M)
+    reason = "error: expected every rank to go on, got .*|stopped"  # by torchrun, where it is the first to see
+    assert re.search(rf"^rank 1: ({reason}); {tmp_path / 'run'} keeps ", err, re.M)
     assert "Signal 9 (SIGKILL)" in err
     done = len(metrics_of(tmp_path / "run")["train_loss"])
     assert_consistent(tmp_path / "run", done)
