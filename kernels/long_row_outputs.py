@@ -39,7 +39,7 @@ def row_outputs_long_forward(
     t_step = target_strides[len(sizes)]
     on, off = smoothing_terms(smoothing, classes, ACC)
     read = row >= 0
-    if lse_ptr is None and prediction_ptr is None and entropy_ptr is None:
+    if (lse_ptr is None and prediction_ptr is None) and entropy_ptr is None:  # Triton 3.3 knows no chains
         read = tl.max(keep, axis=0) != 0.0  # an ignored row is not
     begin, edge, stop = share(classes, skip, 1, read, CLASSES, EDGE)
     true = tl.max(label, axis=0)

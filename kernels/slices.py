@@ -37,7 +37,7 @@ def cross_entropy_terms(
         tl.store(place + rows, total, mask=live)
         tl.store(place + 2 * rows, dot + tl.where(total == 0.0, 0.0, total * delta), mask=live)
         place += 2 * rows
-    if not target_ptr.dtype.element_ty.is_floating():
+    if target_ptr.dtype.element_ty.is_int():
         label = TARGET(target_ptr, number, number, live[None, :], live, classes, ignore_index, 0, ACC)[0]
         here = label >= 0
         inner = sizes[len(sizes) - 1]
