@@ -157,7 +157,7 @@ def true_gradient(z_true, shift, log_s, total, g, label, on, off, weight_ptr, AC
 
 @triton.jit
 def tile_statistics(
-    z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes, ignore_index, on, off,
+    z_ptr, z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes, ignore_index, on, off,
     SPREAD: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Return m, s, sum a and <a, z - m> of each row of a tile, without the labelled class in s and a."""
@@ -169,7 +169,7 @@ def tile_statistics(
         c = start + tl.arange(0, CLASSES)
         exists = c < classes
         inside = exists[:, None] & live[None, :]
-        z = load_tile(z_rows[None, :] + c.to(tl.int64)[:, None] * z_step, inside).to(ACC)
+        z = load_tile(z_ptr, z_rows[None, :] + c.to(tl.int64)[:, None] * z_step, inside).to(ACC)
         a = z
         if SPREAD:
             t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
@@ -181,12 +181,12 @@ def tile_statistics(
 
 @triton.jit
 def tile_gradient(
-    grad_ptr, out_rows, out_step, z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr,
+    grad_ptr, out_rows, out_step, z_ptr, z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr,
     shift, log_s, total, g, label, keep, live, classes, ignore_index, on, off,
     SPREAD: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Write g * (A * exp(z - m - log s) - a) of each row of a tile."""
-    z_true = tl.load(z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=0.0).to(ACC)
+    z_true = tl.load(z_ptr + z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=0.0).to(ACC)
     g_true = true_gradient(z_true, shift, log_s, total, g, label, on, off, weight_ptr, ACC)
     scale = g * total * tl.exp(-log_s)
     tl.debug_barrier()  # the gradient may be written over the logits: every thread has z_true
@@ -195,7 +195,7 @@ def tile_gradient(
         exists = c < classes
         inside = exists[:, None] & live[None, :]
         steps = c.to(tl.int64)[:, None]
-        z = load_tile(z_rows[None, :] + steps * z_step, inside).to(ACC)
+        z = load_tile(z_ptr, z_rows[None, :] + steps * z_step, inside).to(ACC)
         grad = scale[None, :] * exponential(z - shift[None, :])
         if SPREAD:
             t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
@@ -217,7 +217,7 @@ def cross_entropy_forward(
     Bytes: logits and dense targets once, 8 or 12 a row saved.
     """
     outer, row, live, number = row_tile(tl.program_id(0), sizes, ROWS)
-    z_rows = logits_ptr + row_offsets(outer, row, sizes, logits_strides)
+    z_rows = row_offsets(outer, row, sizes, logits_strides)
     t_rows = row_offsets(outer, row, sizes, target_strides)
     z_step = logits_strides[len(sizes)]
     t_step = target_strides[len(sizes)]
@@ -226,10 +226,10 @@ def cross_entropy_forward(
     label, keep, _ = TARGET(target_ptr, t_rows, tl.arange(0, CLASSES), first, live, classes, ignore_index, t_step, ACC)
     dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()  # else t is the label alone
     m, s, total, dot = tile_statistics(
-        z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes, ignore_index, on, off,
-        dense or smoothing is not None, TARGET, ACC, ROWS, CLASSES,
+        logits_ptr, z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes, ignore_index,
+        on, off, dense or smoothing is not None, TARGET, ACC, ROWS, CLASSES,
     )  # fmt: skip
-    z_true = tl.load(z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=float("-inf")).to(ACC)
+    z_true = tl.load(logits_ptr + z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=float("-inf")).to(ACC)
     shift, log_s, total, loss, weight = close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC)
     store_rows(
         loss_ptr, stats_ptr, sums_ptr, None, denominator_ptr, number, live, shift, log_s, total, loss, weight,
@@ -247,7 +247,7 @@ def cross_entropy_statistics(
     Bytes: logits and dense targets once, 8 or 16 a row.
     """
     outer, row, live, number = row_tile(tl.program_id(0), sizes, ROWS)
-    z_rows = logits_ptr + row_offsets(outer, row, sizes, logits_strides)
+    z_rows = row_offsets(outer, row, sizes, logits_strides)
     t_rows = row_offsets(outer, row, sizes, target_strides)
     t_step = target_strides[len(sizes)]
     on, off = smoothing_terms(smoothing, classes, ACC)
@@ -256,8 +256,8 @@ def cross_entropy_statistics(
     dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()
     spreads: tl.constexpr = dense or smoothing is not None
     m, s, total, dot = tile_statistics(
-        z_rows, logits_strides[len(sizes)], target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes,
-        ignore_index, on, off, spreads, TARGET, ACC, ROWS, CLASSES,
+        logits_ptr, z_rows, logits_strides[len(sizes)], target_ptr, t_rows, t_step, weight_ptr, label, keep, live,
+        classes, ignore_index, on, off, spreads, TARGET, ACC, ROWS, CLASSES,
     )  # fmt: skip
     place = parts_ptr + number
     tl.store(place, m, mask=live)
@@ -282,7 +282,7 @@ def cross_entropy_backward(
     g = tl.load(upstream_ptr + row_offsets(outer, row, sizes, upstream_strides), mask=live, other=0.0).to(ACC)
     if GIVEN:
         live &= g != 1.0
-    z_rows = logits_ptr + row_offsets(outer, row, sizes, logits_strides)
+    z_rows = row_offsets(outer, row, sizes, logits_strides)
     t_rows = row_offsets(outer, row, sizes, target_strides)
     out_rows = grad_ptr + row_offsets(outer, row, sizes, grad_strides)
     z_step = logits_strides[len(sizes)]
@@ -300,8 +300,8 @@ def cross_entropy_backward(
     if denominator_ptr is not None:
         g = g / tl.load(denominator_ptr)
     tile_gradient(
-        grad_ptr, out_rows, grad_strides[len(sizes)], z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr,
-        shift, log_s, total, g, label, keep, live, classes, ignore_index, on, off,
+        grad_ptr, out_rows, grad_strides[len(sizes)], logits_ptr, z_rows, z_step, target_ptr, t_rows, t_step,
+        weight_ptr, shift, log_s, total, g, label, keep, live, classes, ignore_index, on, off,
         dense or smoothing is not None, TARGET, ACC, CLASSES,
     )  # fmt: skip
 
@@ -338,7 +338,7 @@ def cross_entropy_both(
     Bytes: logits read once, the second time from a cache; gradient written once; dense targets likewise.
     """
     outer, row, live, number = row_tile(tl.program_id(0), sizes, ROWS)
-    z_rows = logits_ptr + row_offsets(outer, row, sizes, logits_strides)
+    z_rows = row_offsets(outer, row, sizes, logits_strides)
     t_rows = row_offsets(outer, row, sizes, target_strides)
     out_rows = grad_ptr + row_offsets(outer, row, sizes, grad_strides)
     z_step = logits_strides[len(sizes)]
@@ -348,15 +348,15 @@ def cross_entropy_both(
     label, keep, _ = TARGET(target_ptr, t_rows, tl.arange(0, CLASSES), first, live, classes, ignore_index, t_step, ACC)
     dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()
     m, s, total, dot = tile_statistics(
-        z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes, ignore_index, on, off,
-        dense or smoothing is not None, TARGET, ACC, ROWS, CLASSES,
+        logits_ptr, z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes, ignore_index,
+        on, off, dense or smoothing is not None, TARGET, ACC, ROWS, CLASSES,
     )  # fmt: skip
-    z_true = tl.load(z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=float("-inf")).to(ACC)
+    z_true = tl.load(logits_ptr + z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=float("-inf")).to(ACC)
     shift, log_s, total, loss, weight = close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC)
     g = mean_share(weights_ptr, weight, live, rows, dense, REDUCTION, ACC)
     tile_gradient(
-        grad_ptr, out_rows, grad_strides[len(sizes)], z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr,
-        shift, log_s, total, g + tl.zeros((ROWS,), ACC), label, keep, live, classes, ignore_index, on, off,
+        grad_ptr, out_rows, grad_strides[len(sizes)], logits_ptr, z_rows, z_step, target_ptr, t_rows, t_step,
+        weight_ptr, shift, log_s, total, g + tl.zeros((ROWS,), ACC), label, keep, live, classes, ignore_index, on, off,
         dense or smoothing is not None, TARGET, ACC, CLASSES,
     )  # fmt: skip
     store_rows(

@@ -168,7 +168,7 @@ def row_outputs_forward(
 ):  # fmt: skip
     """Outputs of the rows of a tile. Bytes: logits and dense targets once, 16 a row saved."""
     outer, row, live, rows = row_tile(tl.program_id(0), sizes, ROWS)
-    z_rows = logits_ptr + row_offsets(outer, row, sizes, logits_strides)
+    z_rows = row_offsets(outer, row, sizes, logits_strides)
     t_rows = row_offsets(outer, row, sizes, target_strides)
     z_step = logits_strides[len(sizes)]
     t_step = target_strides[len(sizes)]
@@ -182,7 +182,7 @@ def row_outputs_forward(
         c = start + tl.arange(0, CLASSES)
         exists = c < classes
         inside = exists[:, None] & live[None, :]
-        z = load_tile(z_rows[None, :] + c.to(tl.int64)[:, None] * z_step, inside).to(ACC)
+        z = load_tile(logits_ptr, z_rows[None, :] + c.to(tl.int64)[:, None] * z_step, inside).to(ACC)
         x = effective(z, scale, softcap, ACC)[0]
         x = tl.where(inside, x, float("-inf"))
         a = x
@@ -192,7 +192,7 @@ def row_outputs_forward(
         others = tl.where(c[:, None] == label[None, :], float("-inf"), x)
         at = c[:, None] + tl.zeros(x.shape, tl.int32)
         state = absorb_row(x, others, a, at, state, spreads, entropy_ptr is not None, prediction_ptr is not None)
-    z_true = tl.load(z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=0.0).to(ACC)
+    z_true = tl.load(logits_ptr + z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=0.0).to(ACC)
     x_true = effective(z_true, scale, softcap, ACC)[0]
     x_true = tl.where(label >= 0, x_true, float("-inf"))
     store_outputs(
@@ -210,7 +210,7 @@ def row_outputs_backward(
 ):  # fmt: skip
     """Gradient of the rows of a tile. Bytes: logits read once, gradient written once, dense targets read once."""
     outer, row, live, rows = row_tile(tl.program_id(0), sizes, ROWS)
-    z_rows = logits_ptr + row_offsets(outer, row, sizes, logits_strides)
+    z_rows = row_offsets(outer, row, sizes, logits_strides)
     t_rows = row_offsets(outer, row, sizes, target_strides)
     out_rows = grad_ptr + row_offsets(outer, row, sizes, grad_strides)
     z_step = logits_strides[len(sizes)]
@@ -228,7 +228,7 @@ def row_outputs_backward(
     g_lse = upstream(g_lse_ptr, outer, row, live, sizes, g_lse_strides, ACC)
     g_entropy = upstream(g_entropy_ptr, outer, row, live, sizes, g_entropy_strides, ACC)
     wanted = (keep != 0.0) | (g_lse != 0.0) | (g_entropy != 0.0)
-    z_true = tl.load(z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=0.0).to(ACC)
+    z_true = tl.load(logits_ptr + z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=0.0).to(ACC)
     g_true = at_label(
         z_true, scale, softcap, m, log_s, total, entropy, g_loss, g_lse, g_entropy, label, on, off, weight_ptr,
         g_entropy_ptr is not None, ACC,
@@ -238,7 +238,8 @@ def row_outputs_backward(
         exists = c < classes
         inside = exists[:, None] & live[None, :]
         steps = c.to(tl.int64)[:, None]
-        x, slope = effective(load_tile(z_rows[None, :] + steps * z_step, inside).to(ACC), scale, softcap, ACC)
+        z = load_tile(logits_ptr, z_rows[None, :] + steps * z_step, inside).to(ACC)
+        x, slope = effective(z, scale, softcap, ACC)
         grad = by_logits(
             x, m[None, :], log_s[None, :], total[None, :], entropy[None, :],
             g_loss[None, :], g_lse[None, :], g_entropy[None, :], g_entropy_ptr is not None,

@@ -33,7 +33,7 @@ def row_offsets(outer, row, sizes, strides):
 
 
 @triton.jit
-def load_tile(pointers, inside):
+def load_tile(ptr, offsets, inside):
     """Load a (classes, rows) block of logits, where classes are adjacent so that a thread has a row's.
 
     A list of addresses without shape is dealt out to the threads one by one, rows before classes. Left to see that
@@ -41,14 +41,14 @@ def load_tile(pointers, inside):
     the work on rows. The loads' sectors come through the L1 cache; stores, not treated so, are rearranged. Four classes
     or fewer a step are left alone: there rows are adjacent, or next to it.
     """
-    CLASSES: tl.constexpr = pointers.shape[0]
-    ROWS: tl.constexpr = pointers.shape[1]
+    CLASSES: tl.constexpr = offsets.shape[0]
+    ROWS: tl.constexpr = offsets.shape[1]
     if CLASSES > 4:
-        flat = tl.reshape(pointers, (CLASSES * ROWS,))
-        z = tl.load(flat, mask=tl.reshape(inside, (CLASSES * ROWS,)), other=float("-inf"))
+        flat = tl.reshape(offsets, (CLASSES * ROWS,))
+        z = tl.load(ptr + flat, mask=tl.reshape(inside, (CLASSES * ROWS,)), other=float("-inf"))
         z = tl.reshape(z, (CLASSES, ROWS))
     else:
-        z = tl.load(pointers, mask=inside, other=float("-inf"))
+        z = tl.load(ptr + offsets, mask=inside, other=float("-inf"))
     return z
 
 

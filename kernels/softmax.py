@@ -62,19 +62,19 @@ def input_gradient(y, g, dot, LOG: tl.constexpr):
 
 
 @triton.jit
-def tile_block(rows, step, start, live, classes, CLASSES: tl.constexpr, ACC: tl.constexpr):
+def tile_block(ptr, rows, step, start, live, classes, CLASSES: tl.constexpr, ACC: tl.constexpr):
     """Load the classes from `start` on of a tile's rows, -inf outside."""
     c = start + tl.arange(0, CLASSES)
     inside = (c < classes)[:, None] & live[None, :]
-    return load_tile(rows[None, :] + c.to(tl.int64)[:, None] * step, inside).to(ACC)
+    return load_tile(ptr, rows[None, :] + c.to(tl.int64)[:, None] * step, inside).to(ACC)
 
 
 @triton.jit
-def store_tile(rows, step, start, live, classes, x, CLASSES: tl.constexpr):
+def store_tile(ptr, rows, step, start, live, classes, x, CLASSES: tl.constexpr):
     """Store a block of a tile's rows."""
     c = start + tl.arange(0, CLASSES)
     inside = (c < classes)[:, None] & live[None, :]
-    tl.store(rows[None, :] + c.to(tl.int64)[:, None] * step, x.to(rows.dtype.element_ty), mask=inside)
+    tl.store(ptr + (rows[None, :] + c.to(tl.int64)[:, None] * step), x.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -87,26 +87,26 @@ def softmax_forward(
     Bytes: input read once, a second time from a cache unless WHOLE; output written once.
     """
     outer, row, live, _ = row_tile(tl.program_id(0), sizes, ROWS)
-    z_rows = input_ptr + row_offsets(outer, row, sizes, input_strides)
-    out_rows = out_ptr + row_offsets(outer, row, sizes, out_strides)
+    z_rows = row_offsets(outer, row, sizes, input_strides)
+    out_rows = row_offsets(outer, row, sizes, out_strides)
     z_step = input_strides[len(sizes)]
     out_step = out_strides[len(sizes)]
     m = lowest(ROWS, ACC)
     s = tl.zeros((ROWS,), ACC)
     if WHOLE:
-        z = tile_block(z_rows, z_step, 0, live, classes, CLASSES, ACC)
+        z = tile_block(input_ptr, z_rows, z_step, 0, live, classes, CLASSES, ACC)
         m, s = stream(z, m, s)
         x = normalised(z, m[None, :], normaliser(s, LOG)[None, :], LOG)
-        store_tile(out_rows, out_step, 0, live, classes, x, CLASSES)
+        store_tile(out_ptr, out_rows, out_step, 0, live, classes, x, CLASSES)
     else:
         for start in range(0, classes, CLASSES):
-            z = tile_block(z_rows, z_step, start, live, classes, CLASSES, ACC)
+            z = tile_block(input_ptr, z_rows, z_step, start, live, classes, CLASSES, ACC)
             m, s = stream(z, m, s)
         norm = normaliser(s, LOG)
         for start in range(0, classes, CLASSES):
-            z = tile_block(z_rows, z_step, start, live, classes, CLASSES, ACC)
+            z = tile_block(input_ptr, z_rows, z_step, start, live, classes, CLASSES, ACC)
             x = normalised(z, m[None, :], norm[None, :], LOG)
-            store_tile(out_rows, out_step, start, live, classes, x, CLASSES)
+            store_tile(out_ptr, out_rows, out_step, start, live, classes, x, CLASSES)
 
 
 @triton.jit
@@ -119,29 +119,29 @@ def softmax_backward(
     Bytes: output and upstream gradient read once, a second time from a cache unless WHOLE; gradient written once.
     """
     outer, row, live, _ = row_tile(tl.program_id(0), sizes, ROWS)
-    y_rows = out_ptr + row_offsets(outer, row, sizes, out_strides)
-    g_rows = upstream_ptr + row_offsets(outer, row, sizes, upstream_strides)
-    x_rows = grad_ptr + row_offsets(outer, row, sizes, grad_strides)
+    y_rows = row_offsets(outer, row, sizes, out_strides)
+    g_rows = row_offsets(outer, row, sizes, upstream_strides)
+    x_rows = row_offsets(outer, row, sizes, grad_strides)
     y_step = out_strides[len(sizes)]
     g_step = upstream_strides[len(sizes)]
     x_step = grad_strides[len(sizes)]
     if WHOLE:
         inside = (tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]
-        y = tile_block(y_rows, y_step, 0, live, classes, CLASSES, ACC)
-        g = tl.where(inside, tile_block(g_rows, g_step, 0, live, classes, CLASSES, ACC), 0.0)
+        y = tile_block(out_ptr, y_rows, y_step, 0, live, classes, CLASSES, ACC)
+        g = tl.where(inside, tile_block(upstream_ptr, g_rows, g_step, 0, live, classes, CLASSES, ACC), 0.0)
         dot = inner_product(tl.where(inside, y, 0.0), g, LOG)
-        store_tile(x_rows, x_step, 0, live, classes, input_gradient(y, g, dot[None, :], LOG), CLASSES)
+        store_tile(grad_ptr, x_rows, x_step, 0, live, classes, input_gradient(y, g, dot[None, :], LOG), CLASSES)
     else:
         dot = tl.zeros((ROWS,), ACC)
         for start in range(0, classes, CLASSES):
             inside = (start + tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]
-            y = tile_block(y_rows, y_step, start, live, classes, CLASSES, ACC)
-            g = tl.where(inside, tile_block(g_rows, g_step, start, live, classes, CLASSES, ACC), 0.0)
+            y = tile_block(out_ptr, y_rows, y_step, start, live, classes, CLASSES, ACC)
+            g = tl.where(inside, tile_block(upstream_ptr, g_rows, g_step, start, live, classes, CLASSES, ACC), 0.0)
             dot += inner_product(tl.where(inside, y, 0.0), g, LOG)
         for start in range(0, classes, CLASSES):
-            y = tile_block(y_rows, y_step, start, live, classes, CLASSES, ACC)
-            g = tile_block(g_rows, g_step, start, live, classes, CLASSES, ACC)
-            store_tile(x_rows, x_step, start, live, classes, input_gradient(y, g, dot[None, :], LOG), CLASSES)
+            y = tile_block(out_ptr, y_rows, y_step, start, live, classes, CLASSES, ACC)
+            g = tile_block(upstream_ptr, g_rows, g_step, start, live, classes, CLASSES, ACC)
+            store_tile(grad_ptr, x_rows, x_step, start, live, classes, input_gradient(y, g, dot[None, :], LOG), CLASSES)
 
 
 @triton.jit

@@ -126,7 +126,7 @@ MUTANTS = {
     "second-order term dropped": Mutant("softmax_fused/_autograd.py", "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),
     "softmax: beginning of an unaligned row twice": Mutant(SOFTMAX, "tl.where(start < high, 0, start)", "start"),
     "softmax: maximum of one lane": Mutant(SOFTMAX, "row_m = tl.max(m, axis=0)", "row_m = tl.min(m, axis=0)"),
-    "softmax: padding in the sum of gradients": Mutant(SOFTMAX, "g = tl.where(inside, tile_block(g_rows, g_step, 0, live, classes, CLASSES, ACC), 0.0)", "g = tile_block(g_rows, g_step, 0, live, classes, CLASSES, ACC)"),
+    "softmax: padding in the sum of gradients": Mutant(SOFTMAX, "g = tl.where(inside, tile_block(upstream_ptr, g_rows, g_step, 0, live, classes, CLASSES, ACC), 0.0)", "g = tile_block(upstream_ptr, g_rows, g_step, 0, live, classes, CLASSES, ACC)"),
     "softmax: logarithm's gradient without the sum": Mutant(SOFTMAX, "x = g - exponential(y) * dot", "x = g - exponential(y)"),
     "softmax: upstream gradient read with the output's strides": Mutant(SOFTMAX, "if upstream_strides is not None:", "if upstream_strides is not None and LOG:"),
     "rows: last of equal maxima": Mutant(OUTPUTS, "index = tl.where(top > best, first, index)", "index = tl.where(top >= best, first, index)"),
