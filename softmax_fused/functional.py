@@ -75,7 +75,8 @@ def operations(backend: str, device: torch.device) -> Operations:
     problem = triton_problem()
     if problem:
         raise RuntimeError(f"backend='triton' is not available. {problem}")
-    from softmax_fused import _launch, _launch_row_outputs, _launch_slices, _launch_softmax  # noqa: F401 - interpreted?
+    # together, so that all kernels are interpreted, or none
+    from softmax_fused import _launch, _launch_row_outputs, _launch_slices, _launch_softmax  # noqa: F401
 
     if device.type == "cpu" and not _launch.INTERPRETED:
         raise RuntimeError(

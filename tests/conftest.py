@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,6 +30,25 @@ from triton.runtime.interpreter import InterpretedFunction  # noqa: E402 - trito
 # Test processes run side by side, and sums of child processes must come out the same: one thread each.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# On a machine with a GPU the kernels are tested without what the lab needs.
+LAB = ("jinja2", "matplotlib", "rich", "sklearn", "tensorboard", "torchvision", "typer")
+MISSING = [name for name in LAB if find_spec(name) is None]
+if MISSING:
+    collect_ignore_glob = [
+        "test_training_*",
+        "test_cli.py",
+        "test_distributed_loss.py",
+        "lab*",
+        "mesh_*",
+        "torchrun.py",
+    ]
+
+
+def pytest_report_header() -> str | None:
+    """Say so where tests are left out."""
+    return f"without the tests of the lab and of ranks: {', '.join(MISSING)} missing" if MISSING else None
+
 
 settings.register_profile("default", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("long", settings.get_profile("default"), max_examples=20_000)
