@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -169,4 +170,4 @@ def softmax_model_on_a_mesh(rank: int, world: int) -> None:
 def softmax_model_on_a_mesh_with_real_data(rank: int, world: int) -> None:
     """Fashion-MNIST."""
     data = load_dataset("fashion-mnist", data_root()).head(6_000, 2_000)
-    trained_on_mesh(data, CONFIG)
+    trained_on_mesh(data, replace(CONFIG, batch_size=256))
