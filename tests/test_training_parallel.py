@@ -150,8 +150,8 @@ def test_a_job_that_may_not_restart_ends_when_a_rank_dies(tmp_path: Path) -> Non
     reason = "error: expected every rank to go on, got .*|stopped"  # by torchrun, where it is the first to see
     assert re.search(rf"^rank 1: ({reason}); {tmp_path / 'run'} keeps ", err, re.M)
     assert "Signal 9 (SIGKILL)" in err
-    done = len(metrics_of(tmp_path / "run")["train_loss"])
-    assert_consistent(tmp_path / "run", done)
+    done = len(load_checkpoint(tmp_path / "run")["metrics"]["train_loss"])
+    assert done - len(metrics_of(tmp_path / "run")["train_loss"]) in (0, 1)  # it may have died while it wrote
     resume(tmp_path / "run", {"epochs": done + 1}, reporter=QUIET)
     assert_consistent(tmp_path / "run", done + 1)
 
