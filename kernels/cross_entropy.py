@@ -66,6 +66,16 @@ def mean_share(weights_ptr, weight, live, rows, DENSE: tl.constexpr, REDUCTION: 
 
 
 @triton.jit
+def join_true(s, total, dot, z_true, a_true, keep):
+    """Join the labelled class, z_true less m, to the others' s, sum a and <a, z - m>: the row's log s, A and loss."""
+    e_true = exponential(z_true)
+    log_s = tl.where(e_true == 1.0, log1p(s), tl.log(s + e_true))
+    total = (total + a_true) * keep
+    loss = total * log_s - dot - tl.where(a_true == 0.0, 0.0, a_true * z_true)
+    return log_s, total, tl.where(keep != 0.0, loss, 0.0)
+
+
+@triton.jit
 def close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC: tl.constexpr):
     """Join the labelled class, of logit z_true (-inf where there is none), to the others' m, s, sum a and <a, z - m>.
 
@@ -77,12 +87,7 @@ def close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC: tl.co
     shift = tl.maximum(m, z_true)
     dot += tl.where(total == 0.0, 0.0, total * (m - shift))
     s = s * exponential(m - shift)
-    z_true -= shift
-    e_true = exponential(z_true)
-    log_s = tl.where(e_true == 1.0, log1p(s), tl.log(s + e_true))
-    total = (total + a_true) * keep
-    loss = total * log_s - dot - tl.where(a_true == 0.0, 0.0, a_true * z_true)
-    loss = tl.where(keep != 0.0, loss, 0.0)
+    log_s, total, loss = join_true(s, total, dot, z_true - shift, a_true, keep)
     return shift, log_s, total, loss, row_weight(label, keep, weight_ptr, ACC)
 
 

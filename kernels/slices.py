@@ -10,8 +10,8 @@ contiguous tensors. TARGET is slice_target; class probabilities are not looked a
 import triton
 import triton.language as tl
 
-from .cross_entropy import store_rows
-from .rows import class_weight, exponential, log1p, row_offsets, smoothing_terms
+from .cross_entropy import join_true, store_rows
+from .rows import class_weight, exponential, row_offsets, smoothing_terms
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows"])
@@ -82,11 +82,7 @@ def cross_entropy_close(
         if WEIGHTED:
             w_true = tl.load(place + 2 * rows, mask=live, other=0.0)
         a_true = smoothing_terms(smoothing, classes, ACC)[0] * w_true
-        e_true = exponential(z_true)
-        log_s = tl.where(e_true == 1.0, log1p(s), tl.log(s + e_true))
-        total = (total + a_true) * keep
-        loss = total * log_s - dot - tl.where(a_true == 0.0, 0.0, a_true * z_true)
-        loss = tl.where(keep != 0.0, loss, 0.0)
+        log_s, total, loss = join_true(s, total, dot, z_true, a_true, keep)
         weight = tl.where(keep == 1.0, w_true, 0.0)
     store_rows(
         loss_ptr, stats_ptr, sums_ptr, None, denominator_ptr, number, live, m, log_s, total, loss, weight,

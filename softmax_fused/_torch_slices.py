@@ -71,7 +71,7 @@ def statistics(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
     """
     z, t, _ = arranged(logits.detach(), target, None)
     off = spec.label_smoothing / spec.classes
-    out = z.new_zeros((4 if off or not spec.indices else 2, z.shape[0], *z.shape[2:]), dtype=spec.acc)
+    out = z.new_zeros((4 if spreads(spec) else 2, z.shape[0], *z.shape[2:]), dtype=spec.acc)
     out[0].fill_(torch.finfo(spec.acc).min)
     if z.numel():
         w = accumulated(weight, z.ndim, spec)
@@ -102,11 +102,11 @@ def terms(parts: Tensor, m: Tensor, logits: Tensor, target: Tensor, weight: Tens
     s, sum of a and <a, z - m> by that m; of class indices z - m and, with weights, w of the true class, 0 where another
     rank holds it.
     """
-    local_m, s, *spread = parts
+    local_m, s, *rest = parts
     delta = local_m - m
     found = [s * delta.exp()]
-    if spread:
-        total, dot = spread
+    if rest:
+        total, dot = rest
         found += [total, dot + torch.where(total == 0, 0, total * delta)]
     if spec.indices:
         found += true_terms(logits.detach(), target, weight, m, spec)
