@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 REFUSALS = (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+"""The collective that fills one tensor with every rank's: torch 2.14 deprecates the older of its two names."""
+
 
 class Arguments(NamedTuple):
     """A call's arguments on one rank."""
@@ -112,7 +115,7 @@ def gather(own: Facts, group: Any) -> list[Facts]:
     alone = "nccl" in backend and "cpu" not in backend  # NCCL, without a backend for CPU tensors beside it
     mine = torch.tensor(own, device="cuda" if alone else "cpu")
     everyone = mine.new_empty(dist.get_world_size(group) * len(own))
-    dist.all_gather_into_tensor(everyone, mine, group=group)
+    getattr(dist, ALL_GATHER)(everyone, mine, group=group)
     return [Facts(*row) for row in everyone.view(-1, len(own)).tolist()]
 
 
