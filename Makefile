@@ -1,12 +1,33 @@
-# Everything runs inside .venv, which the first target that needs it creates; `make PYTHON=python3.12 test` picks another
-# interpreter. A stamp a set of extras remembers what pyproject.toml asked for, so a second run installs nothing.
+# Everything runs inside .venv, which the first target that needs it creates. A stamp for each set of extras remembers what
+# pyproject.toml asked for, so a second run installs nothing.
+#   make PYTHON=python3.12 test    with another interpreter
+#   make TORCH=cpu train           with PyTorch's CPU-only wheels, in .venv-cpu: no CUDA libraries
 PYTHON ?= python3
-VENV := .venv
+TORCH ?=
+CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
+VENV := .venv$(if $(TORCH),-$(TORCH))
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
 EXTRAS := train test bench dev
 STAMPS := $(EXTRAS:%=$(VENV)/.%)
+QUIET := $(if $(CI),--quiet) # elsewhere pip shows the downloads' progress
+PYTEST := $(BIN)/python -m pytest -n auto $(if $(CI),,-q)
 
-.PHONY: help train test check mutants bench bench-cpu bench-gpu bench-plot clean
+ifneq ($(filter-out cpu,$(TORCH)),)
+$(error TORCH must be cpu, or empty for what PyPI has; got '$(TORCH)')
+endif
+
+SIZE := $(if $(TORCH),about 0.6 GB to download and 2.5 GB of disk,about 3 GB to download and 5.5 GB of disk on Linux)
+define UNFINISHED
+
+The set-up is not complete. `make $(MAKECMDGOALS)` goes on where it stopped: what has been downloaded is in pip's cache.
+Without a network, fetch the wheels on a machine of the same kind (python -m pip download --dest WHEELS '.[$*]' setuptools),
+bring that folder here and run PIP_NO_INDEX=1 PIP_FIND_LINKS=WHEELS make $(MAKECMDGOALS).
+
+endef
+export UNFINISHED
+
+.PHONY: help train test test-slow test-all check mutants bench bench-cpu bench-gpu bench-plot clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -14,18 +35,27 @@ help: ## list the targets
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "softmax_fused needs Python 3.10 or newer; %s is %s: run make PYTHON=python3.12" % (sys.executable, sys.version.split()[0]))'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(PYTHON) -m venv --clear $(VENV)
 
 $(STAMPS): $(VENV)/.%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@echo "Installing PyTorch and the packages of '$*' into $(VENV), once: $(SIZE), 2 to 10 minutes."
+	@trap : INT; { $(PIP) install --quiet --upgrade pip $(if $(TORCH),&& $(PIP) install $(QUIET) torch torchvision --index-url $(CPU_WHEELS)) \
+	    && $(PIP) install $(QUIET) --editable '.[$*]'; } || { echo "$$UNFINISHED" >&2; exit 1; }
 	@touch $@
 
-train: $(VENV)/.train ## train softmax regression on Fashion-MNIST with the fused loss
+train: $(VENV)/.train ## train softmax regression on Fashion-MNIST with the fused loss: a quarter of a minute
+	@echo "Training softmax regression on Fashion-MNIST (30 MB, downloaded once): 10 epochs, about 15 seconds on two cores."
 	$(BIN)/softmax-fused train $(ARGS)
 
-test: $(VENV)/.test ## the whole test suite on the CPU, kernels through Triton's interpreter
-	$(BIN)/python -m pytest -n auto $(ARGS)
+test: $(VENV)/.test ## the tests of everything essential on the CPU, kernels in Triton's interpreter: five minutes
+	@echo "Running the tests, the kernels in Triton's interpreter: about 5 minutes on two cores."
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.test ## the other tests: more cases, compilation for four GPUs, several processes: ten minutes
+	@echo "Running the slow tests: about 10 minutes on two cores."
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: test test-slow ## every test
 
 check: $(VENV)/.dev ## formatting, lint, types, and the package as users get it
 	$(BIN)/ruff format --check .
@@ -51,4 +81,4 @@ bench-plot: $(VENV)/.bench ## README's tables and figures of speed, from bench/r
 	$(BIN)/python -m bench.plot $(ARGS)
 
 clean: ## remove what the targets made, except runs/
-	rm -rf $(VENV) build dist *.egg-info .*_cache .benchmarks .hypothesis
+	rm -rf .venv .venv-cpu build dist *.egg-info .*_cache .benchmarks .hypothesis

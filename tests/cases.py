@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -10,6 +15,25 @@ from tests import reference
 from tests.conftest import Place
 
 ULPS = {torch.float64: 64, torch.float32: 16, torch.float16: 2, torch.bfloat16: 2}
+
+
+def combinations(factors: list[Sequence[Any]]) -> Iterable[Sequence[Any]]:
+    try:
+        from allpairspy import AllPairs
+    except ImportError:
+        return itertools.product(*factors)
+    return AllPairs(factors)
+
+
+def crossed(**factors: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrize over the fewest combinations in which any two values of two factors still meet.
+
+    A fault that takes two values to show is found as by the full product, in a fraction of the cases. Where allpairspy
+    is missing, as on a GPU machine without our extras, it is the full product.
+    """
+    rows = [tuple(row) for row in combinations(list(factors.values()))]
+    ids = ["-".join(str(value).replace("torch.", "") for value in row) for row in rows]
+    return pytest.mark.parametrize(list(factors), rows, ids=ids)
 
 
 def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

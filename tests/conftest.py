@@ -1,8 +1,11 @@
 """Set-up of the suite: the kernels run in Triton's interpreter where there is no GPU, compiled where there is one."""
 
 import os
+import re
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -45,9 +48,41 @@ if MISSING:
     ]
 
 
-def pytest_report_header() -> str | None:
-    """Say so where tests are left out."""
-    return f"without the tests of the lab and of ranks: {', '.join(MISSING)} missing" if MISSING else None
+CONSTRAINTS = Path(__file__).parents[1] / ".ci" / "constraints.txt"
+
+
+def unpinned() -> list[str]:
+    """Return the installed packages whose versions are not those that development is pinned to."""
+    pins = re.findall(r"^([\w.-]+)==(\S+)", CONSTRAINTS.read_text(), re.MULTILINE) if CONSTRAINTS.exists() else []
+    return [name for name, pin in pins if installed(name) not in (None, pin)] if pins else ["constraints.txt"]
+
+
+def installed(name: str) -> str | None:
+    """Return a package's version without its local part, such as +cpu; None where it is not installed."""
+    try:
+        return version(name).split("+")[0]
+    except PackageNotFoundError:
+        return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make every warning an error under the pinned versions; a newer release's deprecation only shows in the summary."""
+    if not unpinned():
+        config.getini("filterwarnings").insert(0, "error")
+
+
+def pytest_report_header() -> list[str]:
+    """Say what is left out, and whether warnings are errors."""
+    lines = [f"without the tests of the lab and of ranks: {', '.join(MISSING)} missing"] if MISSING else []
+    others = unpinned()
+    return [*lines, f"warnings are reported: {', '.join(others)} not as pinned" if others else "warnings are errors"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out the tests of a GPU where there is none, rather than skip each."""
+    if not HAS_GPU:
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 settings.register_profile("default", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -67,7 +102,11 @@ INTERPRETER = Place("cpu", "triton")
 GPU = Place("cuda", "triton")
 GPU_TORCH = Place("cuda", "torch")
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
+
+
+def on_gpu(*places: tuple[str, Place]) -> list[Any]:
+    """Return the parameters of a machine with a GPU; elsewhere these cases do not exist."""
+    return [pytest.param(place, id=name, marks=pytest.mark.gpu) for name, place in places if HAS_GPU]
 
 
 patched: set[str] = set()
@@ -103,8 +142,7 @@ def resolve(request: pytest.FixtureRequest) -> Place:
     params=[
         pytest.param(CPU, id="cpu"),
         pytest.param(INTERPRETER, id="interpreter"),
-        pytest.param(GPU, id="gpu", marks=gpu),
-        pytest.param(GPU_TORCH, id="gpu-torch", marks=gpu),
+        *on_gpu(("gpu", GPU), ("gpu-torch", GPU_TORCH)),
     ]
 )
 def place(request: pytest.FixtureRequest) -> Place:
@@ -112,7 +150,7 @@ def place(request: pytest.FixtureRequest) -> Place:
     return resolve(request)
 
 
-@pytest.fixture(params=[pytest.param(INTERPRETER, id="interpreter"), pytest.param(GPU, id="gpu", marks=gpu)])
+@pytest.fixture(params=[pytest.param(INTERPRETER, id="interpreter"), *on_gpu(("gpu", GPU))])
 def kernels(request: pytest.FixtureRequest) -> Place:
     """The Triton kernels, wherever they can run."""
     return resolve(request)
