@@ -28,7 +28,8 @@ if not HAS_GPU:
     del os.environ["TRITON_INTERPRET"]
     softmax_fused.functional.automatic("cpu")  # pins the decision
 
-from triton.runtime.interpreter import InterpretedFunction  # noqa: E402 - triton asks for the variable when imported
+from triton.runtime import interpreter  # noqa: E402 - triton asks for the variable when imported
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 # Test processes run side by side, and sums of child processes must come out the same: one thread each.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -66,7 +67,7 @@ def installed(name: str) -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make every warning an error under the pinned versions; a newer release's deprecation only shows in the summary."""
+    """Make warnings errors under the pinned versions; a newer release's deprecation only shows in the summary."""
     if not unpinned():
         config.getini("filterwarnings").insert(0, "error")
 
@@ -103,7 +104,6 @@ GPU = Place("cuda", "triton")
 GPU_TORCH = Place("cuda", "torch")
 
 
-
 def on_gpu(*places: tuple[str, Place]) -> list[Any]:
     """Return the parameters of a machine with a GPU; elsewhere these cases do not exist."""
     return [pytest.param(place, id=name, marks=pytest.mark.gpu) for name, place in places if HAS_GPU]
@@ -121,6 +121,15 @@ def call_helper(self: InterpretedFunction, *args: object, **options: object) -> 
     return patch_and_call(self, *args, **options)
 
 
+patch_tensor = interpreter._patch_lang_tensor
+
+
+def patch_tensor_for_numpy(tensor: Any, *scope: Any) -> None:
+    """Let numpy 2.4 and newer convert arrays of one element, which Triton before 3.7 takes for scalars."""
+    patch_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: self.handle.data.item()
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let backend="triton" serve CPU tensors, through Triton's interpreter."""
@@ -130,6 +139,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(softmax_fused._launch, "PROGRAMS", 8)  # rows are split in two or more, not in hundreds
     softmax_fused._launch.choose_tile.cache_clear()
     monkeypatch.setattr(InterpretedFunction, "__call__", call_helper)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_for_numpy)
 
 
 def resolve(request: pytest.FixtureRequest) -> Place:

@@ -1,17 +1,20 @@
 """The kernels compile for the GPUs we name, without one, and their machine code stays within limits.
 
-The limits are what the kernels had when this was written, rounded up: lower them when the kernels get better, never
-raise them.
+Everything is compiled once, by bench/codegen.py, and shared by the tests and their processes.
 """
 
 import json
 import os
 import subprocess
 import sys
+import warnings
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import triton
+from filelock import FileLock
 
 from bench.machine_code import Code, Loop, count, inner_loops
 
@@ -27,77 +30,123 @@ KERNELS = {
     *(f"row_outputs_{name}" for name in ("forward", "backward", "long_forward", "long_backward")),
 }
 
-# On sm_90, for class indices without weights: instructions and EX2 of an element of the logits.
-LIMITS = {
-    ("bfloat16", "forward"): (7.25, 1.07),
-    ("bfloat16", "backward"): (7.1, 1.0),
-    ("bfloat16", "both"): (14.6, 2.07),
-    ("float32", "forward"): (6.5, 1.13),
-    ("float32", "backward"): (5.8, 1.0),
-    ("float32", "both"): (12.9, 2.13),
+# What is compiled: targets, dtypes and classes. sm_80 without the longest rows, whose code is as sm_90's and takes half
+# of the time; float16 and float64 without those of 32,000: their code differs in the conversions and the exponential.
+RUNS = {
+    "sm_90": (["sm_90"], ["bfloat16", "float32"], [10, 19, 32_000, 50_257, 128_256]),
+    "sm_80": (["sm_80"], ["bfloat16"], [10, 19, 32_000]),
+    "sm_100": (["sm_100"], ["bfloat16"], [10, 19, 32_000, 128_256]),
+    "gfx942": (["gfx942"], ["bfloat16"], [10, 19, 32_000, 128_256]),
+    "other dtypes": (["sm_90"], ["float16", "float64"], [10, 19, 1000]),
+    "several targets": (["sm_80", "sm_90", "gfx942"], ["bfloat16"], [1000]),
 }
 
 
-def compile_for(folder: Path, *options: str) -> list[dict[str, Any]]:
-    """Run bench/codegen.py as a user would: in a process of its own, without the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "bench" / "codegen.py"), *options, "--json", str(folder / "codegen.json")]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    if "ROCm linker" in run.stderr:
-        pytest.skip("this Triton needs ROCm's linker to compile for AMD GPUs")
-    assert run.returncode == 0, run.stderr
-    records = json.loads((folder / "codegen.json").read_text())
-    assert len(run.stdout.splitlines()) == len(records)
-    return records
+class Limits(NamedTuple):
+    """For class indices without weights, by dtype and mode: instructions and EX2 of an element; bytes of stack."""
+
+    elements: dict[tuple[str, str], tuple[float, float]]
+    stack: dict[str, int]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", OUTPUT)
-def test_every_kernel_compiles(target: str, tmp_path: Path) -> None:
-    dtype = "float16" if target == "sm_90" else "bfloat16"
-    longest = () if target == "sm_80" else ("128256",)  # as sm_90's, and half of the time
-    records = compile_for(tmp_path, "--targets", target, "--dtypes", dtype, "--classes", "10", "19", "32000", *longest)
-    assert {record["kernel"] for record in records} == (KERNELS if longest else KERNELS - {"cross_entropy_combine"})
-    assert {record["dtype"] for record in records} == {dtype}
-    assert all(OUTPUT[target] in record["outputs"] for record in records)
-    assert all(record.get("stack_bytes", 0) <= (16 if target == "sm_100" else 0) for record in records)
+# On sm_90 (stack: on each target), by the Triton that they were measured with, newest first: rounded up then, lowered
+# when the kernels get better, never raised. With another Triton what exceeds the newest limits is reported.
+LIMITS = {
+    "3.9": Limits(
+        {
+            ("bfloat16", "forward"): (7.25, 1.07),
+            ("bfloat16", "backward"): (7.1, 1.0),
+            ("bfloat16", "both"): (14.6, 2.07),
+            ("float32", "forward"): (6.5, 1.13),
+            ("float32", "backward"): (5.8, 1.0),
+            ("float32", "both"): (12.9, 2.13),
+        },
+        {"sm_100": 16},
+    ),
+}
+VERSION = ".".join(triton.__version__.split(".")[:2])
 
 
-@pytest.mark.slow
-def test_one_command_compiles_for_several_targets(tmp_path: Path) -> None:
-    targets = ("sm_80", "sm_90", "gfx942")
-    records = compile_for(tmp_path, "--targets", *targets, "--dtypes", "bfloat16", "--classes", "1000")
+def limits() -> Limits:
+    return LIMITS.get(VERSION, next(iter(LIMITS.values())))
+
+
+def hold(problems: list[str]) -> None:
+    """Fail for what exceeds the limits of this Triton, or report what exceeds the newest ones."""
+    if VERSION in LIMITS:
+        assert not problems, "\n".join(problems)
+    elif problems:
+        warnings.warn(
+            f"no limits are known for Triton {VERSION}; beyond the newest:\n" + "\n".join(problems), stacklevel=2
+        )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all of the test processes."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@cache
+def compile_run(name: str, folder: Path) -> list[dict[str, Any]]:
+    """Run bench/codegen.py as a user would: in a process of its own, without the interpreter; once a session."""
+    targets, dtypes, classes = RUNS[name]
+    path = folder / f"codegen-{name.replace(' ', '-')}.json"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+            options = ["--targets", *targets, "--dtypes", *dtypes, "--classes", *map(str, classes)]
+            command = [sys.executable, str(ROOT / "bench" / "codegen.py"), *options, "--json", str(path)]
+            run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
+            if "ROCm linker" in run.stderr:
+                pytest.skip("this Triton needs ROCm's linker to compile for AMD GPUs")
+            assert run.returncode == 0, run.stderr
+            assert len(run.stdout.splitlines()) == len(json.loads(path.read_text()))
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow  # half a minute to a minute each: the compiler's time
+@pytest.mark.parametrize("name", RUNS)
+def test_every_kernel_compiles(folder: Path, name: str) -> None:
+    records = compile_run(name, folder)
+    targets, dtypes, classes = RUNS[name]
     assert {record["target"] for record in records} == set(targets)
+    assert {record["dtype"] for record in records} == set(dtypes)
+    assert {record["classes"] for record in records} == set(classes)
     assert all(OUTPUT[record["target"]] in record["outputs"] for record in records)
+    if 32_000 in classes:
+        absent = set() if 128_256 in classes else {"cross_entropy_combine"}  # the only case whose rows are split
+        assert {record["kernel"] for record in records} == KERNELS - absent
+    stack = limits().stack
+    hold([f"stack: {record}" for record in records if record.get("stack_bytes", 0) > stack.get(record["target"], 0)])
 
 
-@pytest.mark.slow
-def test_float64_compiles(tmp_path: Path) -> None:
-    records = compile_for(tmp_path, "--targets", "sm_90", "--dtypes", "float64", "--classes", "10", "19", "1000")
-    assert {record["classes"] for record in records} == {10, 19, 1000}
-    assert all(record["stack_bytes"] == 0 for record in records)
-
-
-@pytest.mark.slow
-def test_long_rows_stay_within_limits(tmp_path: Path) -> None:
-    records = compile_for(
-        tmp_path, "--targets", "sm_90", "--dtypes", "bfloat16", "float32", "--classes", "32000", "128256", "50257"
-    )
-    loops = [record for record in records if record["kind"] == "indices" and "mode" in record]
+@pytest.mark.slow  # compiles as above
+def test_long_rows_stay_within_limits(folder: Path) -> None:
+    records = compile_run("sm_90", folder)
+    elements = limits().elements
+    loops = [r for r in records if r["kind"] == "indices" and "mode" in r and r["classes"] >= 32_000]
     assert {(r["dtype"], r["classes"], r["mode"]) for r in loops} == {
-        (dtype, classes, mode) for dtype, mode in LIMITS for classes in (32_000, 50_257, 128_256)
+        (dtype, classes, mode) for dtype, mode in elements for classes in (32_000, 50_257, 128_256)
     }
+    problems = []
     for record in loops:
-        instructions, ex2 = LIMITS[record["dtype"], record["mode"]]
+        instructions, ex2 = elements[record["dtype"], record["mode"]]
         assert record["kernel"] == f"cross_entropy_long_{record['mode']}"
-        assert 0 < record["instructions_per_element"] <= instructions, record
-        assert 1 <= record["ex2_per_element"] <= ex2, record
-        assert record["bulk_access_bits"] == 128, record
-        assert record["shuffles_per_element"] == record["barriers_in_loops"] == 0, record
-        assert record["registers"] <= 40, record
-        assert record["predicted_us"] > 0, record
-    for record in records:
-        assert record["stack_bytes"] == record["local_accesses"] == 0, record
+        assert record["instructions_per_element"] > 0
+        assert record["ex2_per_element"] >= 1
+        assert record["predicted_us"] > 0
+        within = {
+            "instructions": record["instructions_per_element"] <= instructions,
+            "EX2": record["ex2_per_element"] <= ex2,
+            "bits": record["bulk_access_bits"] == 128,
+            "shuffles": record["shuffles_per_element"] == 0,
+            "barriers": record["barriers_in_loops"] == 0,
+            "registers": record["registers"] <= 40,
+        }
+        problems += [f"{name}: {record}" for name, fine in within.items() if not fine]
+    hold(problems + [f"local memory: {record}" for record in records if record["local_accesses"]])
 
 
 BODY = """

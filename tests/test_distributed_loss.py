@@ -9,8 +9,7 @@ from tests.lab import real_data
 from tests.ranks import run, several
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])  # four ranks share two cores
 def test_ranks(world: int, tmp_path: Path) -> None:
     """One start of the ranks for all of it: that is what takes the time."""
     extra = {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import softmax_fused
 from softmax_fused import CrossEntropyLoss, _launch, cross_entropy, functional
-from tests.cases import ULPS, make_indices, make_logits, make_probabilities, row_shape
+from tests.cases import ULPS, crossed, make_indices, make_logits, make_probabilities, row_shape
 from tests.conftest import Place
 
 SHAPES = [(10,), (7, 10), (600, 10), (5, 1500), (2, 19, 5, 7)]
@@ -31,9 +31,7 @@ def compare(place: Place, option: str, logits: Tensor, target: Tensor, upstream:
     torch.testing.assert_close(grad, right, rtol=eps, atol=eps * right.abs().max().item(), equal_nan=True)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(shape=SHAPES, reduction=["mean", "sum", "none"], option=OPTIONS)
 def test_every_upstream_gradient(place: Place, option: str, reduction: str, shape: tuple[int, ...]) -> None:
     logits, target = make_logits(shape, torch.float32, place.device), make_indices(shape, place.device)
     compare(place, option, logits, target, None, reduction=reduction)
@@ -52,18 +50,27 @@ def test_other_dtypes(place: Place, option: str, dtype: torch.dtype) -> None:
         compare(place, option, logits, target, None)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("shape", [(600, 10), (5, 1500), (2, 19, 5, 7)], ids=str)
-def test_every_kind_of_target(place: Place, option: str, shape: tuple[int, ...]) -> None:
+@crossed(
+    kind=["weights and smoothing", "weights", "smoothing alone", "probabilities", "all ignored"],
+    shape=[(600, 10), (5, 1500), (2, 19, 5, 7)],
+    option=OPTIONS,
+)
+def test_every_kind_of_target(place: Place, kind: str, shape: tuple[int, ...], option: str) -> None:
     logits, target = make_logits(shape, torch.float32, place.device), make_indices(shape, place.device)
     weight = torch.rand(shape[1], device=place.device) + 0.1
     target.flatten()[::3] = -100
-    compare(place, option, logits, target, None, weight=weight, label_smoothing=0.1)
-    compare(place, option, logits, target, None, weight=weight)
-    compare(place, option, logits, target, None, label_smoothing=1.0, reduction="sum")
-    probabilities = make_probabilities(shape, torch.float32, place.device)
-    compare(place, option, logits, probabilities, None, weight=weight, label_smoothing=0.1)
-    compare(place, option, logits, target.fill_(-100), None)  # all ignored: a mean of nothing
+    options = {
+        "weights and smoothing": {"weight": weight, "label_smoothing": 0.1},
+        "weights": {"weight": weight},
+        "smoothing alone": {"label_smoothing": 1.0, "reduction": "sum"},
+        "probabilities": {"weight": weight, "label_smoothing": 0.1},
+        "all ignored": {},
+    }[kind]
+    if kind == "probabilities":
+        target = make_probabilities(shape, torch.float32, place.device)
+    if kind == "all ignored":
+        target.fill_(-100)  # a mean of nothing
+    compare(place, option, logits, target, None, **options)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

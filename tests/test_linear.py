@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softmax_fused import _linear, linear, linear_cross_entropy
 from tests import reference
-from tests.cases import ULPS, make_indices, make_probabilities
+from tests.cases import ULPS, crossed, make_indices, make_probabilities
 from tests.conftest import CPU, HAS_GPU, Place
 
 KINDS = ["indices", "ignored", "weights", "smoothing", "weights and smoothing", "probabilities", "all of them"]
@@ -77,10 +77,8 @@ def assert_right(place: Place, tensors: list[Tensor], target: Tensor, rows: int 
         assert tensor._version == version
 
 
-@pytest.mark.parametrize("rows", [1, 3, 100, None])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_argument(place: Place, kind: str, reduction: str, rows: int | None) -> None:
+@crossed(kind=KINDS, rows=[1, 3, 100, None], reduction=["mean", "sum", "none"])
+def test_every_argument(place: Place, kind: str, rows: int | None, reduction: str) -> None:
     tensors = make_layer((7,), (11,), 5, torch.float32, place)
     target, options = make_targets(kind, (7, 11), torch.float32, place)
     assert_right(place, tensors, target, rows, reduction=reduction, **options)
@@ -219,8 +217,8 @@ def test_few_logits_on_the_cpu_are_torchs(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_sixteen_bit_weights_sum_their_gradient_in_float32(place: Place) -> None:
-    tensors = make_layer((512,), (11,), 5, torch.bfloat16, place)
-    target = make_indices((512, 11), place.device)
+    tensors = make_layer((256,), (11,), 5, torch.bfloat16, place)
+    target = make_indices((256, 11), place.device)
     truth = in_float64(tensors, target, torch.ones(()))[2]
 
     def error(rows: int) -> float:
@@ -228,8 +226,8 @@ def test_sixteen_bit_weights_sum_their_gradient_in_float32(place: Place) -> None
         loss = linear_cross_entropy(x, w, target, linear_bias=b, chunk_rows=rows, backend=place.backend)
         return (torch.autograd.grad(loss, w)[0].double() - truth).abs().max().item()
 
-    assert error(1) <= 1.01 * error(512)
-    assert error(3) <= 1.01 * error(512)
+    assert error(2) <= 1.01 * error(256)
+    assert error(3) <= 1.01 * error(256)
 
 
 def test_products_of_sixteen_bits_are_summed_in_float32(place: Place) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from softmax_fused import cross_entropy
-from tests.cases import assert_right, make_indices, make_logits, make_probabilities
+from tests.cases import assert_right, crossed, make_indices, make_logits, make_probabilities
 from tests.conftest import Place
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -13,39 +13,51 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(10,), (1, 1), (7, 10), (257, 10), (3, 17, 5), (2, 6, 3, 5), (2, 3, 2, 2, 3), (3, 9000)]
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_class_indices(place: Place, shape: tuple[int, ...], dtype: torch.dtype, reduction: str) -> None:
-    assert_right(place, make_logits(shape, dtype, place.device), make_indices(shape, place.device), reduction=reduction)
+REDUCTIONS = ["mean", "sum", "none"]
+KINDS = ["indices", "probabilities"]
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_class_probabilities(place: Place, shape: tuple[int, ...], dtype: torch.dtype, reduction: str) -> None:
-    logits, target = make_logits(shape, dtype, place.device), make_probabilities(shape, dtype, place.device)
-    assert_right(place, logits, target, reduction=reduction)
+def make_target(kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    return make_probabilities(shape, dtype, device) if kind == "probabilities" else make_indices(shape, device)
 
 
-@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("shape", [(10,), (70, 10), (2, 6, 3, 5), (3, 5000)], ids=str)
-def test_weight_and_smoothing(
-    place: Place, shape: tuple[int, ...], reduction: str, weighted: bool, smoothing: float, probabilities: bool
+@crossed(shape=SHAPES, dtype=DTYPES, reduction=REDUCTIONS, kind=KINDS)
+def test_every_shape_and_dtype(
+    place: Place, shape: tuple[int, ...], dtype: torch.dtype, reduction: str, kind: str
 ) -> None:
-    logits = make_logits(shape, torch.float32, place.device)
-    make = (lambda s, d: make_probabilities(s, torch.float32, d)) if probabilities else make_indices
-    weight = torch.rand(shape[min(len(shape) - 1, 1)], device=place.device) if weighted else None
-    target = make(shape, place.device)
+    logits = make_logits(shape, dtype, place.device)
+    assert_right(place, logits, make_target(kind, shape, dtype, place.device), reduction=reduction)
+
+
+# These four decide the formula together, in each of the kernels' ways through memory: all combinations.
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(70, 10), (2, 6, 3, 5), (3, 1500)], ids=str)
+def test_weight_and_smoothing(
+    place: Place, shape: tuple[int, ...], reduction: str, weighted: bool, smoothing: float, kind: str
+) -> None:
+    weight = torch.rand(shape[1], device=place.device) if weighted else None
+    logits, target = (
+        make_logits(shape, torch.float32, place.device),
+        make_target(kind, shape, torch.float32, place.device),
+    )
     assert_right(place, logits, target, weight, reduction=reduction, label_smoothing=smoothing)
 
 
-@pytest.mark.parametrize("ignore_index", [-100, 0, 3, 9, -1, 10, 2**40, -(2**63)])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@crossed(shape=[(10,), (70, 10), (3, 5000)], reduction=REDUCTIONS, kind=KINDS, weighted=[False, True])
+def test_smoothing_alone(place: Place, shape: tuple[int, ...], reduction: str, kind: str, weighted: bool) -> None:
+    """With smoothing 1 the target counts no more, but for its row's share of a mean."""
+    weight = torch.rand(shape[-1], device=place.device) if weighted else None
+    logits, target = (
+        make_logits(shape, torch.float32, place.device),
+        make_target(kind, shape, torch.float32, place.device),
+    )
+    assert_right(place, logits, target, weight, reduction=reduction, label_smoothing=1.0)
+
+
+@crossed(ignore_index=[-100, 0, 3, 9, -1, 10, 2**40, -(2**63)], reduction=REDUCTIONS, smoothing=[0.0, 0.2])
 def test_ignored_rows(place: Place, ignore_index: int, reduction: str, smoothing: float) -> None:
     logits, target = make_logits((40, 10), torch.float32, place.device), make_indices((40, 10), place.device)
     target[::3] = ignore_index

@@ -130,7 +130,10 @@ def test_true_class_of_a_confident_row(place: Place, rest: float, shape: tuple[i
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("classes", [10, 1000, 50257, 128256, 150000])
+@pytest.mark.parametrize(
+    "classes",
+    [10, 1000, 50257, *(pytest.param(classes, marks=pytest.mark.slow) for classes in (128256, 150000))],  # more of it
+)
 def test_error_at_most_half_as_much_again_as_torch(
     place: Place, classes: int, dtype: torch.dtype, smoothing: float
 ) -> None:

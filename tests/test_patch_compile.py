@@ -47,6 +47,7 @@ def test_compiled_before_anything_else_was() -> None:
     assert finished.returncode == 0, finished.stderr
 
 
+@pytest.mark.slow  # the C++ compiler's time
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_compiled_with_inductor(place: Place) -> None:
     torch.use_deterministic_algorithms(False)  # Inductor and the NaN filling of memory do not go together

@@ -56,7 +56,7 @@ def assert_same_curves(one: Path, other: Path) -> None:
         torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])  # four ranks share two cores
 def test_any_number_of_ranks_trains_to_the_same_curve(tmp_path: Path, size: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
     runs = all_runs()
@@ -75,6 +75,7 @@ def test_any_number_of_ranks_trains_to_the_same_curve(tmp_path: Path, size: int,
     assert metrics_of(tmp_path / "begun")["ranks"] == size
 
 
+@pytest.mark.slow  # 12,000 images
 @real_data
 def test_ranks_train_to_the_same_curve_on_the_real_data(tmp_path: Path, monkeypatch: Any) -> None:
     data = load_dataset("fashion-mnist", data_root()).head(12_000, 2_000)
