@@ -1,8 +1,8 @@
 # ruff: noqa: E501 - a line a bug
 """Plant one bug at a time and see a test fail: `make mutants`, or python -m tests.mutants [NAME...].
 
-Each mutant is a copy of the tree with one replacement; the quick tests of the loss run in it until the first failure.
-A mutant that survives is a hole in the tests: exit status 1.
+Each mutant is a copy of the tree with one replacement; the tests of its file run in it until the first failure, those of
+`make test` before the slow ones. A mutant that survives is a hole in the tests: exit status 1.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,35 +167,47 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def survives(mutant: Mutant) -> bool:
-    """Whether every test passes with the bug in place."""
+def plant(mutant: Mutant, tree: Path) -> None:
+    """Copy the checkout to `tree`, with the bug in place."""
+    hidden = shutil.ignore_patterns(".*", "runs", "docs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=hidden)
+    path = tree / mutant.file
+    path.write_text(path.read_text().replace(mutant.right, mutant.wrong))
+
+
+def fails(mutant: Mutant, tree: Path, marks: str) -> bool:
+    """Whether a test of those marks fails."""
+    tests = [f"tests/test_{name}.py" for name in mutant.tests or OWN.get(mutant.file, TESTS)]
+    on_cpu = mutant.tests or mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {SOFTMAX, OUTPUTS}
+    place = "not interpreter" if on_cpu else "interpreter or launch"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", marks, "-k", place, *tests]
+    run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True)
+    if run.returncode not in (0, 1, 5):  # passed, failed, no such tests
+        raise RuntimeError(f"pytest ended with status {run.returncode}:\n{run.stdout}{run.stderr}")
+    return run.returncode == 1
+
+
+def caught_by(name: str) -> str | None:
+    """Return the target whose tests fail with the bug in place, None where all pass."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
-        shutil.copytree(
-            ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".*", "runs", "docs", "*.egg-info", "__pycache__")
-        )
-        path = tree / mutant.file
-        source = path.read_text()
-        if mutant.right not in source:
-            raise SystemExit(f"{mutant.file} no longer contains: {mutant.right}")
-        path.write_text(source.replace(mutant.right, mutant.wrong))
-        tests = [f"tests/test_{name}.py" for name in mutant.tests or OWN.get(mutant.file, TESTS)]
-        on_cpu = mutant.tests or mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {SOFTMAX, OUTPUTS}
-        place = "not interpreter" if on_cpu else "interpreter or launch"
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", "-k", place, *tests]
-        run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True)
-        return run.returncode == 0
+        plant(MUTANTS[name], tree)
+        if fails(MUTANTS[name], tree, "not slow"):
+            return "make test"
+        return "make test-slow" if fails(MUTANTS[name], tree, "slow") else None
 
 
 def main(names: list[str]) -> None:
-    """Try every mutant, or those named."""
-    alive = []
-    for name in names or MUTANTS:
-        alive += [name] if survives(MUTANTS[name]) else []
-        print(f"{'SURVIVED' if name in alive else 'caught  '}  {name}", flush=True)
-    caught = len(names or MUTANTS) - len(alive)
-    print(f"{caught} of {len(names or MUTANTS)} planted bugs caught")
-    sys.exit(bool(alive))
+    """Try every mutant, or those named, a core each."""
+    names = names or list(MUTANTS)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict.fromkeys(names, "")
+        for name, target in zip(names, pool.map(caught_by, names), strict=True):
+            found[name] = target or ""
+            print(f"{f'caught by {target}' if target else 'SURVIVED':25}  {name}", flush=True)
+    caught = sum(map(bool, found.values()))
+    print(f"{caught} of {len(names)} planted bugs caught, {list(found.values()).count('make test')} by make test")
+    sys.exit(caught < len(names))
 
 
 if __name__ == "__main__":
