@@ -198,8 +198,8 @@ BLANK = base64.b64decode(
 @pytest.fixture(autouse=True)
 def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Save the lab's figures as one white pixel where no test looks at them: drawing is nine tenths of a short run."""
-    if request.module.__name__.startswith(("tests.test_training", "tests.test_cli")):
-        if not request.node.get_closest_marker("pictures"):
-            from matplotlib.figure import Figure
+    of_the_lab = request.module.__name__.startswith(("tests.test_training", "tests.test_cli"))
+    if of_the_lab and not request.node.get_closest_marker("pictures"):
+        from matplotlib.figure import Figure
 
-            monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(BLANK))
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(BLANK))
