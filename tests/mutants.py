@@ -182,9 +182,11 @@ def fails(mutant: Mutant, tree: Path, marks: str) -> bool:
     place = "not interpreter" if on_cpu else "interpreter or launch"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", marks, "-k", place, *tests]
     run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True)
-    if run.returncode not in (0, 1, 5):  # passed, failed, no such tests
-        raise RuntimeError(f"pytest ended with status {run.returncode}:\n{run.stdout}{run.stderr}")
-    return run.returncode == 1
+    if run.returncode in (0, 5):  # passed, or there are no such tests
+        return False
+    if run.returncode == 1 or run.returncode < 0:  # failed, or writing out of bounds ended the process
+        return True
+    raise RuntimeError(f"pytest ended with status {run.returncode}:\n{run.stdout}{run.stderr}")
 
 
 def caught_by(name: str) -> str | None:
