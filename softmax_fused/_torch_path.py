@@ -165,7 +165,8 @@ def differentiable_gradient(
     else:
         a = probability_share(t, w, spec)
         denominator = p.new_tensor(p.numel() // p.shape[1])
-    g = upstream.to(spec.acc).expand(rows).unsqueeze(1)
+    g = upstream.to(spec.acc)
+    g = (g.reshape(rows) if spec.reduction == "none" else g.expand(rows)).unsqueeze(1)
     if spec.reduction == "mean":
         g = g / denominator.masked_fill(denominator == 0, torch.nan)
     grad = g * (a.sum(1, keepdim=True) * p - a)
