@@ -103,6 +103,7 @@ MUTANTS = {
     "weights read as if contiguous": Mutant(LAUNCH, "weight.contiguous()", "weight"),
     "torch path: smoothing dropped": Mutant(TARGETS, "if not self.smoothing:", "if True:"),
     "torch path: weight ignored": Mutant(TARGETS, "true = product(self.true[at], true)", "pass"),
+    "errors: to explain one raises another": Mutant("softmax_fused/_check.py", "except Exception:", "except ArithmeticError:", ("errors",)),
     "torch path: an infinite weight times no smoothing": Mutant(TARGETS, "if self.smoothing:  # else", "if True:  # else"),
     "torch path: second order of an infinite weight": Mutant(TORCH, "    if not spec.label_smoothing:\n        return a\n", ""),
     "slices: an infinite weight of the true class": Mutant(TORCH_SLICES, "torch.where(a_true == 0, 0, a_true * (log_s - z_true))", "a_true * log_s - a_true * z_true", ("slices",)),
