@@ -214,12 +214,17 @@ def explain_target(input: Tensor, target: Any, ignore_index: Any) -> str | None:
             return f"ignore_index must be negative with class probabilities, which ignore nothing; got {ignore_index}"
     elif target.dtype is not torch.int64:
         return f"{expected}; got {describe(target)}: convert class indices with target.long()"
-    elif target.device.type == "cpu" and target.numel():
+    elif readable(target) and target.numel():
         classes = input.shape[min(input.ndim - 1, 1)]
         wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
         if wrong.numel():
             return out_of_range(classes, ignore_index, int(wrong[0]))
     return None
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: not those of a fake tensor, of a DTensor or under torch.func.vmap."""
+    return type(tensor) in TENSORS and tensor.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
 
 
 def out_of_range(classes: int, ignore_index: Any, label: int) -> str:
@@ -254,11 +259,17 @@ def explain_options(ignore_index: Any, reduction: Any, label_smoothing: Any) -> 
 def explain(
     error: Exception, input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
 ) -> Exception:
-    """Return torch's error, of the same type, with a message that names what was expected and what came."""
-    message = (
-        explain_options(ignore_index, reduction, label_smoothing)
-        or explain_input(input)
-        or explain_target(input, target, ignore_index)
-        or explain_weight(input, weight)
-    )
-    return error if message is None else type(error)(message)
+    """Return torch's error, of the same type, with a message that names what was expected and what came.
+
+    It is torch's error itself where nothing is found, or where the arguments refuse to be looked at.
+    """
+    try:
+        message = (
+            explain_options(ignore_index, reduction, label_smoothing)
+            or explain_input(input)
+            or explain_target(input, target, ignore_index)
+            or explain_weight(input, weight)
+        )
+        return error if message is None else type(error)(message)
+    except Exception:  # tensor subclasses, nested tensors and transforms may raise at any question asked of them
+        return error

@@ -201,5 +201,5 @@ def differentiable_gradients(upstream: Tensor, layer: Layer, plan: Plan) -> list
         x, w, b = layer.operands(plan)
         logits = F.linear(x, w, b).view(-1, *plan.sizes)
         g = _torch_path.differentiable_gradient(upstream, logits, layer.target, layer.weight, plan.spec)
-        g = g.view(len(x), len(w))
+        g = g.reshape(len(x), len(w))
         return [g @ w, g.t() @ x, g.sum(0)]

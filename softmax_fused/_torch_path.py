@@ -147,6 +147,15 @@ def unless_one(
     return gradient(upstream, logits, target, weight, saved, spec, grad)
 
 
+def index_share(p: Tensor, label: Tensor, weights: Tensor, w: Tensor | None, spec: Spec) -> Tensor:
+    """Return a for class indices, in the shape of `p`; an infinite weight counts in rows of its own class alone."""
+    a = torch.zeros_like(p).scatter_(1, label.unsqueeze(1), (weights * (1 - spec.label_smoothing)).unsqueeze(1))
+    if not spec.label_smoothing:
+        return a
+    off = spec.label_smoothing / p.shape[1]
+    return a + (off if w is None else off * w)
+
+
 def differentiable_gradient(
     upstream: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
 ) -> Tensor:
@@ -158,14 +167,14 @@ def differentiable_gradient(
     keep = None
     if spec.indices:
         label, keep = class_indices(t, z.shape[1], spec)
-        one_hot = torch.zeros_like(p).scatter_(1, label.unsqueeze(1), 1)
-        a = probability_share(one_hot, w, spec)
         weights = torch.ones(rows, dtype=spec.acc, device=z.device) if w is None else w.flatten()[label]
+        a = index_share(p, label, weights, w, spec)
         denominator = (weights if keep is None else weights.masked_fill(~keep, 0)).sum()
     else:
         a = probability_share(t, w, spec)
         denominator = p.new_tensor(p.numel() // p.shape[1])
-    g = upstream.to(spec.acc).expand(rows).unsqueeze(1)
+    g = upstream.to(spec.acc)
+    g = (g.reshape(rows) if spec.reduction == "none" else g.expand(rows)).unsqueeze(1)
     if spec.reduction == "mean":
         g = g / denominator.masked_fill(denominator == 0, torch.nan)
     grad = g * (a.sum(1, keepdim=True) * p - a)

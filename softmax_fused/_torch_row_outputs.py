@@ -28,9 +28,17 @@ def effective(z: Tensor, options: RowSpec) -> tuple[Tensor, Tensor | float]:
     return options.softcap * t, options.scale * (1 - t * t)
 
 
+def finite_log(log_p: Tensor) -> Tensor:
+    """Return log p with 0 where p is 0, for a factor beside p: there p log p is 0, and so is its derivative.
+
+    Masking the product instead would be right in value only: autograd multiplies the mask's 0 by -inf, which is NaN.
+    """
+    return log_p.masked_fill(log_p == -torch.inf, 0)
+
+
 def entropy_of(log_p: Tensor) -> Tensor:
     """Return -sum p log p, where 0 log 0 = 0."""
-    return -torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p).sum(1)
+    return -(log_p.exp() * finite_log(log_p)).sum(1)
 
 
 def statistics(x: Tensor, options: RowSpec, log_p: Tensor | None) -> RowOutputs:
@@ -103,7 +111,7 @@ def by_logits(x: Tensor, g_lse: Tensor | None, g_entropy: Tensor | None) -> Tens
     if g_entropy is None:
         return grad
     entropy = entropy_of(log_p).unsqueeze(1)
-    return grad - torch.where(log_p == -torch.inf, 0, log_p.exp() * (g_entropy.unsqueeze(1) * (log_p + entropy)))
+    return grad - log_p.exp() * (g_entropy.unsqueeze(1) * (finite_log(log_p) + entropy))
 
 
 def differentiable_gradient(

@@ -83,7 +83,7 @@ def statistics(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
             if len(out) == 4:
                 a = probability_share(t[at], w, spec) if not spec.indices else spread(shifted, w, off)
                 out[2][part] = a.sum(1)
-                out[3][part] = product(a, shifted).sum(1)
+                out[3][part] = product(a, shifted).masked_fill_(shifted == 0, 0).sum(1)  # also for infinite weights
             p = shifted.exp_()
             if spec.indices:
                 put(p, t[part].unsqueeze(1), p.new_zeros(()))
@@ -107,7 +107,7 @@ def terms(parts: Tensor, m: Tensor, logits: Tensor, target: Tensor, weight: Tens
     found = [s * delta.exp()]
     if rest:
         total, dot = rest
-        found += [total, dot + torch.where(total == 0, 0, total * delta)]
+        found += [total, dot + torch.where((total == 0) | (delta == 0), 0, total * delta)]
     if spec.indices:
         found += true_terms(logits.detach(), target, weight, m, spec)
     return torch.stack(found)
@@ -159,10 +159,11 @@ def close_rows(
     log_s = torch.where(e_true == 1, s.log1p(), (s + e_true).log())
     a_true = (1 - spec.label_smoothing) * w_true
     ignored, unknown = label == IGNORED, label == UNKNOWN
-    total = (total + a_true).masked_fill_(unknown, torch.nan)
-    loss = total * log_s - dot - torch.where(a_true == 0, 0, a_true * z_true)
-    none = ignored | unknown
-    return log_s, total.masked_fill_(ignored, 0), loss.masked_fill_(ignored, 0), w_true.masked_fill(none, 0)
+    # a_true * log_s and a_true * z_true apart would be inf - inf where the weight is infinite
+    loss = total * log_s - dot + torch.where(a_true == 0, 0, a_true * (log_s - z_true))
+    loss = loss.masked_fill_(unknown, torch.nan).masked_fill_(ignored, 0)
+    total = (total + a_true).masked_fill_(unknown, torch.nan).masked_fill_(ignored, 0)
+    return log_s, total, loss, w_true.masked_fill(ignored | unknown, 0)
 
 
 def gradient(
@@ -205,7 +206,10 @@ def by_index(log_p: Tensor, g: Tensor, label: Tensor, w: Tensor | None, total: T
         a_true = a_true * w.flatten()[index]
     rest = 1 - a_true if total is None else total - a_true
     A = torch.where(label == UNKNOWN, torch.nan, log_p.new_ones(())) if total is None else total  # noqa: N806
-    true = g * (A * log_p.gather(1, index).expm1() + rest)
+    log_p_true = log_p.gather(1, index)
+    true = g * (A * log_p_true.expm1() + rest)
+    if total is not None and off:  # another class's infinite weight makes A infinite, and A * (p - 1) + A - a NaN
+        true = torch.where(total.isinf(), g * (total * log_p_true.exp() - a_true), true)
     log_p.exp_().mul_(A * g)
     if off:
         log_p.sub_(g * off if w is None else g * off * w)

@@ -68,7 +68,9 @@ class Indices:
         self.rows = z.new_ones((), dtype=spec.acc).expand(label.shape)
         if w is not None:
             self.true = w.flatten()[self.label]
-            self.total = self.true * (1 - self.smoothing) + self.off * w.sum()
+            self.total = self.true
+            if self.smoothing:  # else an infinite weight would meet 0, and be NaN in rows of other classes too
+                self.total = self.true * (1 - self.smoothing) + self.off * w.sum()
 
     def live(self, rows: Tensor) -> Tensor:
         """Return a number a row, (N, d1..dk), with 0 for ignored rows."""
@@ -90,27 +92,32 @@ class Indices:
         spread = log_p if self.w is None else product(self.w.expand_as(log_p), log_p)
         return -self.off * spread.sum(1, keepdim=True) - (0 if self.smoothing == 1 else (1 - self.smoothing) * true)
 
-    def sum(self, at: tuple[slice, ...]) -> Tensor | float:
-        """Return A of a chunk."""
-        return 1.0 if self.w is None else self.total[at]
+    def true_gradient(self, others: Tensor, scale: Tensor, g: Tensor, at: tuple[slice, ...]) -> Tensor:
+        """Return the true class's gradient from the others' probability, with `scale` = g * A.
 
-    def rest(self, at: tuple[slice, ...]) -> Tensor | float:
-        """Return A - a of the true class."""
-        return self.sum(at) - (1 if self.w is None else self.true[at]) * (1 - self.smoothing + self.off)
+        It is g * (A - a - A * others), in which no digit cancels where the row is confident.
+        """
+        grad = others * -scale
+        if self.w is None and not self.smoothing:
+            return grad  # A and a are 1
+        share = 1 - self.smoothing + self.off
+        a: Tensor | float = share if self.w is None else self.true[at] * share
+        grad.add_(((1 if self.w is None else self.total[at]) - a) * g)
+        if self.w is None or not self.smoothing:
+            return grad
+        # Where another class's infinite weight makes A infinite, that is inf - inf, but g * (A * p - a) is infinite.
+        return torch.where(scale.isinf(), (1 - others) * scale - a * g, grad)
 
     def gradient(self, p: Tensor, g: Tensor, at: tuple[slice, ...], out: Tensor) -> None:
-        """Fill `out` with the gradient of a chunk from its softmax; `p` is written over.
-
-        The true class gets g * (A - a - A * (the others' p)), in which no digit cancels where the row is confident.
-        """
-        label, rest = self.label[at], self.rest(at)
+        """Fill `out` with the gradient of a chunk from its softmax; `p` is written over."""
+        label = self.label[at]
         scale = g if self.w is None else self.total[at] * g
-        true = self.others(p, label) * -scale
+        true = self.true_gradient(self.others(p, label), scale, g, at)
         result = out if out.dtype == p.dtype else p
         torch.mul(p, scale, out=result)
         if self.smoothing:
             result.sub_(self.off * g if self.w is None else self.off * g * self.w)
-        result.scatter_(1, label, true if self.w is None and not self.smoothing else true.add_(rest * g))
+        result.scatter_(1, label, true)
         if self.keep is not None:  # g is 0 there, and so is the rest
             bad = true.isnan() & ~self.keep.unsqueeze(1)[at]
             if not bad.is_cpu or bool(bad.any()):

@@ -59,11 +59,14 @@ def test_first_and_second_derivatives(place: Place, reduction: str, weighted: bo
     assert torch.autograd.gradgradcheck(loss, (logits,), **quick)
 
 
-def test_second_order_is_not_dropped(place: Place) -> None:
-    logits, target = make_logits((4, 5), torch.float64, place.device), make_indices((4, 5), place.device)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 4, 5)], ids=str)
+def test_second_order_is_not_dropped(place: Place, shape: tuple[int, ...], reduction: str) -> None:
+    logits, target = make_logits(shape, torch.float64, place.device), make_indices(shape, place.device)
     results = []
     for function, options in ((cross_entropy, {"backend": place.backend}), (F.cross_entropy, {})):
-        (grad,) = torch.autograd.grad(function(logits, target, **options), logits, create_graph=True)
+        loss = function(logits, target, reduction=reduction, **options).sum()
+        (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
         results.append(torch.autograd.grad(grad.square().sum(), logits)[0])
     torch.testing.assert_close(*results)
     assert results[0].abs().sum() > 0

@@ -1,11 +1,17 @@
 """Bad input raises what torch raises, by type, with a message that says what was expected and what came."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor.parallel import loss_parallel
 
 from softmax_fused import cross_entropy
 from tests.conftest import Place
@@ -80,6 +86,52 @@ def test_messages_survive_a_large_batch() -> None:
     logits = torch.zeros(120_000, 10)
     with pytest.raises(IndexError, match="class indices from 0 to 9"):
         cross_entropy(logits, torch.full((120_000,), 10))
+
+
+def two_batches(function: Callable[..., Tensor]) -> Tensor:
+    return torch.vmap(function)(torch.stack([Z, Z]), torch.stack([Y, Y + 3]))
+
+
+def fake(function: Callable[..., Tensor]) -> Tensor:
+    """The target's shape and dtype are right, its device is not."""
+    with FakeTensorMode():
+        return function(torch.empty(8, 10, device="meta"), torch.empty(8, dtype=torch.long))
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise AssertionError("cannot be shown")
+
+
+UNREADABLE = {
+    "vmap": two_batches,
+    "fake": fake,
+    "not printable": lambda function: function(Z, Unprintable()),
+}
+
+
+@pytest.mark.parametrize("call", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_explaining_an_error_never_raises_another(call: Callable[[Callable[..., Tensor]], Tensor]) -> None:
+    theirs, ours = outcome(call, (F.cross_entropy,), {}), outcome(call, (cross_entropy,), {})
+    assert isinstance(theirs, Exception)
+    assert (type(ours), str(ours)) == (type(theirs), str(theirs))
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """One rank, in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["", "loss_parallel"])
+def test_explaining_an_error_of_dtensors_never_raises_another(mesh: DeviceMesh, parallel: bool) -> None:
+    logits, target = DTensor.from_local(Z, mesh, [Partial()]), DTensor.from_local(Y + 3, mesh, [Replicate()])
+    with loss_parallel() if parallel else nullcontext():
+        theirs, ours = (outcome(function, (logits, target), {}) for function in (F.cross_entropy, cross_entropy))
+    assert isinstance(theirs, Exception)
+    assert (type(ours), str(ours)) == (type(theirs), str(theirs))
 
 
 def test_unknown_backend() -> None:

@@ -197,6 +197,16 @@ def test_gradients_at_zero_are_the_limits() -> None:
     assert torch.autograd.grad(info.entropy(p), p)[0].tolist() == [INF, INF, -1]
 
 
+@pytest.mark.parametrize("function", [info.entropy_from_logits, info.perplexity_from_logits, *PAIRED[1::2]])
+def test_an_impossible_outcome_changes_no_second_derivative(function: Callable[..., Tensor]) -> None:
+    masked, kept = torch.tensor([0, -INF, 0, -INF, 0], dtype=torch.float64), [0, 2, 4]
+    arguments = torch.randn(2 if function in PAIRED else 1, 5, dtype=torch.float64).unbind()
+    for position in range(len(arguments)):
+        found = torch.func.hessian(lambda *logits: function(*(z + masked for z in logits)), position)(*arguments)
+        expected = torch.func.hessian(lambda *logits: function(*(z[kept] for z in logits)), position)(*arguments)
+        torch.testing.assert_close(found, expected)
+
+
 def test_transforms_and_compilers_see_plain_operations() -> None:
     z, y = torch.randn(2, 4, 5, dtype=torch.float64)
     for function in PAIRED[1::2]:

@@ -62,6 +62,15 @@ def test_one_bad_logit_spoils_its_row(place: Place, value: float) -> None:
     assert loss.isnan().tolist() == [False, True, False]
 
 
+def test_an_infinite_weight_spoils_the_rows_of_its_class(place: Place) -> None:
+    logits = make_logits((6, 12), torch.float32, place.device)
+    target, weight = torch.arange(6, device=place.device), torch.ones(12, device=place.device)
+    weight[1] = INF
+    (grad,) = torch.autograd.grad(cross_entropy(logits, target, weight, backend=place.backend), logits)
+    assert grad[1].isnan().all()
+    assert grad[[0, 2, 3, 4, 5]].eq(0).all()
+
+
 def test_minus_infinity_at_the_target(place: Place) -> None:
     logits = torch.tensor([[0.0, -INF, 1.0]], device=place.device, requires_grad=True)
     loss = cross_entropy(logits, torch.tensor([1], device=place.device), backend=place.backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -219,6 +220,42 @@ def test_torch_func_and_compile(place: Place) -> None:
         torch.testing.assert_close(transform(total)(z), transform(exact)(z))
     compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(z), exact(z))
+
+
+def test_confidence_penalty_of_a_masked_class(place: Place) -> None:
+    z = torch.tensor([[0.0, 0.0, -INF]], device=place.device, requires_grad=True)
+    for backend in ("auto", place.backend):
+        rows = cross_entropy_rows(
+            z, torch.tensor([0], device=place.device), outputs=("loss", "entropy"), backend=backend
+        )
+        (grad,) = torch.autograd.grad((rows.loss - 0.1 * rows.entropy).mean(), z)
+        assert grad.tolist() == [[-0.5, 0.5, 0.0]]
+
+
+DERIVATIVES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "backward": lambda f, z: torch.autograd.grad(f(z), z)[0],
+    "backward twice": lambda f, z: torch.autograd.functional.vhp(f, z, torch.ones_like(z))[1],
+    "torch.func.grad": lambda f, z: torch.func.grad(f)(z.detach()),
+    "hessian": lambda f, z: torch.func.hessian(f)(z.detach()),
+    "jacfwd": lambda f, z: torch.func.jacfwd(f)(z.detach()),
+    "compile": lambda f, z: torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(z), z)[0],
+}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES.keys())
+def test_masked_classes_change_no_derivative(place: Place, derivative: Callable[..., Tensor]) -> None:
+    """A class at -inf has probability 0: the others' derivatives are those without it, and its own are 0."""
+    z, target = make_logits((2, 6), torch.float64, place.device, 1.0), torch.tensor([0, 4], device=place.device)
+    kept, mask = [0, 1, 4, 5], torch.tensor([0, 0, -INF, -INF, 0, 0], dtype=z.dtype, device=place.device)
+
+    def total(x: Tensor, target: Tensor, outputs: tuple[str, ...], backend: str) -> Tensor:
+        rows = cross_entropy_rows(x, target, outputs=outputs, logit_scale=0.7, backend=backend)
+        return sum(getattr(rows, name).square().sum() for name in outputs)
+
+    for outputs in (("entropy",), ("logsumexp",), SOFT):
+        found = derivative(lambda x: total(x + mask, target, outputs, place.backend), z)  # noqa: B023 - called here
+        expected = derivative(lambda x: total(x[:, kept], target.clamp(max=2), outputs, "torch"), z)  # noqa: B023
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

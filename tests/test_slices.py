@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from softmax_fused import functional
-from softmax_fused._autograd import make_spec
+from softmax_fused._autograd import Spec, make_spec
 from softmax_fused._slices import slice_operations
 from tests import reference
-from tests.cases import crossed
-from tests.conftest import Place
+from tests.cases import crossed, make_probabilities
+from tests.conftest import CPU, Place
 from tests.ranks import assert_close, part_of, problem
 
 SHAPES = {(5, 23): [2, 0, 20, 1], (3, 6, 7): [1, 5], (2, 3, 4, 5): [3], (2, 700): [150, 550], (300, 5): [4, 1]}
+
+
+def brought_together(
+    place: Place, logits: Tensor, target: Tensor, weight: Tensor | None, sizes: list[int], spec: Spec, upstream: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the loss as each slice has it, and the slice's gradient."""
+    module = slice_operations(functional.operations(place.backend, logits.device))
+    slices = []
+    for rank, size in enumerate(sizes):
+        z = part_of(logits, sizes, rank, 1)
+        t = target if spec.indices else part_of(target, sizes, rank, 1)
+        w = None if weight is None else part_of(weight, sizes, rank, 0)
+        it = spec._replace(first=sum(sizes[:rank]))
+        slices.append((z, module.prepare(z, t, it), w, it))
+        assert z.shape[1] == size
+    parts = [module.statistics(*each) for each in slices]
+    m = torch.stack([part[0] for part in parts]).amax(0)
+    sums = sum(module.terms(part, m, *each) for part, each in zip(parts, slices, strict=True))
+    found = []
+    for z, t, w, it in slices:
+        loss, saved = module.close(sums, m, z, t, w, it)
+        grad = torch.zeros(z.shape, dtype=z.dtype, device=z.device)
+        if z.numel():
+            module.gradient(upstream.to(z.dtype), z, t, w, saved, it, grad)
+        found.append((loss, grad))
+    return found
 
 
 @crossed(
@@ -30,28 +59,31 @@ def test_slices_are_the_whole(
         it if it is None else it.to(place.device) for it in problem(shape, dtype, soft, weighted, 0)
     )
     sizes = SHAPES[shape]
-    module = slice_operations(functional.operations(place.backend, logits.device))
     spec = make_spec(logits, target, reduction, -100, smoothing, dtype)._replace(classes=shape[1])
-    slices = []
-    for rank, size in enumerate(sizes):
-        z = part_of(logits, sizes, rank, 1)
-        t = part_of(target, sizes, rank, 1) if soft else target
-        w = None if weight is None else part_of(weight, sizes, rank, 0)
-        it = spec._replace(first=sum(sizes[:rank]))
-        slices.append((z, module.prepare(z, t, it), w, it, torch.zeros(z.shape, dtype=dtype, device=z.device)))
-        assert z.shape[1] == size
-    parts = [module.statistics(z, t, w, it) for z, t, w, it, _ in slices]
-    m = torch.stack([part[0] for part in parts]).amax(0)
-    sums = sum(module.terms(part, m, z, t, w, it) for part, (z, t, w, it, _) in zip(parts, slices, strict=True))
     upstream = torch.randn((), dtype=torch.float64, device=place.device).expand(
         (shape[0], *shape[2:]) if reduction == "none" else ()
     )
     truth = reference.cross_entropy(
         logits, target, weight, upstream=upstream, reduction=reduction, label_smoothing=smoothing
     )
-    for rank, (z, t, w, it, grad) in enumerate(slices):
-        loss, saved = module.close(sums, m, z, t, w, it)
+    for rank, (loss, grad) in enumerate(brought_together(place, logits, target, weight, sizes, spec, upstream)):
         assert_close(loss, truth.loss, dtype)
-        if z.numel():
-            module.gradient(upstream.to(dtype), z, t, w, saved, it, grad)
         assert_close(grad, part_of(truth.grad, sizes, rank, 1), dtype)
+
+
+@pytest.mark.parametrize("sizes", [[7], [3, 4], [1, 1, 5]], ids=str)
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+def test_infinite_weights_do_what_they_do_in_torch(soft: bool, sizes: list[int]) -> None:
+    logits = torch.randn(6, 7, dtype=torch.float64)
+    logits[:3, 1] = 9  # the class with the infinite weight is the most probable, or not
+    target = make_probabilities((6, 7), logits.dtype, "cpu") if soft else torch.tensor([0, 1, 2, 0, 1, 6])
+    weight = torch.tensor([1, torch.inf, 1, 0.5, 1, 1, 0], dtype=torch.float64)
+    for smoothing in (0.0, 0.1):
+        spec = make_spec(logits, target, "none", -100, smoothing, logits.dtype)._replace(classes=7)
+        leaf = logits.clone().requires_grad_()
+        truth = F.cross_entropy(leaf, target, weight, reduction="none", label_smoothing=smoothing)
+        (exact,) = torch.autograd.grad(truth.sum(), leaf)
+        found = brought_together(CPU, logits, target, weight, sizes, spec, torch.ones(6))
+        for loss, _ in found:
+            torch.testing.assert_close(loss, truth.detach())
+        torch.testing.assert_close(torch.cat([grad for _, grad in found], 1), exact, equal_nan=True)

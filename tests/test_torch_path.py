@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softmax_fused import _torch_path, _torch_rows
+from softmax_fused import _torch_path, _torch_rows, cross_entropy
 from softmax_fused._autograd import Spec, make_spec
 from tests import reference
 from tests.cases import ULPS, make_indices, make_logits, make_probabilities
@@ -102,6 +102,27 @@ def test_bad_rows_have_a_bad_gradient(shape: tuple[int, ...], value: float) -> N
         assert result[1].isnan().all()
         assert result[0].isfinite().all()
         assert result[2:].isfinite().all()
+
+
+@pytest.mark.parametrize("create_graph", [False, True], ids=["", "create_graph"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_infinite_weights_do_what_they_do_in_torch(reduction: str, create_graph: bool) -> None:
+    """Infinite, NaN and finite in the same places, and the same values where they are finite."""
+    logits = torch.randn(6, 7, dtype=torch.float64)
+    logits[1] = torch.arange(7).flip(0)  # the class with the infinite weight is neither the first nor the last
+    logits[4, 1] = 9  # and here the most probable
+    logits.requires_grad_()
+    weight = torch.tensor([1, torch.inf, 1, 0.5, 1, 1, 0], dtype=torch.float64)
+    indices = torch.tensor([0, 1, 2, 0, 1, 6])
+    for target in (indices, F.one_hot(indices, 7).double(), make_probabilities((6, 7), torch.float64, "cpu")):
+        for smoothing in (0.0, 0.1):
+            found = []
+            for function, backend in ((cross_entropy, {"backend": "torch"}), (F.cross_entropy, {})):
+                loss = function(logits, target, weight, reduction=reduction, label_smoothing=smoothing, **backend)
+                upstream = torch.full_like(loss, 1.5)
+                (grad,) = torch.autograd.grad(loss, logits, upstream, create_graph=create_graph)
+                found.append((loss.detach(), grad.detach()))
+            torch.testing.assert_close(*found, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [(1, 19, 12, 40), (7, 3, 5), (1, 2, 1, 999), (5, 100_000), (3, 2, 65, 1)], ids=str)
