@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from softmax_fused.training.checkpoint import load_checkpoint
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.evaluation import CURVES
-from softmax_fused.training.record import default_folder
+from softmax_fused.training.record import default_folder, device_name
 from softmax_fused.training.run import train
 from tests.lab import QUIET, SMALL, assert_consistent, few_digits, metrics_of
 
@@ -50,6 +50,12 @@ def test_pictures_open_and_events_hold_every_epoch(tmp_path: Path) -> None:
 
 
 def test_checkpoints_load_without_running_code(tmp_path: Path) -> None:
+def test_one_thread_is_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads, text in ((1, "1 thread"), (2, "2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        assert device_name(torch.device("cpu")).endswith(f", {text}")
+
+
     folder = train(replace(SMALL, optimizer="adam"), output=tmp_path, data=few_digits(), reporter=QUIET)
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state["config"] == metrics_of(folder)["config"]

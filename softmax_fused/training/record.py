@@ -12,6 +12,7 @@ from softmax_fused.training.config import TrainConfig
 from softmax_fused.training.data import ImageData
 from softmax_fused.training.evaluation import curve_names
 from softmax_fused.training.ranks import ALONE, Ranks
+from softmax_fused.training.wording import plural
 
 Metrics = dict[str, Any]
 
@@ -68,7 +69,8 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"{platform.machine()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"{platform.machine()}, {threads} {plural('thread', threads)}"
     return device.type
 
 

@@ -36,6 +36,7 @@ from softmax_fused.training.report import Reporter, describe, describe_parameter
 from softmax_fused.training.shares import Shares
 from softmax_fused.training.signals import signals_held
 from softmax_fused.training.targets import SoftBatches
+from softmax_fused.training.wording import plural
 
 
 @dataclass
@@ -240,7 +241,8 @@ def _saying_how_to_resume(run: Run) -> Iterator[None]:
     command = f"{run.ranks.program} train --resume {shlex.quote(str(run.folder))}"
 
     def kept() -> str:
-        return f"{run.folder} keeps {run.epochs_done} of {run.config.epochs} epochs; resume with: {command}"
+        done, epochs = run.epochs_done, run.config.epochs
+        return f"{run.folder} keeps {done} of {epochs} {plural('epoch', epochs)}; resume with: {command}"
 
     try:
         yield
