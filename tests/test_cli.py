@@ -118,7 +118,7 @@ def test_a_run_prints_a_line_an_epoch_and_its_folder(tmp_path: Path, capsys: pyt
     outcome = run_cli(capsys, "train", *DIGITS, "--output", tmp_path / "run")
     assert outcome.status == 0
     line, folder = outcome.out.splitlines()
-    assert line.startswith("epoch 1/1  train loss 2.0")
+    assert re.match(r"epoch 1/1  train loss 2\.0\d+  test loss 1\.\d+  accuracy train 0\.\d+ test 0\.\d+  ", line)
     assert line.endswith(" images/s")
     assert folder == str(tmp_path / "run")
     quiet = run_cli(capsys, "train", *DIGITS, "--quiet", "--output", tmp_path / "quiet")

@@ -44,18 +44,19 @@ def test_pictures_open_and_events_hold_every_epoch(tmp_path: Path) -> None:
             assert len(picture.convert("RGB").getcolors(maxcolors=2**24) or []) > 20
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
     events = EventAccumulator(str(folder)).Reload()
-    losses = [event.value for event in events.Scalars("loss/train")]
-    assert losses == pytest.approx(metrics_of(folder)["train_loss"])
+    for name in ("train", "test"):
+        losses = [event.value for event in events.Scalars(f"loss/{name}")]
+        assert losses == pytest.approx(metrics_of(folder)[f"{name}_loss"])
     assert [event.step for event in events.Scalars("accuracy/test")] == [1, 2]
 
 
-def test_checkpoints_load_without_running_code(tmp_path: Path) -> None:
 def test_one_thread_is_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     for threads, text in ((1, "1 thread"), (2, "2 threads")):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
         assert device_name(torch.device("cpu")).endswith(f", {text}")
 
 
+def test_checkpoints_load_without_running_code(tmp_path: Path) -> None:
     folder = train(replace(SMALL, optimizer="adam"), output=tmp_path, data=few_digits(), reporter=QUIET)
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state["config"] == metrics_of(folder)["config"]

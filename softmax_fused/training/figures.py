@@ -22,8 +22,9 @@ def draw_figures(folder: Path, metrics: Metrics, test: Split, learner: Learner) 
     title, unit = run_title(metrics), LOSSES[metrics["config"]["loss"]].unit
     losses = {"training set, during the epoch": metrics["train_loss"]}
     classes = metrics["dataset"]["classes"]
-    if not classes:
+    if any(loss is not None for loss in metrics["test_loss"]):
         losses["test set, after it"] = metrics["test_loss"]
+    if not classes:
         write_atomically(folder / "curves.png", to_png(plot_curves(title, unit, losses, {})))
         write_fit(folder / "fit.png", metrics, test)
         return

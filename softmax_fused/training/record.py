@@ -38,6 +38,15 @@ def surroundings(config: TrainConfig, device: torch.device, ranks: Ranks = ALONE
     }
 
 
+def continued_metrics(
+    metrics: Metrics, config: TrainConfig, data: ImageData, device: torch.device, ranks: Ranks
+) -> Metrics:
+    """Return the record of a run that goes on: a curve that it did not have so far is None for the epochs done."""
+    epochs = len(metrics["train_loss"])
+    begun = {**new_metrics(config, data, device, ranks), **metrics, **surroundings(config, device, ranks)}
+    return {**begun, **{name: begun[name] or [None] * epochs for name in curve_names(data)}}
+
+
 def add_results(metrics: Metrics, results: dict[str, float], last: Metrics) -> None:
     """Append an epoch to the curves; `last` replaces what is known of the last epoch alone."""
     for name, value in results.items():

@@ -110,12 +110,12 @@ class EpochReport:
 def describe(results: dict[str, float], images: int) -> str:
     """Return one epoch in one line, units included."""
     seconds = results["epoch_seconds"]
-    if "test_loss" in results:
-        scores, unit = f"test loss {results['test_loss']:.3g}", "examples"
-    else:
-        scores, unit = f"accuracy train {results['train_accuracy']:.4f} test {results['test_accuracy']:.4f}", "images"
-    loss = f"{results['train_loss']:.4f}" if unit == "images" else f"{results['train_loss']:.3g}"
-    return f"train loss {loss}  {scores}  {seconds:.2f} s  {images / seconds:,.0f} {unit}/s"
+    scores, unit, digits = "", "examples", ".3g"
+    if "test_accuracy" in results:
+        scores = f"  accuracy train {results['train_accuracy']:.4f} test {results['test_accuracy']:.4f}"
+        unit, digits = "images", ".4f"
+    losses = f"train loss {results['train_loss']:{digits}}  test loss {results['test_loss']:{digits}}"
+    return f"{losses}{scores}  {seconds:.2f} s  {images / seconds:,.0f} {unit}/s"
 
 
 def describe_parameters(parameters: dict[str, Any]) -> str:
