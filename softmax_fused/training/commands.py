@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from softmax_fused.cli import describe_version
+from softmax_fused.training.activations_command import activations
 from softmax_fused.training.config import TrainConfig, check_range
 from softmax_fused.training.data import DATASETS
 from softmax_fused.training.data_command import data
@@ -23,6 +24,7 @@ EXAMPLES = (
     "softmax-fused compare --losses fused,torch,scratch",
     "softmax-fused predict --checkpoint runs/FOLDER shoe.jpg",
     "softmax-fused data --dataset mnist --time",
+    "softmax-fused activations --output activations.png",
     "softmax-fused report runs/A runs/B",
     "softmax-fused info",
 )
@@ -120,7 +122,7 @@ Workers = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the folder of the results, and warnings.")]
 
 
-@app.command(short_help="Train a model; keep its metrics, curves, pictures and checkpoint.")
+@app.command(short_help="Train a model; keep metrics, curves and a checkpoint.")
 def train(
     context: typer.Context,
     dataset: Dataset = DEFAULT.dataset,
@@ -212,7 +214,7 @@ def compare(
     compare(names, config, output=output, fallback="dataset" not in given, reporter=Reporter(quiet=quiet))
 
 
-@app.command(short_help="Name what is in your own pictures, or draw those of the test set.")
+@app.command(short_help="Name what is in pictures, or draw the test set's.")
 def predict(
     checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="checkpoint.pt of a run, or its folder.")],
     images: Annotated[
@@ -242,6 +244,7 @@ def predict(
 
 
 app.command(short_help="Describe a data set, draw samples, time how fast it is read.")(data)
+app.command(short_help="Draw ReLU, sigmoid and tanh, and their slopes.")(activations)
 app.command(short_help="Put runs on one HTML page that needs nothing else.")(report)
 
 
