@@ -77,6 +77,8 @@ def test_differences_are_drawn_where_there_are_any(
     if drawn:
         lines = {line.get_label(): list(line.get_ydata()) for line in panels[3].get_lines()}
         assert lines == drawn
+        colours = [{line.get_label(): line.get_color() for line in panel.get_lines()} for panel in panels]
+        assert all(colours[3][name] == colours[0][name] for name in drawn)
         low, high = panels[3].get_ylim()
         assert all(low <= value < high for values in lines.values() for value in values)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from softmax_fused.training.checkpoint import load_checkpoint
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.evaluation import CURVES
+from softmax_fused.training.plots import plot_curves
 from softmax_fused.training.record import default_folder, device_name
 from softmax_fused.training.run import train
 from tests.lab import QUIET, SMALL, assert_consistent, few_digits, metrics_of
@@ -48,6 +50,14 @@ def test_pictures_open_and_events_hold_every_epoch(tmp_path: Path) -> None:
         losses = [event.value for event in events.Scalars(f"loss/{name}")]
         assert losses == pytest.approx(metrics_of(folder)[f"{name}_loss"])
     assert [event.step for event in events.Scalars("accuracy/test")] == [1, 2]
+
+
+def test_a_curve_is_drawn_where_it_has_values() -> None:
+    losses = {"training": [3.0, 2.0, 1.0], "test": [None, None, 2.0], "another": [None, None, None]}
+    axes = plot_curves("title", "nats", losses, {"test": [0.1, 0.2, 0.3]}).axes[0]
+    drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    assert list(drawn) == [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "test"]
+    assert np.array_equal(drawn["test"], [np.nan, np.nan, 2.0], equal_nan=True)
 
 
 def test_one_thread_is_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:

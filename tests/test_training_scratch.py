@@ -60,10 +60,14 @@ def test_activations_are_drawn_and_described(tmp_path: Path, capsys: pytest.Capt
     headings, *rows, path = outcome.out.splitlines()
     assert (outcome.status, path) == (0, str(tmp_path / "curves.png"))
     assert headings.split() == ["slope", "at", "-8", "-2", "0", "2", "8", "largest"]
-    assert (
-        dict(row.split(maxsplit=1) for row in rows)["sigmoid"].split()
-        == ["0.000335", "0.105", "0.25", "0.105", "0.000335", "0.25"]
-    )
+    assert dict(row.split(maxsplit=1) for row in rows)["sigmoid"].split() == [
+        "0.000335",
+        "0.105",
+        "0.25",
+        "0.105",
+        "0.000335",
+        "0.25",
+    ]
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size[0] > picture.size[1] > 400
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 REFERENCE = "torch"
+DIFFERENCE = "largest_difference"  # of a step's loss from torch's, in each epoch
 WARM_UP = 10  # steps whose times are not counted
 
 
@@ -33,12 +34,12 @@ def largest_differences(ours: list[Tensor], theirs: list[Tensor]) -> list[float]
 
 def differ(losses: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether any loss was at any step another than torch's: whether there are differences to show."""
-    return any(any(loss.get("largest_difference") or []) for loss in losses.values())
+    return any(any(loss.get(DIFFERENCE) or []) for loss in losses.values())
 
 
 def describe_identical(losses: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a sentence on the losses that never differed from torch's, empty where there are none."""
-    distances = {name: loss.get("largest_difference") for name, loss in losses.items() if name != REFERENCE}
+    distances = {name: loss.get(DIFFERENCE) for name, loss in losses.items() if name != REFERENCE}
     names = [name for name, values in distances.items() if values and not any(values)]
     return f"{', '.join(names)}: identical to torch's loss to the last bit at every step" if names else ""
 

@@ -21,9 +21,7 @@ SHOWN = 16  # right ones and as many wrong ones
 def draw_figures(folder: Path, metrics: Metrics, test: Split, learner: Learner) -> None:
     """Write curves.png, and confusion.png and predictions.png, or for a regression fit.png."""
     title, unit = run_title(metrics), LOSSES[metrics["config"]["loss"]].unit
-    losses = {"training set, during the epoch": metrics["train_loss"]}
-    if any(loss is not None for loss in metrics["test_loss"]):
-        losses["test set, after it"] = metrics["test_loss"]
+    losses = {"training set, during the epoch": metrics["train_loss"], "test set, after it": metrics["test_loss"]}
     classes = metrics["dataset"]["classes"]
     if not classes:
         write_atomically(folder / "curves.png", to_png(plot_curves(title, unit, losses, {})))

@@ -71,12 +71,14 @@ def plot_fit(title: str, features: Array, values: Array, weights: Sequence[float
 
 
 def draw_lines(axes: "Axes", lines: Mapping[str, Sequence[float | None]], epochs: range) -> None:
-    """Draw lines over epochs, distinct in colour, dash and mark; None is no point."""
+    """Draw lines over epochs, distinct in colour, dash and mark; None is no point, all None no line."""
     marks = len(epochs) <= 30
     for place, (label, values) in enumerate(lines.items()):
         colour, dash, mark = STYLES[place % len(STYLES)]
         size = 8 - 1.5 * (place % len(STYLES))  # so that marks on top of each other are all seen
         points = np.array(values, dtype=float)  # None becomes NaN
+        if np.isnan(points).all():
+            continue
         axes.plot(epochs, points, color=colour, linestyle=dash, marker=mark if marks else None, label=label, ms=size)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

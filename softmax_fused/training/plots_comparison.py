@@ -34,16 +34,20 @@ def plot_comparison(title: str, losses: Mapping[str, Mapping[str, Any]]) -> Figu
 
 
 def _draw_distances(axes: "Axes", losses: Mapping[str, Mapping[str, Any]], epochs: range) -> None:
-    """Draw the differences of the losses that have any, from 0 on, or on a log axis where they are far apart."""
-    distances = {name: loss["largest_difference"] for name, loss in losses.items()}
-    shown = {name: values for name, values in distances.items() if values and any(values)}
-    draw_lines(axes, shown, epochs)
-    every = [value for values in shown.values() for value in values]
+    """Draw the differences of the losses that have any, from 0 on, or on a log axis where they are far apart.
+
+    The other losses keep their places without a line, so that each has the colour of the panels beside.
+    """
+    distances = {name: loss["largest_difference"] or [] for name, loss in losses.items()}
+    draw_lines(
+        axes, {name: values if any(values) else [None] * len(epochs) for name, values in distances.items()}, epochs
+    )
+    every = [value for values in distances.values() if any(values) for value in values]
     if min(every) > 0 and max(every) / min(every) > WIDE:
         axes.set(yscale="log")
     else:
         axes.set(ylim=(0, 1.1 * max(every)))
-        axes.yaxis.set_major_formatter("{x:.2g}")
+        axes.yaxis.set_major_formatter("{x:.3g}")
     axes.set(title="Largest difference of a step's loss from torch's", xlabel="epoch", ylabel="nats")
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from softmax_fused.training.charts import Chart, line_chart
+from softmax_fused.training.comparison import DIFFERENCE, differ
 from softmax_fused.training.runs import Curves, RunRecord, curves_of
 
 WHAT = ("dataset", "model", "loss")
 HOW = ("optimizer", "lr", "batch_size")
 NAMES = {"lr": "learning rate"}
-DIFFERENCE = "largest_difference"  # of a step's loss from torch's
 ABSENT = "\N{EN DASH}"
 
 
@@ -38,10 +38,12 @@ def series(run: RunRecord) -> dict[str, Curves]:
 
 
 def plotted(run: RunRecord) -> dict[str, Curves]:
-    """Return a run's curves less the differences from torch's loss that are 0 throughout: a sentence says so."""
+    """Return a run's curves, without the differences from torch's loss where there are none: a sentence says so."""
+    found = series(run)
+    left_out = () if differ(found) else (DIFFERENCE,)
     return {
-        contender: {name: values for name, values in curves.items() if name != DIFFERENCE or any(values)}
-        for contender, curves in series(run).items()
+        contender: {name: values for name, values in curves.items() if name not in left_out}
+        for contender, curves in found.items()
     }
 
 
