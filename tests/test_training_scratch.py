@@ -18,6 +18,7 @@ from softmax_fused.training.loop import predict_classes, train_epoch
 from softmax_fused.training.losses import build_loss
 from softmax_fused.training.models import ACTIVATIONS, MODELS, build_model
 from softmax_fused.training.run import train
+from softmax_fused.training.scratch import ScratchSGD
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, real_data, run_cli
 
 CPU = torch.device("cpu")
@@ -70,6 +71,15 @@ def test_activations_are_drawn_and_described(tmp_path: Path, capsys: pytest.Capt
     ]
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size[0] > picture.size[1] > 400
+
+
+def test_a_mean_divided_by_the_batch_again_is_a_smaller_learning_rate() -> None:
+    weight, mean_gradient = torch.randn(1000), torch.randn(1000)
+    twice_divided = weight - 100 * mean_gradient / 256
+    ours = weight.clone().requires_grad_()
+    ours.grad = mean_gradient
+    ScratchSGD([ours], lr=0.390625).step()
+    assert torch.equal(ours.detach(), twice_divided)
 
 
 def test_scratch_parts_train_as_library_parts_do(tmp_path: Path) -> None:
