@@ -20,6 +20,7 @@ from softmax_fused.training.learner import Learner, build_learner
 from softmax_fused.training.loop import predict_classes, train_epoch
 from softmax_fused.training.losses import build_loss
 from softmax_fused.training.models import Model, build_model
+from softmax_fused.training.wording import plural
 
 BATCH = 256
 
@@ -56,7 +57,9 @@ def main(rounds: int) -> None:
         start = perf_counter()
         (predict_classes(learners["torch"], data.test) == data.test.labels).sum().item()
         seconds["test set"].append(perf_counter() - start)
-    print(f"median of {rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    threads = torch.get_num_threads()
+    machine = f"{threads} {plural('thread', threads)}, torch {torch.__version__}"
+    print(f"median of {rounds} {plural('round', rounds)}, {machine}")
     for side, times in seconds.items():
         ratios = [ours / base for ours, base in zip(times[1:], seconds["bare loop"][1:], strict=True)]
         print(f"{side:12} {median(times[1:]):7.3f} s   {median(ratios):5.2f} of the bare loop")

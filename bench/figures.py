@@ -5,6 +5,7 @@ from typing import Any
 
 from bench.formulas import BASE, OURS
 from bench.tables import Row, providers, rows
+from softmax_fused.training.wording import plural
 
 # Okabe and Ito's colours, told apart also without red or green
 COLOURS = {
@@ -50,7 +51,7 @@ def draw(path: Path, record: dict[str, Any], dtype: str) -> None:
         axes.set_xlim(min(low * 0.95, 0.7), max(high * 1.1, 1.5))
         axes.set_xlabel("slower  ←  torch eager's time over theirs, loss and gradient  →  faster")
         busy = record["machine"].get("busy")
-        beside = f", beside {busy} busy processes" if busy else ""
+        beside = f", beside {busy} busy {plural('process', busy)}" if busy else ""
         axes.set_title(f"{record['machine']['name']}{beside}, {dtype}", loc="left")
         figure.legend(loc="outside upper right", ncols=3, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
 from bench import figures, tables
+from softmax_fused.training.wording import plural
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
@@ -42,8 +43,8 @@ def records(results: Path) -> dict[str, dict[str, Any]]:
 def provenance(record: dict[str, Any]) -> str:
     machine = record["machine"]
     where = [machine["name"]]
-    where += [f"{machine['threads']} threads"] if machine.get("threads") else []
-    where += [f"beside {machine['busy']} busy processes"] if machine.get("busy") else []
+    where += [f"{machine['threads']} {plural('thread', machine['threads'])}"] if machine.get("threads") else []
+    where += [f"beside {machine['busy']} busy {plural('process', machine['busy'])}"] if machine.get("busy") else []
     where += [f"driver {machine['driver']}"] if machine.get("driver") else []
     where += [f"copy {record['copy_gb_per_s']:,.0f} GB/s"] if record["copy_gb_per_s"] else []
     versions = [f"{name} {version}" for name, version in record["versions"].items() if version]

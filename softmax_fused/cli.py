@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from typing import NoReturn
 
@@ -16,6 +17,10 @@ def main(argv: list[str] | None = None) -> NoReturn:
     Args:
         argv: The arguments; by default those of the process.
     """
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments == ["--version"]:  # asked of a broken installation above all: it needs no package of the extra
+        print(describe_version())
+        sys.exit(0)
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
         _fail(f"softmax-fused needs {', '.join(missing)}; run: pip install 'softmax-fused[train]'", 1)
@@ -29,7 +34,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     speaker = f"rank {ranks.rank}: " if ranks.rank else ""
     try:
         with signals_raise(once=ranks.size > 1):
-            status = _run(sys.argv[1:] if argv is None else argv)
+            status = _run(arguments)
     except Stopped as stop:
         by_torchrun = stop.status == 128 + signal.SIGTERM  # because the first rank died, perhaps: the second speaks too
         _fail(f"{speaker}{stop}" if ranks.rank <= by_torchrun else "", stop.status)
@@ -44,6 +49,20 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except OSError as error:
         _fail(f"{speaker}error: expected to read and write files, got {error}; check that path and its permissions", 1)
     sys.exit(status)
+
+
+def describe_version() -> str:
+    """Return one line with the versions of this package, of torch and, where it is installed, of Triton."""
+    import torch
+
+    from softmax_fused import __version__
+
+    parts = [f"torch {torch.__version__}"]
+    try:
+        parts.append(f"triton {metadata.version('triton')}")
+    except metadata.PackageNotFoundError:
+        parts.append("no triton")
+    return f"softmax-fused {__version__} ({', '.join(parts)})"
 
 
 def _run(arguments: list[str]) -> int:

@@ -169,6 +169,9 @@ MUTANTS = {
     "ranks: an empty share counts": Mutant(SHARES, "yield Share(own,", "yield Share(max(own, 1),"),
     "ranks: metrics of one rank": Mutant(RANKS, "dist.all_reduce(total)", "pass"),
     "ranks: any job's run is continued": Mutant(FOLDER, 'load_checkpoint(f).get("job") == job', 'load_checkpoint(f).get("job")'),
+    "ranks: test loss of one rank": Mutant(LOOP, 'ranks, of="test")', 'of="test")'),
+    "test loss: a short slice weighs as much": Mutant(LOOP, "sizes.append(len(target))", "sizes.append(1)", ("training_loop",)),
+    "test loss: logits not scaled": Mutant("softmax_fused/training/learner.py", "return replace(self, forward=body,", "return replace(self, scale=1.0, forward=body,", ("training_loop",)),
     "patch: no lock": Mutant(PATCHING, "lock = threading.Lock()", "import contextlib\nlock = contextlib.nullcontext()"),
 }  # fmt: skip
 

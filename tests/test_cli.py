@@ -1,15 +1,19 @@
 """The command line: one clear line for every mistake, and the exit status."""
 
 import json
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from typer.main import get_command
 
-from softmax_fused import cli
+from softmax_fused import __version__, cli
 from softmax_fused.training import run as run_module
+from softmax_fused.training.commands import EXAMPLES, app
 from softmax_fused.training.data import DATASETS
 from softmax_fused.training.errors import Stopped
 from softmax_fused.training.signals import signals_held, signals_raise
@@ -52,12 +56,42 @@ def test_wrong_usage_is_one_line_and_status_2(
     assert outcome.out == ""
 
 
-@pytest.mark.parametrize("arguments", [[], ["walk"], ["predict"]])
+@pytest.mark.parametrize("arguments", [["walk"], ["predict"]])
 def test_a_command_must_be_complete(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     outcome = run_cli(capsys, *arguments)
     assert outcome.status == 2
     assert outcome.error.startswith("error: ")
     assert outcome.error.endswith("; see softmax-fused predict --help" if "predict" in arguments else "fused --help")
+
+
+def test_alone_the_command_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    alone, asked = run_cli(capsys), run_cli(capsys, "--help")
+    assert (alone.status, alone.out, alone.err) == (0, asked.out, "")
+    lines = [line.strip() for line in alone.out.splitlines()]
+    for name in get_command(app).commands:  # type: ignore[attr-defined]
+        description = next(line for line in lines if re.match(rf"{name} +[A-Z]", line))
+        assert re.search(r"[^.]\.$", description)
+        assert any(line.startswith(f"softmax-fused {name}") for line in lines)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_in_the_help_are_commands(example: str) -> None:
+    program, name, *arguments = example.split()
+    assert program == "softmax-fused"
+    get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("extra", [True, False])
+def test_the_version_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], extra: bool
+) -> None:
+    if not extra:
+        monkeypatch.setattr(cli, "find_spec", lambda _: None)
+    outcome = run_cli(capsys, "--version")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert re.fullmatch(
+        rf"softmax-fused {__version__} \(torch {re.escape(torch.__version__)}, .*triton.*\)\n", outcome.out
+    )
 
 
 def test_help_names_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +118,7 @@ def test_a_run_prints_a_line_an_epoch_and_its_folder(tmp_path: Path, capsys: pyt
     outcome = run_cli(capsys, "train", *DIGITS, "--output", tmp_path / "run")
     assert outcome.status == 0
     line, folder = outcome.out.splitlines()
-    assert line.startswith("epoch 1/1  train loss 2.0")
+    assert re.match(r"epoch 1/1  train loss 2\.0\d+  test loss 1\.\d+  accuracy train 0\.\d+ test 0\.\d+  ", line)
     assert line.endswith(" images/s")
     assert folder == str(tmp_path / "run")
     quiet = run_cli(capsys, "train", *DIGITS, "--quiet", "--output", tmp_path / "quiet")

@@ -8,10 +8,13 @@ import pytest
 from PIL import Image
 
 from softmax_fused.training.compare import compare
-from softmax_fused.training.comparison import describe_accuracies
+from softmax_fused.training.comparison import describe_accuracies, describe_identical
 from softmax_fused.training.config import TrainConfig
 from softmax_fused.training.data import pair
 from softmax_fused.training.errors import LabError, UsageError
+from softmax_fused.training.losses import NATS
+from softmax_fused.training.page import write_report
+from softmax_fused.training.plots_comparison import plot_comparison
 from softmax_fused.training.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, run_cli
 
@@ -37,6 +40,58 @@ def test_the_record_holds_curves_distances_and_times(tmp_path: Path) -> None:
     assert max(record["losses"]["scratch"]["largest_difference"]) > 0
     with Image.open(tmp_path / "compare.png") as picture:
         assert picture.size[0] > picture.size[1] > 400
+
+
+def fake_losses(**differences: list[float] | None) -> dict[str, dict[str, Any]]:
+    measured = {"unit": NATS, "train_loss": [2.0, 1.0], "test_accuracy": [0.5, 0.75]}
+    times = {"p20": 1.0, "median": 2.0, "p80": 3.0}
+    return {
+        name: {**measured, "largest_difference": values, "loss_us": times, "step_us": times}
+        for name, values in differences.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("differences", "drawn", "sentence"),
+    [
+        ({"fused": [0.0, 0.0], "torch": [0.0, 0.0]}, None, "fused: identical to torch's loss to the last bit at every"),
+        (
+            {"fused": [0.0, 0.0], "fused-linear": [0.0, 0.0], "torch": [0.0, 0.0], "scratch": [0.0, 2e-7]},
+            {"scratch": [0.0, 2e-7]},
+            "fused, fused-linear: identical to torch's loss to the last bit at every step",
+        ),
+        ({"fused": [1e-9, 1e-7], "torch": [0.0, 0.0]}, {"fused": [1e-9, 1e-7]}, ""),
+        ({"torch": [0.0, 0.0]}, None, ""),
+        ({"fused": None, "mse": None}, None, ""),
+    ],
+    ids=["none", "some", "all", "torch alone", "without torch"],
+)
+def test_differences_are_drawn_where_there_are_any(
+    differences: dict[str, Any], drawn: dict[str, list[float]] | None, sentence: str
+) -> None:
+    losses = fake_losses(**differences)
+    assert describe_identical(losses).startswith(sentence)
+    assert bool(describe_identical(losses)) == bool(sentence)
+    panels = plot_comparison("title", losses).axes
+    assert len(panels) == (3 if drawn is None else 4)
+    if drawn:
+        lines = {line.get_label(): list(line.get_ydata()) for line in panels[3].get_lines()}
+        assert lines == drawn
+        colours = [{line.get_label(): line.get_color() for line in panel.get_lines()} for panel in panels]
+        assert all(colours[3][name] == colours[0][name] for name in drawn)
+        low, high = panels[3].get_ylim()
+        assert all(low <= value < high for values in lines.values() for value in values)
+
+
+def test_identical_losses_are_said_to_be_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--losses", "fused,torch", "--dataset", "digits", "--epochs", 1, "--output", tmp_path / "same"]
+    outcome = run_cli(capsys, "compare", *options)
+    sentence = "fused: identical to torch's loss to the last bit at every step"
+    assert sentence in outcome.out.splitlines()
+    assert "off torch by" not in outcome.out
+    page = write_report([tmp_path / "same"]).read_text()
+    assert f"<p>{sentence.replace(chr(39), '&#39;')}.</p>" in page
+    assert "<figcaption>Largest difference</figcaption>" not in page
 
 
 def test_each_loss_trains_as_it_does_alone(tmp_path: Path) -> None:

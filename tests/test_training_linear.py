@@ -44,8 +44,9 @@ def test_the_curve_is_that_of_the_fused_loss(tmp_path: Path, settings: dict[str,
     for loss in ("fused", "fused-linear"):
         config = replace(SMALL, loss=loss, **settings)
         curves[loss] = metrics_of(train(config, output=tmp_path / loss, data=few_digits(), reporter=QUIET))
-    assert sizes == [256, 44] * config.epochs
-    assert curves["fused-linear"]["train_loss"] == pytest.approx(curves["fused"]["train_loss"], abs=1e-5)
+    assert sizes == [256, 44, 100] * config.epochs  # the training set's two batches, the test set
+    for name in ("train_loss", "test_loss"):
+        assert curves["fused-linear"][name] == pytest.approx(curves["fused"][name], abs=1e-5)
     for name in ("train_accuracy", "test_accuracy"):
         assert curves["fused-linear"][name] == curves["fused"][name]
 

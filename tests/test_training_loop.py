@@ -1,20 +1,24 @@
 """Models, losses and the loop."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from softmax_fused.training import loop
 from softmax_fused.training.batches import MemoryBatches
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.learner import build_learner
+from softmax_fused.training.evaluation import evaluate
+from softmax_fused.training.learner import build_learner, learner_for
 from softmax_fused.training.loop import confusion_matrix, predict_classes, train_epoch
 from softmax_fused.training.losses import build_loss, naive_cross_entropy, scratch_cross_entropy
 from softmax_fused.training.models import MODELS, build_model
 from softmax_fused.training.tasks import Task
-from tests.lab import few_digits
+from tests.lab import SMALL, few_digits
 
 CPU = torch.device("cpu")
 
@@ -62,6 +66,50 @@ def test_an_epoch_reports_means_over_images_not_over_batches() -> None:
         logits = learner.model(split.images / 255)
     assert math.isclose(loss, F.cross_entropy(logits, split.labels).item(), rel_tol=1e-6)
     assert accuracy == (logits.argmax(1) == split.labels).sum().item() / 300
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [
+        ({"loss": "torch"}, {}),
+        ({"loss": "scratch", "logit_scale": 3.0}, {}),
+        ({"loss": "fused", "label_smoothing": 0.2}, {"label_smoothing": 0.2}),
+        ({"loss": "fused-linear", "label_smoothing": 0.2, "logit_scale": 3.0}, {"label_smoothing": 0.2}),
+        ({"loss": "fused", "mixup": 0.5, "one_hot": True}, {}),
+    ],
+    ids=["torch", "scaled", "smoothed", "layer", "mixed"],
+)
+def test_the_test_loss_is_the_mean_over_all_images(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], arguments: dict[str, float]
+) -> None:
+    monkeypatch.setattr(loop, "EVALUATION_BATCH", 70)  # the last slice has 30 images
+    data, learner = few_digits(), learner_for(replace(SMALL, **settings), 10, CPU)
+    with torch.no_grad():
+        learner.model[-1].weight.normal_(std=0.1)  # so that slices have different means
+        logits = learner.model(data.test.images / 255)
+    scores, last = evaluate(learner, data)
+    expected = F.cross_entropy(learner.scale * logits.double(), data.test.labels, **arguments)
+    assert scores["test_loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert scores["test_accuracy"] == (logits.argmax(1) == data.test.labels).sum().item() / 100
+    assert torch.tensor(last["confusion_matrix"]).sum() == 100
+
+
+def test_a_test_loss_that_is_not_finite_stops_the_run() -> None:
+    learner = learner_for(replace(SMALL, loss="scratch"), 10, CPU)
+    with torch.no_grad():
+        learner.model[-1].bias[0] = 200.0  # the probabilities of all other classes underflow to 0
+    with pytest.raises(
+        LabError, match=r"^expected a finite test loss, got inf; choose a smaller --lr, or --loss fused"
+    ):
+        evaluate(learner, few_digits())
+
+
+def test_evaluation_does_not_run_the_compiled_model() -> None:
+    def compiled(images: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("torch.compile would compile again, for a mode without gradients")
+
+    learner = replace(learner_for(SMALL, 10, CPU), forward=compiled)
+    assert evaluate(learner, few_digits())[0]["test_loss"] > 0
 
 
 def test_the_confusion_matrix_counts_true_rows_and_predicted_columns() -> None:

@@ -226,6 +226,13 @@ def test_a_browser_shows_it_whole_on_any_screen_in_any_light(tmp_path: Path) -> 
     assert grounds == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}
 
 
+def test_epochs_without_a_value_have_no_point() -> None:
+    chart = line_chart("Loss", {"train": [3.0, 2.0, 1.0, 0.5], "test": [None, None, 2.0, 1.0]})
+    train, test = chart.lines
+    assert [(point.epoch, point.value) for point in test.points] == [(3, 2.0), (4, 1.0)]
+    assert [point.x for point in test.points] == [point.x for point in train.points[2:]]
+
+
 def test_values_of_many_magnitudes_get_a_logarithmic_scale() -> None:
     chart = line_chart("Loss", {"train": [100.0, 1.0, 0.01]})
     assert chart.title == "Loss (logarithmic scale)"

@@ -7,8 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from softmax_fused.training import figures
 from softmax_fused.training import predict as predict_module
+from softmax_fused.training.data import Split
 from softmax_fused.training.errors import LabError
+from softmax_fused.training.figures import write_gallery
 from softmax_fused.training.predict import load_trained, read_picture
 from softmax_fused.training.run import train
 from tests.lab import QUIET, SMALL, digits, run_cli
@@ -99,6 +102,30 @@ def test_without_pictures_a_gallery_is_drawn(trained: Path, tmp_path: Path, caps
     outcome = run_cli(capsys, "predict", "--checkpoint", trained / "checkpoint.pt", "--output", tmp_path / "own.png")
     with Image.open(tmp_path / "own.png") as picture:
         assert picture.size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "accuracy", "choice"),
+    [
+        (8331, 1669, "8,331 of 10,000 images classified right, an accuracy of 83.31%",
+         "the first 16 of 8,331 right, then the first 16 of 1,669 wrong; 16 of these 32 right, by choice"),
+        (90, 3, "90 of 93 images classified right, an accuracy of 96.77%",
+         "the first 16 of 90 right, then all 3 wrong; 16 of these 19 right, by choice"),
+        (1, 0, "1 of 1 image classified right, an accuracy of 100.00%",
+         "the only one right, then none wrong; 1 of these 1 right, by choice"),
+    ],
+)  # fmt: skip
+def test_a_gallery_says_how_its_images_were_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: int, wrong: int, accuracy: str, choice: str
+) -> None:
+    titles = []
+    monkeypatch.setattr(figures, "plot_predictions", lambda title, *_: titles.append(title))
+    monkeypatch.setattr(figures, "to_png", lambda _: b"")
+    labels = torch.zeros(right + wrong, dtype=torch.long)
+    test = Split(torch.zeros(right + wrong, 1, 1, dtype=torch.uint8), labels)
+    predicted = torch.cat([labels[:right], labels[right:] + 1])
+    write_gallery(tmp_path / "gallery.png", "softmax", ["a", "b"], test, predicted)
+    assert titles == [f"softmax\ntest set: {accuracy}\nshown, in the test set's order: {choice}"]
 
 
 def test_what_is_no_picture_is_named(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from softmax_fused.training import checkpoint as checkpoint_module
 from softmax_fused.training import run as run_module
-from softmax_fused.training.checkpoint import load_checkpoint
+from softmax_fused.training.checkpoint import load_checkpoint, save_run
 from softmax_fused.training.errors import LabError, Stopped, UsageError
+from softmax_fused.training.page import write_report
 from softmax_fused.training.run import resume, train
 from tests.lab import (
     QUIET,
@@ -39,7 +40,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert ours["model"].keys() == theirs["model"].keys()
     for name, weight in ours["model"].items():
         assert torch.equal(weight, theirs["model"][name]), name
-    for name in ("train_loss", "train_accuracy", "test_accuracy", "confusion_matrix"):
+    for name in ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "confusion_matrix"):
         assert ours["metrics"][name] == theirs["metrics"][name]
 
 
@@ -76,6 +77,24 @@ def test_resuming_a_finished_run_draws_its_pictures_again(tmp_path: Path) -> Non
     resume(folder, {}, data=few_digits(), reporter=QUIET)
     assert (folder / "curves.png").exists()
     assert_consistent(folder, 2)
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_run_begun_without_test_losses_goes_on_with_them(tmp_path: Path, epochs: int) -> None:
+    folder = train(SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
+    state = load_checkpoint(folder)
+    del state["metrics"]["test_loss"]
+    save_run(folder, state)
+    resume(folder, {"epochs": epochs}, data=few_digits(), reporter=QUIET)
+    assert_consistent(folder, epochs)
+    losses = metrics_of(folder)["test_loss"]
+    assert losses[:2] == [None, None]
+    assert len(losses) == epochs
+    scalars = EventAccumulator(str(folder)).Reload().Tags()["scalars"]
+    assert "loss/test" in scalars  # of the epochs before, or of the last
+    table = write_report([folder]).read_text().partition("Every epoch</summary>")[2]
+    assert ('<th scope="col">Test loss</th>' in table) == (epochs == 3)
+    assert table.partition("</table>")[0].count("<td>\N{EN DASH}</td>") == (2 if epochs == 3 else 0)
 
 
 def test_pictures_of_an_earlier_state_do_not_outlive_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

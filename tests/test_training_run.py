@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from softmax_fused.training.checkpoint import load_checkpoint
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.evaluation import CURVES
-from softmax_fused.training.record import default_folder
+from softmax_fused.training.plots import plot_curves
+from softmax_fused.training.record import default_folder, device_name
 from softmax_fused.training.run import train
 from tests.lab import QUIET, SMALL, assert_consistent, few_digits, metrics_of
 
@@ -44,9 +46,24 @@ def test_pictures_open_and_events_hold_every_epoch(tmp_path: Path) -> None:
             assert len(picture.convert("RGB").getcolors(maxcolors=2**24) or []) > 20
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
     events = EventAccumulator(str(folder)).Reload()
-    losses = [event.value for event in events.Scalars("loss/train")]
-    assert losses == pytest.approx(metrics_of(folder)["train_loss"])
+    for name in ("train", "test"):
+        losses = [event.value for event in events.Scalars(f"loss/{name}")]
+        assert losses == pytest.approx(metrics_of(folder)[f"{name}_loss"])
     assert [event.step for event in events.Scalars("accuracy/test")] == [1, 2]
+
+
+def test_a_curve_is_drawn_where_it_has_values() -> None:
+    losses = {"training": [3.0, 2.0, 1.0], "test": [None, None, 2.0], "another": [None, None, None]}
+    axes = plot_curves("title", "nats", losses, {"test": [0.1, 0.2, 0.3]}).axes[0]
+    drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    assert list(drawn) == [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "test"]
+    assert np.array_equal(drawn["test"], [np.nan, np.nan, 2.0], equal_nan=True)
+
+
+def test_one_thread_is_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads, text in ((1, "1 thread"), (2, "2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        assert device_name(torch.device("cpu")).endswith(f", {text}")
 
 
 def test_checkpoints_load_without_running_code(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from softmax_fused.training.activations import slopes
 from softmax_fused.training.batches import MemoryBatches
 from softmax_fused.training.config import TrainConfig
 from softmax_fused.training.data import data_root, load_dataset, pair
@@ -16,6 +18,7 @@ from softmax_fused.training.loop import predict_classes, train_epoch
 from softmax_fused.training.losses import build_loss
 from softmax_fused.training.models import ACTIVATIONS, MODELS, build_model
 from softmax_fused.training.run import train
+from softmax_fused.training.scratch import ScratchSGD
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, real_data, run_cli
 
 CPU = torch.device("cpu")
@@ -38,6 +41,45 @@ def test_a_model_from_scratch_is_the_library_model(name: str, activation: str | 
     ]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs.T if theirs.dim() == 2 else theirs)
+
+
+def test_slopes_of_activations_are_their_derivatives() -> None:
+    x = torch.tensor([-9.0, -1.5, 0.0, 0.5, 9.0], dtype=torch.float64)
+    expected = {
+        "relu": (x > 0).double(),
+        "sigmoid": 1 / (2 + x.exp() + (-x).exp()),
+        "tanh": 1 / x.cosh() ** 2,
+    }
+    assert set(expected) == set(ACTIVATIONS)
+    for name, slope in expected.items():
+        torch.testing.assert_close(slopes(name, x), slope)
+        assert not x.requires_grad
+
+
+def test_activations_are_drawn_and_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_cli(capsys, "activations", "--output", tmp_path / "curves.png")
+    headings, *rows, path = outcome.out.splitlines()
+    assert (outcome.status, path) == (0, str(tmp_path / "curves.png"))
+    assert headings.split() == ["slope", "at", "-8", "-2", "0", "2", "8", "largest"]
+    assert dict(row.split(maxsplit=1) for row in rows)["sigmoid"].split() == [
+        "0.000335",
+        "0.105",
+        "0.25",
+        "0.105",
+        "0.000335",
+        "0.25",
+    ]
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size[0] > picture.size[1] > 400
+
+
+def test_a_mean_divided_by_the_batch_again_is_a_smaller_learning_rate() -> None:
+    weight, mean_gradient = torch.randn(1000), torch.randn(1000)
+    twice_divided = weight - 100 * mean_gradient / 256
+    ours = weight.clone().requires_grad_()
+    ours.grad = mean_gradient
+    ScratchSGD([ours], lr=0.390625).step()
+    assert torch.equal(ours.detach(), twice_divided)
 
 
 def test_scratch_parts_train_as_library_parts_do(tmp_path: Path) -> None:

@@ -56,15 +56,15 @@ class Chart:
     y_ticks: list[Tick]
 
 
-def line_chart(title: str, curves: Mapping[str, Sequence[float]]) -> Chart:
+def line_chart(title: str, curves: Mapping[str, Sequence[float | None]]) -> Chart:
     """Return curves over epochs 1, 2, ..., scaled to the box.
 
     Args:
         title: What they show.
-        curves: Values by label; at least one value in all.
+        curves: Values by label, None for an epoch without one; at least one value in all.
     """
     longest = max(len(values) for values in curves.values())
-    every = [value for values in curves.values() for value in values]
+    every = [value for values in curves.values() for value in values if value is not None]
     wide = min(every) > 0 and max(every) / min(every) > WIDE
     scale = math.log10 if wide else float
     low, high = _apart(scale(min(every)), scale(max(every)))
@@ -77,9 +77,9 @@ def line_chart(title: str, curves: Mapping[str, Sequence[float]]) -> Chart:
     def y(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - scale(value)) / (high - low)
 
-    def line(label: str, values: Sequence[float]) -> Line:
-        kept = range(0, len(values), -(-len(values) // MOST_POINTS) or 1)
-        points = [Point(x(place + 1), y(values[place]), place + 1, values[place]) for place in kept]
+    def line(label: str, values: Sequence[float | None]) -> Line:
+        kept = list(enumerate(values, start=1))[:: -(-len(values) // MOST_POINTS) or 1]
+        points = [Point(x(epoch), y(value), epoch, value) for epoch, value in kept if value is not None]
         return Line(label, points, len(values) <= MOST_MARKS)
 
     epochs = MaxNLocator(nbins=6, integer=True).tick_values(1, longest) if longest > 1 else [1]

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from softmax_fused.cli import describe_version
+from softmax_fused.training.activations_command import activations
 from softmax_fused.training.config import TrainConfig, check_range
 from softmax_fused.training.data import DATASETS
 from softmax_fused.training.data_command import data
@@ -17,24 +19,39 @@ from softmax_fused.training.options import DataDir
 from softmax_fused.training.ranks import connected, refuse_several, torchrun_ranks
 from softmax_fused.training.report_command import report
 
+EXAMPLES = (
+    "softmax-fused train --model mlp --epochs 20",
+    "softmax-fused compare --losses fused,torch,scratch",
+    "softmax-fused predict --checkpoint runs/FOLDER shoe.jpg",
+    "softmax-fused data --dataset mnist --time",
+    "softmax-fused activations --output activations.png",
+    "softmax-fused report runs/A runs/B",
+    "softmax-fused info",
+)
+
 app = typer.Typer(
     help="Linear regression, softmax regression and an MLP, from scratch or from library parts, with the fused loss.",
+    epilog="\n".join(["\b", "Examples:", *(f"  {example}" for example in EXAMPLES)]),
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-app.command()(data)
-app.command()(report)
-
 DEFAULT = TrainConfig()
 
 
-@app.callback()
-def check_ranks(context: typer.Context) -> None:
-    """Let torchrun start several ranks of `train` alone."""
-    if context.invoked_subcommand != "train":
-        refuse_several(str(context.invoked_subcommand))
+@app.callback(invoke_without_command=True)
+def begin(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the versions of this, torch and triton.")] = False,
+) -> None:
+    """Answer what asks for no command, and let torchrun start several ranks of `train` alone."""
+    command = context.invoked_subcommand
+    if version or command is None:
+        typer.echo(describe_version() if version else context.get_help())
+        raise typer.Exit
+    if command != "train":
+        refuse_several(command)
 
 
 def _whole(text: str) -> int:
@@ -105,7 +122,7 @@ Workers = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the folder of the results, and warnings.")]
 
 
-@app.command()
+@app.command(short_help="Train a model; keep metrics, curves and a checkpoint.")
 def train(
     context: typer.Context,
     dataset: Dataset = DEFAULT.dataset,
@@ -163,7 +180,7 @@ def train(
             run.resume(resume, given, reporter=reporter, ranks=ranks)
 
 
-@app.command()
+@app.command(short_help="Train with several losses side by side, and time them.")
 def compare(
     context: typer.Context,
     losses: Annotated[
@@ -197,7 +214,7 @@ def compare(
     compare(names, config, output=output, fallback="dataset" not in given, reporter=Reporter(quiet=quiet))
 
 
-@app.command()
+@app.command(short_help="Name what is in pictures, or draw the test set's.")
 def predict(
     checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="checkpoint.pt of a run, or its folder.")],
     images: Annotated[
@@ -226,7 +243,12 @@ def predict(
             typer.echo(f"  {share:6.1%}  {name}")
 
 
-@app.command()
+app.command(short_help="Describe a data set, draw samples, time how fast it is read.")(data)
+app.command(short_help="Draw ReLU, sigmoid and tanh, and their slopes.")(activations)
+app.command(short_help="Put runs on one HTML page that needs nothing else.")(report)
+
+
+@app.command(short_help="Print versions, devices, and which backend serves which.")
 def info() -> None:
     """Print versions, devices, and which backend computes the losses on each."""
     from softmax_fused.training.info import describe_installation

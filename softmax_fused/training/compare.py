@@ -11,7 +11,13 @@ from torch import Tensor
 
 from softmax_fused.training.batches import Batch, make_batches
 from softmax_fused.training.checkpoint import COMPARISON, create_folder, write_atomically, write_json
-from softmax_fused.training.comparison import describe_accuracies, largest_differences, microseconds
+from softmax_fused.training.comparison import (
+    REFERENCE,
+    describe_accuracies,
+    describe_identical,
+    largest_differences,
+    microseconds,
+)
 from softmax_fused.training.config import TrainConfig, pick_device
 from softmax_fused.training.data import ImageData, data_root, load_dataset
 from softmax_fused.training.errors import UsageError
@@ -23,8 +29,6 @@ from softmax_fused.training.plots import to_png
 from softmax_fused.training.plots_comparison import plot_comparison
 from softmax_fused.training.record import default_folder, surroundings
 from softmax_fused.training.report import Reporter
-
-REFERENCE = "torch"
 
 
 @dataclass
@@ -94,11 +98,13 @@ def _write(folder: Path, record: dict[str, Any], reporter: Reporter) -> None:
     """Write compare.json and compare.png, and print what they show."""
     losses = record["losses"]
     record["shows"] = describe_accuracies({name: loss["test_accuracy"] for name, loss in losses.items()})
-    title = f"{run_title(record)}, {record['device_name']}\n{record['shows']}"
+    lines = [record["shows"], describe_identical(losses)]
+    title = "\n".join([f"{run_title(record)}, {record['device_name']}", *filter(None, lines)])
     write_json(folder / COMPARISON, record)
     write_atomically(folder / "compare.png", to_png(plot_comparison(title, losses)))
     reporter.comparison(losses)
-    reporter.line(record["shows"])
+    for line in filter(None, reversed(lines)):
+        reporter.line(line)
     reporter.result(str(folder))
 
 

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from softmax_fused.training.data import ImageData, Split
 from softmax_fused.training.learner import Learner
-from softmax_fused.training.loop import confusion_matrix, predict_classes, predict_outputs
+from softmax_fused.training.loop import confusion_matrix, evaluate_split
+from softmax_fused.training.losses import class_scores
 from softmax_fused.training.ranks import ALONE, Ranks
 
-CURVES = ("train_loss", "train_accuracy", "test_accuracy", "epoch_seconds")
+CURVES = ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "epoch_seconds")
 REGRESSION_CURVES = ("train_loss", "test_loss", "epoch_seconds")
 
 
@@ -20,15 +21,21 @@ def curve_names(data: ImageData) -> tuple[str, ...]:
 
 
 def evaluate(learner: Learner, data: ImageData, ranks: Ranks = ALONE) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return the test set's value of a curve, and what the record holds of the last epoch alone.
+    """Return the test set's values of the curves, and what the record holds of the last epoch alone.
 
-    Several ranks classify a part of the test set each and add up their counts; all evaluate a regression.
+    The loss is the one that is trained with, of the labels as they are: smoothed if they are in training, not mixed.
+    Several ranks evaluate a part of the test set each and add up their losses and counts.
+
+    Raises:
+        CommonError: if the loss is not finite.
     """
+    part = Split(data.test.images[ranks.rank :: ranks.size], data.test.labels[ranks.rank :: ranks.size])
+    outputs, loss = evaluate_split(learner, part, ranks)
     if data.classes:
-        part = Split(data.test.images[ranks.rank :: ranks.size], data.test.labels[ranks.rank :: ranks.size])
-        counts = ranks.sum(confusion_matrix(predict_classes(learner, part), part, len(data.classes))).cpu()
-        return {"test_accuracy": int(counts.diagonal().sum()) / len(data.test)}, _of_classes(counts, data.classes)
-    loss = learner.loss(predict_outputs(learner, data.test).float(), data.test.labels).item()  # as in training
+        predicted = class_scores(outputs).argmax(dim=1)
+        counts = ranks.sum(confusion_matrix(predicted, part, len(data.classes))).cpu()
+        accuracy = int(counts.diagonal().sum()) / len(data.test)
+        return {"test_loss": loss, "test_accuracy": accuracy}, _of_classes(counts, data.classes)
     weights, bias = read_parameters(learner, data.test.images)
     found = {"weights": weights, "bias": bias}
     true = {"true_weights": list(data.truth[:-1]), "true_bias": data.truth[-1]} if data.truth else {}

@@ -31,7 +31,7 @@ class EventWriter:
         """Add the last epoch of a record and hand it to the system."""
         with self._explained():
             for curve, name in NAMES.items():
-                if curve in metrics:
+                if curve in metrics and metrics[curve][-1] is not None:
                     self.writer.add_scalar(name, metrics[curve][-1], len(metrics[curve]))
             self.writer.flush()
 

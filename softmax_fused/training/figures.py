@@ -13,6 +13,7 @@ from softmax_fused.training.loop import predict_classes
 from softmax_fused.training.losses import LOSSES
 from softmax_fused.training.plots import plot_confusion, plot_curves, plot_fit, plot_predictions, to_png
 from softmax_fused.training.record import Metrics
+from softmax_fused.training.wording import plural
 
 SHOWN = 16  # right ones and as many wrong ones
 
@@ -20,10 +21,9 @@ SHOWN = 16  # right ones and as many wrong ones
 def draw_figures(folder: Path, metrics: Metrics, test: Split, learner: Learner) -> None:
     """Write curves.png, and confusion.png and predictions.png, or for a regression fit.png."""
     title, unit = run_title(metrics), LOSSES[metrics["config"]["loss"]].unit
-    losses = {"training set, during the epoch": metrics["train_loss"]}
+    losses = {"training set, during the epoch": metrics["train_loss"], "test set, after it": metrics["test_loss"]}
     classes = metrics["dataset"]["classes"]
     if not classes:
-        losses["test set, after it"] = metrics["test_loss"]
         write_atomically(folder / "curves.png", to_png(plot_curves(title, unit, losses, {})))
         write_fit(folder / "fit.png", metrics, test)
         return
@@ -37,7 +37,7 @@ def draw_figures(folder: Path, metrics: Metrics, test: Split, learner: Learner) 
     }
     for name, figure in pictures.items():
         write_atomically(folder / name, to_png(figure))
-    write_gallery(folder / "predictions.png", f"{title}, test set", classes, test, predict_classes(learner, test))
+    write_gallery(folder / "predictions.png", title, classes, test, predict_classes(learner, test))
 
 
 def write_fit(path: Path, metrics: Metrics, test: Split) -> None:
@@ -50,11 +50,28 @@ def write_fit(path: Path, metrics: Metrics, test: Split) -> None:
 
 def write_gallery(path: Path, title: str, classes: list[str], test: Split, predicted: Tensor) -> None:
     """Draw the first test images that were classified right, then the first that were not."""
-    right = predicted == test.labels
-    rows = torch.cat([right.nonzero().flatten()[:SHOWN], (~right).nonzero().flatten()[:SHOWN]])
+    right, wrong = ((predicted == test.labels) == answer for answer in (True, False))
+    rows = torch.cat([group.nonzero().flatten()[:SHOWN] for group in (right, wrong)])
+    title = f"{title}\n{describe_choice(int(right.sum()), int(wrong.sum()))}"
     true = [classes[i] for i in test.labels[rows].tolist()]
     guesses = [classes[i] for i in predicted[rows].tolist()]
     write_atomically(path, to_png(plot_predictions(title, test.images[rows].cpu().numpy(), true, guesses)))
+
+
+def describe_choice(right: int, wrong: int) -> str:
+    """Return the accuracy on the whole test set, and which of its images a gallery shows: they are no random sample."""
+    images = f"{right + wrong:,} {plural('image', right + wrong)}"
+    shown = min(right, SHOWN), min(wrong, SHOWN)
+    whole = {0: "none", 1: "the only one"}
+    parts = [
+        f"{f'the first {few} of {many:,}' if many > few else whole.get(few, f'all {few}')} {answer}"
+        for few, many, answer in zip(shown, (right, wrong), ("right", "wrong"), strict=True)
+    ]
+    return (
+        f"test set: {right:,} of {images} classified right, an accuracy of {right / (right + wrong):.2%}\n"
+        f"shown, in the test set's order: {', then '.join(parts)}; "
+        f"{shown[0]} of these {sum(shown)} right, by choice"
+    )
 
 
 def run_title(metrics: Metrics) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,6 +81,11 @@ class Learner:
             weight, bias = self.head.weight * self.scale, self.head.bias * self.scale
             loss = self.loss(features, weight, target, linear_bias=bias)
             return F.linear(features.detach(), weight.detach(), bias.detach()).float(), loss
+
+    def uncompiled(self) -> "Learner":
+        """Return this learner for evaluation: torch.compile would compile anew where no gradients are wanted."""
+        body = self.model if self.head is None else split_head(self.model)[0]
+        return replace(self, forward=body, parallel=None)
 
     def update(self, loss: Tensor) -> None:
         """Backpropagate and change the weights."""

@@ -17,6 +17,7 @@ from softmax_fused.training.data import Split
 from softmax_fused.training.errors import Stopped
 from softmax_fused.training.report import UPDATES, Reporter
 from softmax_fused.training.signals import signals_held
+from softmax_fused.training.wording import plural
 
 WORKERS = (0, 1, 2, 4)
 
@@ -85,8 +86,7 @@ def more_workers_than_cores() -> Iterator[None]:
 def ways(split: Split, batch_size: int) -> Iterator[tuple[str, Iterable[Batch]]]:
     """Yield the names of ways to read an epoch, and its batches, which are read when they are iterated over."""
     for workers in WORKERS:
-        plural = "" if workers == 1 else "s"
-        yield f"DataLoader, {workers} worker{plural}", book_loader(split, batch_size, workers)
+        yield f"DataLoader, {workers} {plural('worker', workers)}", book_loader(split, batch_size, workers)
     yield "tensor in memory", MemoryBatches(split, batch_size, 0, torch.device("cpu")).epoch(1)
 
 

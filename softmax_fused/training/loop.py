@@ -54,16 +54,18 @@ def _count_right(predicted: Tensor | None, target: Tensor) -> Tensor:
     return (predicted == (target.argmax(dim=1) if target.is_floating_point() else target)).sum()
 
 
-def mean_loss(losses: list[Tensor], sizes: list[int], advice: str, ranks: Ranks = ALONE) -> float:
+def mean_loss(
+    losses: list[Tensor], sizes: list[int], advice: str, ranks: Ranks = ALONE, *, of: str = "training"
+) -> float:
     """Return the mean over images, of all ranks, of batches' mean losses, summed in float64.
 
     Raises:
-        CommonError: if it is not finite; `advice` says what to do about it.
+        CommonError: if it is not finite; the message says that it is the loss `of` which set, and gives `advice`.
     """
     total = ranks.sum(torch.stack(losses).cpu().double().dot(torch.tensor(sizes).double()))
     mean = total.item() / int(ranks.sum(torch.tensor(sum(sizes))))
     if not math.isfinite(mean):
-        raise CommonError(f"expected a finite training loss, got {mean}; {advice}")
+        raise CommonError(f"expected a finite {of} loss, got {mean}; {advice}")
     return mean
 
 
@@ -74,6 +76,25 @@ def predict_outputs(learner: Learner, split: Split) -> Tensor:
     slices = torch.split(split.images, EVALUATION_BATCH)
     with learner.autocast():
         return torch.cat([learner.model(to_input(images)) for images in slices])
+
+
+@torch.no_grad()
+def evaluate_split(learner: Learner, split: Split, ranks: Ranks = ALONE) -> tuple[Tensor, float]:
+    """Return the model's outputs for every input of this rank's split, and the mean loss over those of all ranks.
+
+    Raises:
+        CommonError: if the mean loss is not finite.
+    """
+    learner.model.eval()
+    learner = learner.uncompiled()
+    outputs, losses, sizes = [], [], []
+    slices = (torch.split(tensor, EVALUATION_BATCH) for tensor in (split.images, split.labels))
+    for images, target in zip(*slices, strict=True):
+        values, loss = learner.outputs_and_loss(to_input(images), target)
+        outputs.append(values)
+        losses.append(loss if len(target) else torch.zeros_like(loss))  # a mean over no examples is NaN
+        sizes.append(len(target))
+    return torch.cat(outputs), mean_loss(losses, sizes, learner.advice, ranks, of="test")
 
 
 def predict_classes(learner: Learner, split: Split) -> Tensor:

@@ -11,6 +11,7 @@ from softmax_fused import __version__
 from softmax_fused.training import charts
 from softmax_fused.training.charts import Chart, line_chart
 from softmax_fused.training.checkpoint import write_atomically
+from softmax_fused.training.comparison import describe_identical
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.runs import RunRecord, read_runs
 from softmax_fused.training.summaries import (
@@ -21,6 +22,7 @@ from softmax_fused.training.summaries import (
     grouped,
     loss_rows,
     overlays,
+    plotted,
     series,
     summary_rows,
 )
@@ -51,6 +53,7 @@ class Section:
     run: RunRecord
     charts: list[Chart]
     losses: list[LossRow]
+    identical: str
     pictures: list[Picture]
 
 
@@ -96,11 +99,11 @@ def render(runs: list[RunRecord]) -> str:
 
 def section(run: RunRecord, anchor: str) -> Section:
     """Return a run as the page shows it; pictures that it draws itself are left out."""
-    drawn = [line_chart(as_words(group), lines) for group, lines in grouped(series(run)).items()]
+    drawn = [line_chart(as_words(group), lines) for group, lines in grouped(plotted(run)).items()]
     again = {"curves", "compare"} if drawn else set()
     again |= {"confusion"} if run.confusion else set()
     kept = [picture(path) for path in pictures(run.folder) if path.stem not in again]
-    return Section(anchor, run, drawn, loss_rows(run), kept)
+    return Section(anchor, run, drawn, loss_rows(run), describe_identical(series(run)), kept)
 
 
 def pictures(folder: Path) -> list[Path]:

@@ -28,9 +28,9 @@ def to_png(figure: Figure, dpi: int = 120) -> bytes:
 
 
 def plot_curves(
-    title: str, unit: str, losses: Mapping[str, Sequence[float]], accuracies: Mapping[str, Sequence[float]]
+    title: str, unit: str, losses: Mapping[str, Sequence[float | None]], accuracies: Mapping[str, Sequence[float]]
 ) -> Figure:
-    """Draw losses, and accuracies if there are any, over epochs."""
+    """Draw losses, None for an epoch without one, and accuracies if there are any, over epochs."""
     figure = Figure(figsize=(11, 4.2) if accuracies else (7, 4.2), layout="constrained")
     figure.suptitle(title, fontsize=None if accuracies else "medium")
     panels = figure.subplots(1, 2 if accuracies else 1, squeeze=False)[0]
@@ -70,13 +70,16 @@ def plot_fit(title: str, features: Array, values: Array, weights: Sequence[float
     return figure
 
 
-def draw_lines(axes: "Axes", lines: Mapping[str, Sequence[float] | Array], epochs: range) -> None:
-    """Draw lines over epochs, distinct in colour, dash and mark."""
+def draw_lines(axes: "Axes", lines: Mapping[str, Sequence[float | None]], epochs: range) -> None:
+    """Draw lines over epochs, distinct in colour, dash and mark; None is no point, all None no line."""
     marks = len(epochs) <= 30
     for place, (label, values) in enumerate(lines.items()):
         colour, dash, mark = STYLES[place % len(STYLES)]
         size = 8 - 1.5 * (place % len(STYLES))  # so that marks on top of each other are all seen
-        axes.plot(epochs, values, color=colour, linestyle=dash, marker=mark if marks else None, label=label, ms=size)
+        points = np.array(values, dtype=float)  # None becomes NaN
+        if np.isnan(points).all():
+            continue
+        axes.plot(epochs, points, color=colour, linestyle=dash, marker=mark if marks else None, label=label, ms=size)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from softmax_fused.training.charts import WIDE
+from softmax_fused.training.comparison import differ
 from softmax_fused.training.plots import BLUE, SKY, draw_accuracies, draw_lines
 
 if TYPE_CHECKING:
@@ -13,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def plot_comparison(title: str, losses: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw loss curves, accuracies, microseconds, and the losses' distance from torch's where it took part."""
-    apart = any(loss["largest_difference"] for loss in losses.values())
+    """Draw loss curves, accuracies, microseconds, and the losses' differences from torch's where there are any."""
+    apart = differ(losses)
     figure = Figure(figsize=(19 if apart else 14.5, 4.6), layout="constrained")
     figure.suptitle(title)
     curves, accuracies, times, *rest = figure.subplots(1, 4 if apart else 3)
@@ -32,17 +34,21 @@ def plot_comparison(title: str, losses: Mapping[str, Mapping[str, Any]]) -> Figu
 
 
 def _draw_distances(axes: "Axes", losses: Mapping[str, Mapping[str, Any]], epochs: range) -> None:
-    """Draw distances on a log axis, which has no place for zeros: the legend names the losses that are nothing else."""
+    """Draw the differences of the losses that have any, from 0 on, or on a log axis where they are far apart.
+
+    The other losses keep their places without a line, so that each has the colour of the panels beside.
+    """
+    distances = {name: loss["largest_difference"] or [] for name, loss in losses.items()}
+    draw_lines(
+        axes, {name: values if any(values) else [None] * len(epochs) for name, values in distances.items()}, epochs
+    )
+    every = [value for values in distances.values() if any(values) for value in values]
+    if min(every) > 0 and max(every) / min(every) > WIDE:
+        axes.set(yscale="log")
+    else:
+        axes.set(ylim=(0, 1.1 * max(every)))
+        axes.yaxis.set_major_formatter("{x:.3g}")
     axes.set(title="Largest difference of a step's loss from torch's", xlabel="epoch", ylabel="nats")
-    distances = {name: np.array(loss["largest_difference"] or [], dtype=float) for name, loss in losses.items()}
-    seen = np.concatenate([values[values > 0] for values in distances.values()])
-    if not len(seen):
-        axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes)
-        return
-    labels = {name: name if values.any() else f"{name} (0 throughout)" for name, values in distances.items()}
-    draw_lines(axes, {labels[name]: np.where(values > 0, values, np.nan) for name, values in distances.items()}, epochs)
-    low, high = np.floor(np.log10(seen.min())), np.floor(np.log10(seen.max())) + 1
-    axes.set(yscale="log", ylim=(10.0**low, 10.0**high))
 
 
 def _draw_times(axes: "Axes", losses: Mapping[str, Mapping[str, Any]]) -> None:

@@ -105,9 +105,8 @@ def draw_gallery(trained: Trained, path: Path, data_dir: str | None = None) -> P
     if not trained.classes:
         write_fit(path, trained.metrics, test)
         return path
-    write_gallery(
-        path, f"{run_title(trained.metrics)}, test set", trained.classes, test, predict_classes(trained.learner, test)
-    )
+    predicted = predict_classes(trained.learner, test)
+    write_gallery(path, run_title(trained.metrics), trained.classes, test, predicted)
     return path
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from softmax_fused.training.config import pick_device
 from softmax_fused.training.errors import CommonError, LabError, UsageError
 from softmax_fused.training.signals import ignore_signals
+from softmax_fused.training.wording import plural
 
 T = TypeVar("T")
 
@@ -117,7 +118,7 @@ class Ranks:
         found = torch.cuda.device_count()
         if self.local >= found:
             raise LabError(
-                f"expected {self.local_size} GPUs, one for each rank here, got {found}; "
+                f"expected {self.local_size} {plural('GPU', self.local_size)}, one for each rank here, got {found}; "
                 f"choose --nproc-per-node={found} or --device cpu"
             )
         torch.cuda.set_device(self.local)

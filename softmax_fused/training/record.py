@@ -12,6 +12,7 @@ from softmax_fused.training.config import TrainConfig
 from softmax_fused.training.data import ImageData
 from softmax_fused.training.evaluation import curve_names
 from softmax_fused.training.ranks import ALONE, Ranks
+from softmax_fused.training.wording import plural
 
 Metrics = dict[str, Any]
 
@@ -35,6 +36,15 @@ def surroundings(config: TrainConfig, device: torch.device, ranks: Ranks = ALONE
         "device_name": device_name(device),
         "ranks": ranks.size,
     }
+
+
+def continued_metrics(
+    metrics: Metrics, config: TrainConfig, data: ImageData, device: torch.device, ranks: Ranks
+) -> Metrics:
+    """Return the record of a run that goes on: a curve that it did not have so far is None for the epochs done."""
+    epochs = len(metrics["train_loss"])
+    begun = {**new_metrics(config, data, device, ranks), **metrics, **surroundings(config, device, ranks)}
+    return {**begun, **{name: begun[name] or [None] * epochs for name in curve_names(data)}}
 
 
 def add_results(metrics: Metrics, results: dict[str, float], last: Metrics) -> None:
@@ -68,7 +78,8 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"{platform.machine()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"{platform.machine()}, {threads} {plural('thread', threads)}"
     return device.type
 
 

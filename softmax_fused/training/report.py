@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from softmax_fused.training.batches import Batch
+from softmax_fused.training.comparison import differ
 from softmax_fused.training.data import ImageData
 
 UPDATES = 50  # of the bar, an epoch: redrawing costs as much as a training step
@@ -53,7 +54,7 @@ class Reporter:
         """Print a table of losses trained side by side."""
         if self.quiet:
             return
-        apart = any(loss["largest_difference"] for loss in losses.values())
+        apart = differ(losses)
         table = Table(caption=DISTANCE_NOTE * apart + TIME_NOTE)
         for heading in ("loss", "final loss", "test accuracy", *["off torch by"] * apart, "loss (us)", "step (us)"):
             table.add_column(heading, justify="left" if heading == "loss" else "right", no_wrap=True)
@@ -61,7 +62,7 @@ class Reporter:
             cells = [name, f"{loss['train_loss'][-1]:.6f}", f"{loss['test_accuracy'][-1]:.4f}"]
             if apart:
                 far = loss["largest_difference"]
-                cells.append("-" if far is None else f"{max(far):.1e}")
+                cells.append("-" if far is None else f"{max(far):.1e}" if any(far) else "0")
             table.add_row(*cells, *[f"{loss[key]['median']:.0f}" for key in ("loss_us", "step_us")])
         self.console.print(table)
 
@@ -109,12 +110,12 @@ class EpochReport:
 def describe(results: dict[str, float], images: int) -> str:
     """Return one epoch in one line, units included."""
     seconds = results["epoch_seconds"]
-    if "test_loss" in results:
-        scores, unit = f"test loss {results['test_loss']:.3g}", "examples"
-    else:
-        scores, unit = f"accuracy train {results['train_accuracy']:.4f} test {results['test_accuracy']:.4f}", "images"
-    loss = f"{results['train_loss']:.4f}" if unit == "images" else f"{results['train_loss']:.3g}"
-    return f"train loss {loss}  {scores}  {seconds:.2f} s  {images / seconds:,.0f} {unit}/s"
+    scores, unit, digits = "", "examples", ".3g"
+    if "test_accuracy" in results:
+        scores = f"  accuracy train {results['train_accuracy']:.4f} test {results['test_accuracy']:.4f}"
+        unit, digits = "images", ".4f"
+    losses = f"train loss {results['train_loss']:{digits}}  test loss {results['test_loss']:{digits}}"
+    return f"{losses}{scores}  {seconds:.2f} s  {images / seconds:,.0f} {unit}/s"
 
 
 def describe_parameters(parameters: dict[str, Any]) -> str:

@@ -31,11 +31,12 @@ from softmax_fused.training.learner import Learner, learner_for
 from softmax_fused.training.loop import train_epoch
 from softmax_fused.training.parallel import check_parallel, parallel_learner
 from softmax_fused.training.ranks import ALONE, Ranks, describe_lost_rank, is_lost_rank
-from softmax_fused.training.record import Metrics, add_results, default_folder, new_metrics, surroundings
+from softmax_fused.training.record import Metrics, add_results, continued_metrics, default_folder, new_metrics
 from softmax_fused.training.report import Reporter, describe, describe_parameters
 from softmax_fused.training.shares import Shares
 from softmax_fused.training.signals import signals_held
 from softmax_fused.training.targets import SoftBatches
+from softmax_fused.training.wording import plural
 
 
 @dataclass
@@ -152,7 +153,8 @@ def resume(
     if data.fallback:
         reporter.fallback("the data set asked for", data)
     learner = learner_for(config, len(data.classes), device)
-    run = Run(folder, config, data.to(device), learner, {**metrics, **surroundings(config, device, ranks)}, ranks)
+    metrics = continued_metrics(metrics, config, data, device, ranks)
+    run = Run(folder, config, data.to(device), learner, metrics, ranks)
     learner.model.load_state_dict(state["model"])
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.scaler.load_state_dict(state["scaler"])
@@ -240,7 +242,8 @@ def _saying_how_to_resume(run: Run) -> Iterator[None]:
     command = f"{run.ranks.program} train --resume {shlex.quote(str(run.folder))}"
 
     def kept() -> str:
-        return f"{run.folder} keeps {run.epochs_done} of {run.config.epochs} epochs; resume with: {command}"
+        done, epochs = run.epochs_done, run.config.epochs
+        return f"{run.folder} keeps {done} of {epochs} {plural('epoch', epochs)}; resume with: {command}"
 
     try:
         yield

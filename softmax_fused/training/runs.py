@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 from softmax_fused.training.checkpoint import COMPARISON, METRICS
 from softmax_fused.training.errors import LabError
 
-Curves = dict[str, list[float]]
+Curve = Sequence[float | None]  # a value an epoch; None where that epoch did not record it
+Curves = dict[str, list[float | None]]
 
 SHOWN_APART = ("config", "versions", "dataset", "device", "device_name", "losses", "per_class_accuracy")
 
@@ -43,7 +44,7 @@ class RunRecord:
 
     @property
     def curves(self) -> Curves:
-        """Return a training run's curves: lists with a number an epoch."""
+        """Return a training run's curves: lists with a number an epoch, or None."""
         return curves_of(self.record)
 
     @property
@@ -95,9 +96,12 @@ def read_runs(folders: list[Path]) -> list[RunRecord]:
 
 
 def curves_of(record: Mapping[str, Any]) -> Curves:
-    """Return the lists with a finite number an epoch, as many as there are training losses."""
-    lists = {name: value for name, value in record.items() if isinstance(value, list) and value}
-    numbers = {name: value for name, value in lists.items() if all(map(_number, value))}
+    """Return the lists with a finite number or None an epoch, as many as there are training losses; one has a number.
+
+    None stands where a run went on that an older version had begun, which did not record that curve.
+    """
+    lists = {name: value for name, value in record.items() if isinstance(value, list) and any(map(_number, value))}
+    numbers = {name: value for name, value in lists.items() if all(one is None or _number(one) for one in value)}
     epochs = len(record.get("train_loss") or next(iter(numbers.values()), []))
     return {name: value for name, value in numbers.items() if len(value) == epochs}
 

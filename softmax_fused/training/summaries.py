@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softmax_fused.training.charts import Chart, line_chart
+from softmax_fused.training.comparison import DIFFERENCE, differ
 from softmax_fused.training.runs import Curves, RunRecord, curves_of
 
 WHAT = ("dataset", "model", "loss")
@@ -36,6 +37,16 @@ def series(run: RunRecord) -> dict[str, Curves]:
     return {name: curves for name, curves in found.items() if curves}
 
 
+def plotted(run: RunRecord) -> dict[str, Curves]:
+    """Return a run's curves, without the differences from torch's loss where there are none: a sentence says so."""
+    found = series(run)
+    left_out = () if differ(found) else (DIFFERENCE,)
+    return {
+        contender: {name: values for name, values in curves.items() if name not in left_out}
+        for contender, curves in found.items()
+    }
+
+
 def grouped(contenders: Mapping[str, Curves]) -> dict[str, Curves]:
     """Return curves by what they measure: a run's losses share a chart, its accuracies, a comparison's contenders."""
     groups: dict[str, Curves] = {}
@@ -55,7 +66,7 @@ def overlays(runs: list[RunRecord]) -> list[Chart]:
     found: dict[str, Curves] = {}
     owners: dict[str, set[str]] = {}
     for run in runs:
-        for contender, curves in series(run).items():
+        for contender, curves in plotted(run).items():
             for name, values in curves.items():
                 found.setdefault(name, {})[f"{run.name}: {contender}" if contender else run.name] = values
                 owners.setdefault(name, set()).add(run.name)
@@ -72,7 +83,7 @@ def summary_rows(run: RunRecord, anchor: str) -> list[Row]:
     for contender, curves in (series(run) or {"": {}}).items():
         trained = what | ({"loss": contender} if contender else {})
         epochs = {"epochs": as_number(len(next(iter(curves.values()), [])))}
-        finals = {name: as_number(values[-1]) for name, values in curves.items()}
+        finals = {name: last(curves, name) for name, values in curves.items()}
         rows.append(Row(anchor, run.name, trained | epochs | finals | how))
     return rows
 
@@ -82,13 +93,17 @@ def loss_rows(run: RunRecord) -> list[LossRow]:
     rows = []
     for name, loss in run.losses.items():
         curves = curves_of(loss)
-        final = f"{curves['train_loss'][-1]:.6f}" if "train_loss" in curves else ABSENT
-        accuracy = as_number(curves["test_accuracy"][-1]) if "test_accuracy" in curves else ABSENT
-        distance = as_number(max(curves["largest_difference"])) if "largest_difference" in curves else ABSENT
-        rows.append(
-            LossRow(name, [final, accuracy, distance, _spread(loss.get("loss_us")), _spread(loss.get("step_us"))])
-        )
+        distances = [value for value in curves.get(DIFFERENCE, []) if value is not None]
+        distance = as_number(max(distances)) if distances else ABSENT
+        numbers = [last(curves, "train_loss", 6), last(curves, "test_accuracy"), distance]
+        rows.append(LossRow(name, [*numbers, _spread(loss.get("loss_us")), _spread(loss.get("step_us"))]))
     return rows
+
+
+def last(curves: Curves, name: str, digits: int | None = None) -> str:
+    """Return a curve's last value as a cell shows it, with a fixed number of decimals if `digits` says so."""
+    value = curves[name][-1] if name in curves else None
+    return as_number(value) if value is None or digits is None else f"{value:.{digits}f}"
 
 
 def _spread(times: Any) -> str:
