@@ -15,7 +15,7 @@ EXTRA = ("jinja2", "matplotlib", "numpy", "platformdirs", "rich", "sklearn", "te
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run ``softmax-fused`` and exit: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
 
-    The status is 141 where whoever read the output has gone. Of several ranks the first alone reports what happens to all.
+    It is 141 where whoever read the output has gone. Of several ranks the first alone reports what happens to all.
 
     Args:
         argv: The arguments; by default those of the process.

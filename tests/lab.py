@@ -94,7 +94,8 @@ def subprocess_arguments(*arguments: object) -> list[str]:
 
 
 def subprocess_environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **extra}
+    """As in a notebook's cell, whose MPLBACKEND another installation of Python need not have."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "not-installed", **extra}
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmax_fused.training.batches import Batch, make_batches
-from softmax_fused.training.checkpoint import COMPARISON, create_folder, write_atomically, write_json
+from softmax_fused.training.batches import Batch, Batches, make_batches
+from softmax_fused.training.checkpoint import COMPARISON, new_folder, write_atomically, write_json
 from softmax_fused.training.comparison import describe_accuracies, largest_differences, microseconds
 from softmax_fused.training.config import TrainConfig, pick_device
 from softmax_fused.training.data import ImageData, data_root, load_dataset
@@ -74,20 +74,26 @@ def compare(
         raise UsageError(
             f"expected a data set of classes to compare losses on, got {data.name}; use softmax-fused train"
         )
-    folder = create_folder(output or default_folder(f"compare-{config.dataset}-{config.model}"))
-    data = data.to(device)
-    contenders = {
-        name: Contender(learner_for(replace(config, loss=name), len(data.classes), device)) for name in losses
-    }
-    batches = make_batches(data.train, config.batch_size, config.seed, device, config.workers)
-    for number in range(1, config.epochs + 1):
-        with reporter.epoch(number, config.epochs) as report:
+    with new_folder(output or default_folder(f"compare-{config.dataset}-{config.model}")) as folder:
+        data = data.to(device)
+        contenders = {
+            name: Contender(learner_for(replace(config, loss=name), len(data.classes), device)) for name in losses
+        }
+        batches = make_batches(data.train, config.batch_size, config.seed, device, config.workers)
+        _train(contenders, data, batches, config.epochs, reporter)
+        record = {**surroundings(config, device), "dataset": data.describe(), "losses": _summaries(contenders)}
+        del record["config"]["loss"]
+        _write(folder, record, reporter)
+    return folder
+
+
+def _train(
+    contenders: dict[str, Contender], data: ImageData, batches: Batches, epochs: int, reporter: Reporter
+) -> None:
+    for number in range(1, epochs + 1):
+        with reporter.epoch(number, epochs) as report:
             _epoch(contenders, data, report.track(batches.epoch(number), len(batches)))
             report.finish("  ".join(f"{name} {contender.train_loss[-1]:.6f}" for name, contender in contenders.items()))
-    record = {**surroundings(config, device), "dataset": data.describe(), "losses": _summaries(contenders)}
-    del record["config"]["loss"]
-    _write(folder, record, reporter)
-    return folder
 
 
 def _write(folder: Path, record: dict[str, Any], reporter: Reporter) -> None:
