@@ -10,6 +10,7 @@ from PIL import Image
 from softmax_fused.training.checkpoint import load_checkpoint
 from softmax_fused.training.config import TrainConfig
 from softmax_fused.training.data import load_dataset
+from softmax_fused.training.errors import LabError
 from softmax_fused.training.run import resume, train
 from tests.lab import QUIET, assert_consistent, metrics_of, run_cli
 
@@ -42,6 +43,13 @@ def test_the_plane_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert "test_accuracy" not in metrics
     assert (metrics["config"]["batch_size"], metrics["config"]["lr"]) == (10, 0.03)
     assert_consistent(tmp_path / "run", 3)
+
+
+def test_a_test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    config = TrainConfig.fitting({"dataset": "linear", "lr": 1e30, "batch_size": 1000, "device": "cpu"})
+    with pytest.raises(LabError, match=r"^expected a finite test loss, got inf; choose a smaller --lr$"):
+        train(config, output=tmp_path, reporter=QUIET)
+    assert_consistent(tmp_path, 0)
 
 
 def test_scratch_and_library_take_the_same_steps(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from softmax_fused.training.compare import compare
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.evaluation import CURVES
 from softmax_fused.training.record import default_folder
+from softmax_fused.training.report import Reporter
 from softmax_fused.training.run import resume, train
 from tests.lab import QUIET, SMALL, assert_consistent, few_digits, metrics_of
 
@@ -152,6 +154,20 @@ def test_a_file_system_without_locks_is_used_without_claims(tmp_path: Path, monk
     with claim.claimed(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_hopeless_loss_is_short_and_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
+    train(replace(SMALL, lr=1e30, epochs=3), output=tmp_path, data=few_digits(), reporter=Reporter())
+    out, err = capsys.readouterr()
+    assert re.match(r"epoch 1/3  train loss \d\.\d\de\+\d\d  accuracy", out)
+    assert re.fullmatch(
+        r"warning: the training loss in epoch 1 is .*e\+\d\d: the steps are far too large; choose a smaller --lr\n",
+        err,
+    )
+    assert_consistent(tmp_path, 3)
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])

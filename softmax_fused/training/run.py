@@ -197,6 +197,7 @@ def _finish(run: Run, reporter: Reporter) -> None:
             with signals_held():
                 add_results(run.metrics, results, last)
                 run.save(events)
+            reporter.large_loss(run.metrics["train_loss"], run.learner.advice)
     if not run.data.classes:
         reporter.line(describe_parameters(run.metrics["parameters"]))
     run.ranks.from_first(lambda: draw_figures(run.folder, run.metrics, run.data.test, run.learner))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softmax_fused.training.charts import Chart, line_chart
+from softmax_fused.training.losses import as_decimal
 from softmax_fused.training.runs import Curves, RunRecord, curves_of
 
 WHAT = ("dataset", "model", "loss")
@@ -82,7 +83,7 @@ def loss_rows(run: RunRecord) -> list[LossRow]:
     rows = []
     for name, loss in run.losses.items():
         curves = curves_of(loss)
-        final = f"{curves['train_loss'][-1]:.6f}" if "train_loss" in curves else ABSENT
+        final = as_decimal(curves["train_loss"][-1], 6) if "train_loss" in curves else ABSENT
         accuracy = as_number(curves["test_accuracy"][-1]) if "test_accuracy" in curves else ABSENT
         distance = as_number(max(curves["largest_difference"])) if "largest_difference" in curves else ABSENT
         rows.append(
