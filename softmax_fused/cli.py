@@ -1,18 +1,22 @@
 """The console script: runs a command, turns what stops it into one line and an exit status."""
 
+import os
 import signal
 import sys
 from importlib import metadata
 from importlib.util import find_spec
 from typing import NoReturn
 
+from softmax_fused.training.pipes import quiet_when_unread
+
 EXTRA = ("jinja2", "matplotlib", "numpy", "platformdirs", "rich", "sklearn", "tensorboard", "torchvision", "typer")
 
 
+@quiet_when_unread()
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run ``softmax-fused`` and exits: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
+    """Run ``softmax-fused`` and exit: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
 
-    Of several ranks the first alone reports what happens to all.
+    It is 141 where whoever read the output has gone. Of several ranks the first alone reports what happens to all.
 
     Args:
         argv: The arguments; by default those of the process.
@@ -24,6 +28,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
         _fail(f"softmax-fused needs {', '.join(missing)}; run: pip install 'softmax-fused[train]'", 1)
+    # Figures are files. A notebook hands its own backend down to the commands of its cells, where it may not exist.
+    os.environ["MPLBACKEND"] = "agg"
     import torch
 
     from softmax_fused.training.errors import CommonError, LabError, Stopped, UsageError

@@ -66,6 +66,10 @@ def idx_bytes(array: torch.Tensor) -> bytes:
     return header + bytes(array.flatten().tolist())
 
 
+def md5_of(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
 def fake_fashion(folder: Path, monkeypatch: pytest.MonkeyPatch, train: int = 40, test: int = 20) -> Path:
     """A torchvision root with random images, and torchvision's checksums changed to match; no mirror answers."""
     generator = torch.Generator().manual_seed(1)
@@ -81,9 +85,8 @@ def fake_fashion(folder: Path, monkeypatch: pytest.MonkeyPatch, train: int = 40,
             plain = idx_bytes(array)
             packed = gzip.compress(plain, mtime=0)
             (raw / f"{name}.gz").write_bytes(packed)
-            md5 = hashlib.md5(packed, usedforsecurity=False).hexdigest()
-            resources.append((f"{name}.gz", md5))
-            monkeypatch.setitem(idx.UNPACKED, md5, hashlib.md5(plain, usedforsecurity=False).hexdigest())
+            resources.append((f"{name}.gz", md5_of(packed)))
+            monkeypatch.setitem(idx.UNPACKED, md5_of(packed), md5_of(plain))
     monkeypatch.setattr(FashionMNIST, "resources", resources)
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     return folder
@@ -94,7 +97,8 @@ def subprocess_arguments(*arguments: object) -> list[str]:
 
 
 def subprocess_environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **extra}
+    """As in a notebook's cell, whose MPLBACKEND another installation of Python need not have."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "not-installed", **extra}
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """The command line: one clear line for every mistake, and the exit status."""
 
 import json
+import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from softmax_fused.training.commands import EXAMPLES, app
 from softmax_fused.training.data import DATASETS
 from softmax_fused.training.errors import Stopped
 from softmax_fused.training.signals import signals_held, signals_raise
-from tests.lab import fake_fashion, run_cli, subprocess_arguments, subprocess_environment
+from tests.lab import assert_consistent, fake_fashion, run_cli, subprocess_arguments, subprocess_environment
 
 DIGITS = ["--dataset", "digits", "--loss", "torch", "--device", "cpu", "--epochs", "1"]
 
@@ -219,6 +222,43 @@ def test_a_process_without_the_extra_says_so_too() -> None:
     result = subprocess.run(command, env=subprocess_environment(), capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "softmax-fused needs typer; run: pip install 'softmax-fused[train]'\n"
+
+
+@pytest.fixture
+def unread() -> Iterator[TextIO]:
+    """A stream whose reader has gone; closing it flushes what is left, as Python does at exit."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as stream:
+        yield stream
+
+
+@pytest.mark.parametrize(
+    ("stream", "arguments"),
+    [("stdout", ["--help"]), ("stdout", ["info"]), ("stderr", ["train", "--lr", "0"]), ("stderr", ["walk"])],
+)
+def test_a_command_that_nobody_reads_ends_quietly(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    unread: TextIO,
+    stream: str,
+    arguments: list[str],
+) -> None:
+    monkeypatch.setattr(sys, stream, unread)
+    outcome = run_cli(capsys, *arguments)
+    assert (outcome.status, outcome.out, outcome.err) == (141, "", "")
+
+
+def test_a_run_that_nobody_reads_can_be_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unread: TextIO
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", unread)
+        outcome = run_cli(capsys, "train", *DIGITS, "--output", tmp_path)
+    assert (outcome.status, outcome.err) == (141, "")
+    assert_consistent(tmp_path, 0)
+    assert run_cli(capsys, "train", "--resume", tmp_path).status == 0
+    assert_consistent(tmp_path, 1)
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """Losses side by side."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from softmax_fused.training.errors import LabError, UsageError
 from softmax_fused.training.losses import NATS
 from softmax_fused.training.page import write_report
 from softmax_fused.training.plots_comparison import plot_comparison
+from softmax_fused.training.report import Reporter
 from softmax_fused.training.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, run_cli
 
@@ -25,6 +28,7 @@ def comparison(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "compare.json").read_text())
 
 
+@pytest.mark.pictures
 def test_the_record_holds_curves_distances_and_times(tmp_path: Path) -> None:
     compare(["fused", "torch", "scratch"], SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
     record = comparison(tmp_path)
@@ -116,6 +120,17 @@ def test_losses_of_other_kinds_are_compared_by_accuracy(tmp_path: Path, capsys: 
     assert [loss["largest_difference"] for loss in record["losses"].values()] == [None] * 3
     accuracies = {name: loss["test_accuracy"] for name, loss in record["losses"].items()}
     assert accuracies["fused"][1] > accuracies["mse"][1]
+
+
+def test_hopeless_losses_are_short_and_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(SMALL, lr=1e30)
+    compare(["fused", "mse"], config, output=tmp_path, data=few_digits(), reporter=Reporter())
+    out, err = capsys.readouterr()
+    assert re.match(r"epoch 1/2  fused \d\.\d\de\+\d\d  mse 0\.\d{6}\n", out)
+    assert re.search(r"fused +\S +\d\.\d\de\+\d\d ", out)
+    assert re.fullmatch(r"warning: the training loss of fused in epoch 1 is .*; choose a smaller --lr\n", err)
+    with pytest.raises(LabError, match=r"^scratch: expected a finite training loss, got inf; choose a smaller --lr"):
+        compare(["fused", "scratch"], config, output=tmp_path / "other", data=few_digits(), reporter=QUIET)
 
 
 def test_one_line_ranks_the_losses() -> None:

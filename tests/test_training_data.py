@@ -2,16 +2,18 @@
 
 import gzip
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torchvision.datasets import FashionMNIST
+from torchvision.datasets import MNIST, FashionMNIST
 
+from softmax_fused.training import idx
 from softmax_fused.training.data import data_root, load_dataset
 from softmax_fused.training.errors import LabError, MissingDataError, UsageError
 from softmax_fused.training.idx import decode
-from tests.lab import digits, fake_fashion, idx_bytes, real_data
+from tests.lab import digits, fake_fashion, idx_bytes, md5_of, real_data
 
 IMAGES = "FashionMNIST/raw/train-images-idx3-ubyte"
 
@@ -59,6 +61,42 @@ def test_a_damaged_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(LabError, match=r"truncated or corrupted\); delete it") as error:
         load_dataset("fashion-mnist", root, fallback=True)  # damage is never papered over
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("other", "name"), [("MNIST", "train-images-idx3-ubyte"), ("FashionMNIST", "train-labels-idx1-ubyte")]
+)
+def test_a_file_of_another_data_set_or_part_is_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, name: str, packed: bool
+) -> None:
+    root = fake_fashion(tmp_path, monkeypatch)
+    plain = idx_bytes(torch.arange(6).view(1, 2, 3))
+    zipped = gzip.compress(plain, mtime=1)
+    monkeypatch.setitem(idx.UNPACKED, md5_of(zipped), md5_of(plain))
+    if other == "MNIST":
+        monkeypatch.setattr(MNIST, "resources", [(f"{name}.gz", md5_of(zipped))])
+    else:
+        zipped = (root / f"FashionMNIST/raw/{name}.gz").read_bytes()
+        plain = gzip.decompress(zipped)
+    path = root / (f"{IMAGES}.gz" if packed else IMAGES)
+    (root / f"{IMAGES}.gz").unlink()
+    path.write_bytes(zipped if packed else plain)
+    with pytest.raises(LabError) as error:
+        load_dataset("fashion-mnist", root, fallback=True)
+    assert str(error.value) == (
+        f"expected FashionMNIST's train-images-idx3-ubyte.gz in {path}, got {other}'s {name}{'.gz' * packed}; "
+        "delete it to have it downloaded again, or copy the published file there"
+    )
+
+
+@pytest.mark.parametrize("pack", [lambda plain: gzip.compress(plain, mtime=2), lambda plain: plain])
+def test_a_file_packed_anew_or_not_at_all_is_verified_by_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[[bytes], bytes]
+) -> None:
+    path = fake_fashion(tmp_path, monkeypatch) / f"{IMAGES}.gz"
+    path.write_bytes(pack(gzip.decompress(path.read_bytes())))
+    assert len(load_dataset("fashion-mnist", tmp_path).train) == 40
 
 
 def test_absent_files_are_listed_with_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +162,13 @@ def test_the_root_is_the_option_else_the_variable_else_a_cache(tmp_path: Path, m
     assert data_root() == Path("/variable")
     monkeypatch.delenv("SOFTMAX_FUSED_DATA")
     assert "softmax-fused" in data_root().parts
+
+
+@real_data
+def test_the_published_files_of_the_other_data_set_are_recognised(tmp_path: Path) -> None:
+    (tmp_path / "FashionMNIST").symlink_to(data_root() / "MNIST")
+    with pytest.raises(LabError, match=r"expected FashionMNIST's train-images-idx3.* in .*, got MNIST's train-images"):
+        load_dataset("fashion-mnist", tmp_path)
 
 
 @real_data

@@ -19,6 +19,7 @@ from softmax_fused.training.samples import GAP, SHOWN, pixel_moments, plot_sampl
 from tests.lab import digits, fake_fashion, few_digits, run_cli, subprocess_arguments, subprocess_environment
 
 
+@pytest.mark.pictures
 def test_the_description_counts_images_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_cli(capsys, "data", "--dataset", "digits", "--output", tmp_path / "own.png")
     assert (outcome.status, outcome.err) == (0, "")

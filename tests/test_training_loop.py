@@ -144,6 +144,13 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
         train_epoch(learner, MemoryBatches(few_digits().train, 16, 0, CPU).epoch(1))
 
 
+@pytest.mark.parametrize("model", ["softmax", "scratch-softmax"])
+def test_weights_that_are_not_finite_stop_the_run_though_its_losses_were(model: str) -> None:
+    learner = build_learner(build_model(model, 10), lambda z, t: 1e3 * F.cross_entropy(z, t), lr=1e38, device=CPU)
+    with pytest.raises(LabError, match=r"^expected finite weights after the epoch's last step, .* a smaller --lr$"):
+        train_epoch(learner, MemoryBatches(few_digits().train, 300, 0, CPU).epoch(1))
+
+
 def test_mixed_precision_stays_near_full_precision() -> None:
     losses = {}
     for amp in (False, True):

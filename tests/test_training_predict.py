@@ -1,18 +1,20 @@
 """Predictions on pictures from elsewhere."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from softmax_fused.training import figures
+from softmax_fused.training import figures, pictures
 from softmax_fused.training import predict as predict_module
 from softmax_fused.training.data import Split
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.figures import write_gallery
-from softmax_fused.training.predict import load_trained, read_picture
+from softmax_fused.training.pictures import read_picture
+from softmax_fused.training.predict import classify, load_trained
 from softmax_fused.training.run import train
 from tests.lab import QUIET, SMALL, digits, run_cli
 
@@ -77,10 +79,127 @@ def test_any_picture_of_a_digit_is_that_digit(
     assert outcome.status == 0
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 400), (3, 2), (1000, 700)])
+def of_values(low: float, high: float, kind: str) -> Callable[[Image.Image], Image.Image]:
+    """Return what makes of a picture one with values from `low` to `high`."""
+
+    def convert(image: Image.Image) -> Image.Image:
+        shares = np.asarray(image, dtype=np.float64)
+        shares = (shares - shares.min()) / (shares.max() - shares.min())
+        return Image.fromarray((low + shares * (high - low)).astype(kind))
+
+    return convert
+
+
+@pytest.mark.parametrize(
+    ("values", "guess"),
+    [
+        ((0, 1, "f4"), "values from 0 to 1 on a scale of 1"),
+        ((-0.05, 1.05, "f4"), "values from -0.05 to 1.05 on a scale of 1"),
+        ((0, 255, "f4"), "values from 0 to 255 on a scale of 255"),
+        ((-1, 1, "f4"), "values from -1 to 1 stretched from black to white"),
+        ((0, 7, "f4"), "values from 0 to 7 stretched from black to white"),
+        ((0, 4095, "u2"), "values from 0 to 4095 on a scale of 4095"),
+        ((0, 1000, "u2"), "values from 0 to 1000 on a scale of 1023"),
+        ((0, 16000, "u2"), "values from 0 to 16000 on a scale of 16383"),
+        ((0, 255, "u2"), "values from 0 to 255 on a scale of 255"),
+        ((0, 65535, "u2"), ""),
+        ((-500, 90000, "i4"), "values from -500 to 90000 stretched from black to white"),
+    ],
+    ids=str,
+)
+def test_values_are_scaled_by_what_they_are(
+    tmp_path: Path, zero: Image.Image, values: tuple[float, float, str], guess: str
+) -> None:
+    of_values(0, 255, "u1")(zero).save(tmp_path / "plain.png")
+    of_values(*values)(zero).save(tmp_path / "image.tif")
+    read = read_picture(tmp_path / "image.tif")
+    assert read.description == f"280x280{', ' * bool(guess)}{guess}"
+    distance = (read.pixels.int() - read_picture(tmp_path / "plain.png").pixels.int()).abs().max()
+    assert distance <= 12  # of 255: the scale's white may lie above the values
+
+
+def with_alpha(ink: int) -> Callable[[Image.Image], Image.Image]:
+    return lambda image: Image.merge("LA", (Image.new("L", image.size, ink), image))
+
+
+def with_margin(image: Image.Image) -> Image.Image:
+    """A picture with a transparent margin and a background of its own inside."""
+    margin = Image.new("L", image.size, 0)
+    margin.paste(255, (20, 20, 260, 260))
+    return Image.merge("RGBA", (image, image, image, margin))
+
+
+BLACK, BRIGHT_BORDER = "transparency taken for black", "inverted because its border is bright"
+
+
+@pytest.mark.parametrize(
+    ("convert", "guesses"),
+    [
+        (with_alpha(255), BLACK),
+        (with_alpha(0), BRIGHT_BORDER),
+        (lambda image: with_alpha(255)(image).convert("RGBA").quantize(16), BLACK),
+        (with_margin, BLACK),
+        (lambda image: with_margin(ImageOps.invert(image)), BRIGHT_BORDER),
+        (lambda image: image.point(lambda value: 255 * (value > 127)).convert("1"), ""),
+        (
+            lambda image: Image.fromarray((np.asarray(image) > 127).astype(np.uint8)),
+            "values from 0 to 1 on a scale of 1",
+        ),
+        (lambda image: ImageOps.invert(image).convert("RGB").convert("CMYK"), BRIGHT_BORDER),
+    ],
+    ids=["white ink", "black ink", "palette", "dark sticker", "light sticker", "1 bit", "mask", "CMYK"],
+)
+def test_strokes_stand_out_whatever_they_are_drawn_in(
+    tmp_path: Path, trained: Path, zero: Image.Image, convert: Callable[[Image.Image], Image.Image], guesses: str
+) -> None:
+    picture = convert(zero)
+    path = tmp_path / ("zero.tif" if picture.mode == "CMYK" else "zero.png")
+    picture.save(path)
+    read = read_picture(path)
+    assert read.description == f"280x280{', ' * bool(guesses)}{guesses}"
+    assert classify(load_trained(trained, "cpu"), read, 1)[0][0] == "0"
+
+
+def test_a_camera_held_sideways_is_turned_back(tmp_path: Path, zero: Image.Image) -> None:
+    sideways = zero.crop((40, 0, 240, 280)).rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x112] = 6  # the top is on the right
+    sideways.save(tmp_path / "turned.png", exif=exif)
+    zero.crop((40, 0, 240, 280)).save(tmp_path / "upright.png")
+    read = read_picture(tmp_path / "turned.png")
+    assert read.size == (200, 280)
+    assert torch.equal(read.pixels, read_picture(tmp_path / "upright.png").pixels)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (3, 2), (1000, 700), (1, 9000)])
 def test_odd_sizes_are_read(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.new("L", size, 10).save(tmp_path / "image.png")
-    assert read_picture(tmp_path / "image.png").pixels.unique().tolist() == [10]
+    read = read_picture(tmp_path / "image.png")
+    assert read.pixels.unique().tolist() == [10]
+    assert read.description == f"{size[0]}x{size[1]}, blank: the answer means nothing"
+
+
+def test_pictures_that_show_nothing_are_said_to(tmp_path: Path) -> None:
+    Image.new("RGBA", (9, 9), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_picture(tmp_path / "clear.png").description.endswith("blank: the answer means nothing")
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16) // 16).save(tmp_path / "dark.png")
+    assert read_picture(tmp_path / "dark.png").description == "16x16, hardly any contrast: greys from 0 to 15 of 255"
+
+
+def test_large_pictures_are_averaged_and_too_large_ones_refused(
+    tmp_path: Path, zero: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_values(0, 4095, "u2")(zero).save(tmp_path / "zero.png")
+    whole = read_picture(tmp_path / "zero.png")
+    monkeypatch.setattr(pictures, "WORKING_SIDE", 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)  # Pillow warns from here on, and refuses twice as many
+    read = read_picture(tmp_path / "zero.png")
+    assert read.description == whole.description
+    assert (read.pixels.int() - whole.pixels.int()).abs().float().mean() < 3
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
+    size = r"\(Image size \(78400 pixels\) exceeds limit of 60000 pixels\); make it smaller$"
+    with pytest.raises(LabError, match=rf"^expected an image in .*zero.png, got too large a one {size}"):
+        read_picture(tmp_path / "zero.png")
 
 
 def test_top_and_several_pictures(
@@ -96,6 +215,7 @@ def test_top_and_several_pictures(
     assert sum(shares) == pytest.approx(100, abs=0.5)
 
 
+@pytest.mark.pictures
 def test_without_pictures_a_gallery_is_drawn(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_cli(capsys, "predict", "--checkpoint", trained / "checkpoint.pt")
     assert outcome.out == f"{trained / 'gallery.png'}\n"
@@ -128,16 +248,49 @@ def test_a_gallery_says_how_its_images_were_chosen(
     assert titles == [f"softmax\ntest set: {accuracy}\nshown, in the test set's order: {choice}"]
 
 
-def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("text")
-    with pytest.raises(LabError, match=r"expected an image in .*text.png, got: no image that Pillow can read; give a"):
-        read_picture(tmp_path / "text.png")
-    with pytest.raises(LabError, match=r"expected an image in .*absent.png, got: No such file or directory"):
-        read_picture(tmp_path / "absent.png")
-    Image.new("L", (300, 300), 5).save(tmp_path / "cut.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
-    with pytest.raises(LabError, match=r"expected an image in .*cut.png"):
-        read_picture(tmp_path / "cut.png")
+def test_a_bad_picture_does_not_lose_the_answers_of_the_others(
+    tmp_path: Path, trained: Path, zero: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [tmp_path / name for name in ("first.png", "absent.png", "text.png", "last.png")]
+    zero.save(names[0])
+    zero.save(names[3])
+    names[2].write_text("text")
+    outcome = run_cli(capsys, "predict", "--checkpoint", trained, "--top", 1, *names)
+    assert outcome.status == 1
+    assert [line for line in outcome.out.splitlines() if "x" in line] == [f"{names[i]} (280x280)" for i in (0, 3)]
+    absent, text = outcome.err.splitlines()
+    assert absent.startswith(f"error: expected an image in {names[1]}, got No such file or directory")
+    assert text.startswith(f"error: expected an image in {names[2]}, got no image that Pillow can read")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("text.png", b"text", "no image that Pillow can read; give a PNG or JPEG file"),
+        ("empty.png", b"", "an empty file; give another"),
+        ("absent.png", None, "No such file or directory; check the path"),
+        (".", None, "Is a directory; check the path"),
+        ("cut.png", slice(60), r"one that cannot be read \(.*truncated.*\); save it anew as PNG or JPEG"),
+        ("half.png", slice(300), r"one that cannot be read \(image file is truncated.*\); save it anew as PNG or JPEG"),
+    ],
+)
+def test_what_is_no_picture_is_named_with_the_reason(
+    tmp_path: Path, zero: Image.Image, name: str, content: bytes | slice | None, reason: str
+) -> None:
+    path = tmp_path / name
+    if isinstance(content, slice):
+        zero.save(path)
+        content = path.read_bytes()[content]
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(LabError, match=rf"^expected an image in {path}, got {reason}$"):
+        read_picture(path)
+
+
+def test_values_that_are_not_finite_are_no_picture(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, np.nan]], dtype=np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(LabError, match=r"got one that cannot be read \(values that are not finite\)"):
+        read_picture(tmp_path / "nan.tif")
 
 
 def test_predictions_are_those_of_training(trained: Path) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from softmax_fused.training.checkpoint import load_checkpoint
 from softmax_fused.training.config import TrainConfig
 from softmax_fused.training.data import load_dataset
+from softmax_fused.training.errors import LabError
 from softmax_fused.training.run import resume, train
 from tests.lab import QUIET, assert_consistent, metrics_of, run_cli
 
@@ -44,6 +45,13 @@ def test_the_plane_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert_consistent(tmp_path / "run", 3)
 
 
+def test_a_test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    config = TrainConfig.fitting({"dataset": "linear", "lr": 1e30, "batch_size": 1000, "device": "cpu"})
+    with pytest.raises(LabError, match=r"^expected a finite test loss, got inf; choose a smaller --lr$"):
+        train(config, output=tmp_path, reporter=QUIET)
+    assert_consistent(tmp_path, 0)
+
+
 def test_scratch_and_library_take_the_same_steps(tmp_path: Path) -> None:
     runs = []
     for model in ("linear", "scratch-linear"):
@@ -52,6 +60,7 @@ def test_scratch_and_library_take_the_same_steps(tmp_path: Path) -> None:
     assert runs[0]["train_loss"] == pytest.approx(runs[1]["train_loss"], rel=1e-4)
 
 
+@pytest.mark.pictures
 def test_a_regression_is_drawn_resumed_and_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = TrainConfig.fitting({"dataset": "linear", "epochs": 1, "device": "cpu"})
     folder = train(config, output=tmp_path / "run", reporter=QUIET)

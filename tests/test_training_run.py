@@ -1,7 +1,13 @@
 """Run folders: what is in them, and that they are neither overwritten nor believed blindly."""
 
+import errno
 import os
+import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +17,17 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from softmax_fused.training import claim
+from softmax_fused.training import run as run_module
 from softmax_fused.training.checkpoint import load_checkpoint
+from softmax_fused.training.claim import LOCK
+from softmax_fused.training.compare import compare
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.evaluation import CURVES
 from softmax_fused.training.plots import plot_curves
 from softmax_fused.training.record import default_folder, device_name
-from softmax_fused.training.run import train
+from softmax_fused.training.report import Reporter
+from softmax_fused.training.run import resume, train
 from tests.lab import QUIET, SMALL, assert_consistent, few_digits, metrics_of
 
 
@@ -37,6 +48,7 @@ def test_a_run_folder_holds_everything(tmp_path: Path) -> None:
     assert metrics["per_class_accuracy"]["3"] == int(counts[3, 3]) / int(counts[3].sum())
 
 
+@pytest.mark.pictures
 def test_pictures_open_and_events_hold_every_epoch(tmp_path: Path) -> None:
     folder = train(SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
     for name in ("curves.png", "predictions.png", "confusion.png"):
@@ -82,13 +94,98 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_default_folders_differ_within_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folders = set()
-    for _ in range(3):
-        folder = default_folder("digits-softmax-torch")
-        folder.mkdir(parents=True)
-        folders.add(folder)
+    folders = {default_folder("digits-softmax-torch") for _ in range(3)}
     assert len(folders) == 3
-    assert all(folder.parent == Path("runs") for folder in folders)
+    assert all(folder.is_dir() and folder.parent == Path("runs") for folder in folders)
+
+
+BUSY = (
+    "^expected a folder in which nothing else trains, got .*, in which another process does; wait until that ends, or"
+)
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused_before_the_first_has_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = run_module.save_run
+
+    def start_another_and_save(*arguments: Any) -> None:
+        for start in (train, partial(compare, ["torch"])):
+            with pytest.raises(LabError, match=BUSY):
+                start(SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
+        save(*arguments)
+        with pytest.raises(LabError, match=BUSY):
+            resume(tmp_path, {}, data=few_digits(), reporter=QUIET)
+
+    monkeypatch.setattr(run_module, "save_run", start_another_and_save)
+    monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
+    train(SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
+    assert_consistent(tmp_path, 2)
+
+
+LOCKER = "import fcntl, sys; file = open(sys.argv[1], 'ab'); fcntl.flock(file, 2); print(flush=True); sys.stdin.read()"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the other process locks as POSIX does")
+def test_a_claim_ends_with_its_process_however_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
+    train(SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
+    command = [sys.executable, "-I", "-S", "-c", LOCKER, str(tmp_path / LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(LabError, match=BUSY):
+            resume(tmp_path, {}, data=few_digits(), reporter=QUIET)
+        other.kill()
+    assert (tmp_path / LOCK).exists()
+    resume(tmp_path, {}, data=few_digits(), reporter=QUIET)
+    assert_consistent(tmp_path, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # the child does nothing
+def test_a_worker_that_outlives_its_parent_holds_no_claim(tmp_path: Path) -> None:
+    file = claim._locked(tmp_path / LOCK)
+    assert file is not None
+    reader, writer = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        os.write(writer, b"!")
+        signal.pause()
+    os.read(reader, 1)
+    os.close(reader)
+    os.close(writer)
+    file.close()  # as the system does when it ends the parent
+    try:
+        with claim.claimed(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+def test_a_file_system_without_locks_is_used_without_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(claim, "_lock", unsupported)
+    with claim.claimed(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hopeless_loss_is_short_and_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
+    train(replace(SMALL, lr=1e30, epochs=3), output=tmp_path, data=few_digits(), reporter=Reporter())
+    out, err = capsys.readouterr()
+    assert re.match(r"epoch 1/3  train loss \d\.\d\de\+\d\d  accuracy", out)
+    assert re.fullmatch(
+        r"warning: the training loss in epoch 1 is .*e\+\d\d: the steps are far too large; choose a smaller --lr\n",
+        err,
+    )
+    assert_consistent(tmp_path, 3)
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])

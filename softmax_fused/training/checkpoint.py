@@ -9,11 +9,14 @@ import glob
 import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from softmax_fused.training.claim import claimed
 from softmax_fused.training.errors import LabError, WriteError
 from softmax_fused.training.signals import signals_held
 
@@ -42,21 +45,40 @@ def write_atomically(path: Path, data: bytes) -> None:
         side.unlink(missing_ok=True)
 
 
-def create_folder(path: Path) -> Path:
-    """Make the folder of a new run.
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Make the folder of a new run and claim it until the run ends.
 
     Raises:
-        LabError: if it holds a run already or cannot be made.
+        LabError: if it holds a run already, another process trains in it, or it cannot be made.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        held = sorted(child.name for child in path.iterdir() if child.name in (CHECKPOINT, METRICS, COMPARISON))
     except OSError as error:
         raise write_error(path, error) from error
-    if held:
-        go_on = f"continue that run with --resume {path}, or " if CHECKPOINT in held else ""
-        raise LabError(f"expected --output to be a new folder, got {path} with {held[0]}; {go_on}choose another folder")
-    return path
+    with claimed_folder(path):
+        held = [name for name in (CHECKPOINT, COMPARISON, METRICS) if (path / name).exists()]
+        if held:
+            go_on = f"continue that run with --resume {path}, or " if CHECKPOINT in held else ""
+            raise LabError(
+                f"expected --output to be a new folder, got {path} with {held[0]}; {go_on}choose another folder"
+            )
+        yield path
+
+
+@contextmanager
+def claimed_folder(path: Path) -> Iterator[None]:
+    """Claim the folder of a run, so that no other process goes on with it meanwhile.
+
+    Raises:
+        LabError: if another process trains in it, or it cannot be written to.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(claimed(path))
+        except OSError as error:
+            raise write_error(path, error) from error
+        yield
 
 
 def begun_folder(output: Path | None, label: str, job: str | None) -> Path | None:

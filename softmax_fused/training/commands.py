@@ -10,7 +10,7 @@ from softmax_fused.training.activations_command import activations
 from softmax_fused.training.config import TrainConfig, check_range
 from softmax_fused.training.data import DATASETS
 from softmax_fused.training.data_command import data
-from softmax_fused.training.errors import UsageError
+from softmax_fused.training.errors import LabError, UsageError
 from softmax_fused.training.fitting import check_name, losses_for
 from softmax_fused.training.learner import OPTIMIZERS
 from softmax_fused.training.losses import LOSSES
@@ -228,7 +228,8 @@ def predict(
     ] = None,
 ) -> None:
     """Name what is in your own pictures, or draw the test set with right and wrong predictions."""
-    from softmax_fused.training.predict import classify, draw_gallery, load_trained, read_picture
+    from softmax_fused.training.pictures import read_picture
+    from softmax_fused.training.predict import check_classifier, classify, draw_gallery, load_trained
 
     check_range("top", top, 1, 1000)
     trained = load_trained(checkpoint, device)
@@ -236,11 +237,20 @@ def predict(
         path = output or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "gallery.png"
         typer.echo(draw_gallery(trained, path, _absolute(data_dir)))
         return
-    for path, picture in [(path, read_picture(path)) for path in images]:
-        note = ", inverted because its border is bright" if picture.inverted else ""
-        typer.echo(f"{path} ({picture.size[0]}x{picture.size[1]}{note})")
+    check_classifier(trained)
+    status = 0
+    for path in images:
+        try:
+            picture = read_picture(path)
+        except LabError as error:  # the other pictures are answered all the same
+            typer.echo(f"error: {error}", err=True)
+            status = error.status
+            continue
+        typer.echo(f"{path} ({picture.description})")
         for name, share in classify(trained, picture, top):
             typer.echo(f"  {share:6.1%}  {name}")
+    if status:
+        raise typer.Exit(status)
 
 
 app.command(short_help="Describe a data set, draw samples, time how fast it is read.")(data)

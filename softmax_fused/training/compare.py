@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmax_fused.training.batches import Batch, make_batches
-from softmax_fused.training.checkpoint import COMPARISON, create_folder, write_atomically, write_json
+from softmax_fused.training.batches import Batch, Batches, make_batches
+from softmax_fused.training.checkpoint import COMPARISON, new_folder, write_atomically, write_json
 from softmax_fused.training.comparison import (
     REFERENCE,
     describe_accuracies,
@@ -20,11 +20,11 @@ from softmax_fused.training.comparison import (
 )
 from softmax_fused.training.config import TrainConfig, pick_device
 from softmax_fused.training.data import ImageData, data_root, load_dataset
-from softmax_fused.training.errors import UsageError
+from softmax_fused.training.errors import CommonError, UsageError
 from softmax_fused.training.figures import run_title
 from softmax_fused.training.learner import Learner, learner_for
-from softmax_fused.training.loop import mean_loss, predict_classes
-from softmax_fused.training.losses import LOSSES, NATS
+from softmax_fused.training.loop import check_weights, mean_loss, predict_classes
+from softmax_fused.training.losses import LOSSES, NATS, as_decimal
 from softmax_fused.training.plots import to_png
 from softmax_fused.training.plots_comparison import plot_comparison
 from softmax_fused.training.record import default_folder, surroundings
@@ -78,20 +78,29 @@ def compare(
         raise UsageError(
             f"expected a data set of classes to compare losses on, got {data.name}; use softmax-fused train"
         )
-    folder = create_folder(output or default_folder(f"compare-{config.dataset}-{config.model}"))
-    data = data.to(device)
-    contenders = {
-        name: Contender(learner_for(replace(config, loss=name), len(data.classes), device)) for name in losses
-    }
-    batches = make_batches(data.train, config.batch_size, config.seed, device, config.workers)
-    for number in range(1, config.epochs + 1):
-        with reporter.epoch(number, config.epochs) as report:
-            _epoch(contenders, data, report.track(batches.epoch(number), len(batches)))
-            report.finish("  ".join(f"{name} {contender.train_loss[-1]:.6f}" for name, contender in contenders.items()))
-    record = {**surroundings(config, device), "dataset": data.describe(), "losses": _summaries(contenders)}
-    del record["config"]["loss"]
-    _write(folder, record, reporter)
+    with new_folder(output or default_folder(f"compare-{config.dataset}-{config.model}")) as folder:
+        data = data.to(device)
+        contenders = {
+            name: Contender(learner_for(replace(config, loss=name), len(data.classes), device)) for name in losses
+        }
+        batches = make_batches(data.train, config.batch_size, config.seed, device, config.workers)
+        _train(contenders, data, batches, config.epochs, reporter)
+        record = {**surroundings(config, device), "dataset": data.describe(), "losses": _summaries(contenders)}
+        del record["config"]["loss"]
+        _write(folder, record, reporter)
     return folder
+
+
+def _train(
+    contenders: dict[str, Contender], data: ImageData, batches: Batches, epochs: int, reporter: Reporter
+) -> None:
+    for number in range(1, epochs + 1):
+        with reporter.epoch(number, epochs) as report:
+            _epoch(contenders, data, report.track(batches.epoch(number), len(batches)))
+            losses = {name: contender.train_loss for name, contender in contenders.items()}
+            report.finish("  ".join(f"{name} {as_decimal(values[-1], 6)}" for name, values in losses.items()))
+        for name, values in losses.items():
+            reporter.large_loss(values, contenders[name].learner.advice, name)
 
 
 def _write(folder: Path, record: dict[str, Any], reporter: Reporter) -> None:
@@ -122,7 +131,11 @@ def _epoch(contenders: dict[str, Contender], data: ImageData, batches: Iterable[
             losses[name].append(_step(contenders[name], images, labels))
     for name, contender in contenders.items():
         contender.step_losses.append(torch.stack(losses[name]).cpu().double())
-        contender.train_loss.append(mean_loss(losses[name], sizes, contender.learner.advice))
+        try:
+            contender.train_loss.append(mean_loss(losses[name], sizes, contender.learner.advice))
+            check_weights(contender.learner)
+        except CommonError as error:
+            raise CommonError(f"{name}: {error}") from error
         right = predict_classes(contender.learner, data.test) == data.test.labels
         contender.test_accuracy.append(int(right.sum()) / len(right))
 

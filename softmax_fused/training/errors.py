@@ -31,3 +31,9 @@ class Stopped(BaseException):
     def __init__(self, message: str = "stopped before anything was written", status: int = 130) -> None:
         super().__init__(message)
         self.status = status
+
+
+class OutputClosed(BaseException):
+    """Nobody reads what a command prints: it ends, and has nobody to tell."""
+
+    status = 128 + 13  # as a shell reports a tool that SIGPIPE ended

@@ -1,11 +1,13 @@
 """What a run says about its test set after an epoch: classes are counted, a regression's parameters read off."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from softmax_fused.training.data import ImageData, Split
+from softmax_fused.training.errors import CommonError
 from softmax_fused.training.learner import Learner
 from softmax_fused.training.loop import confusion_matrix, evaluate_split
 from softmax_fused.training.losses import class_scores
@@ -37,6 +39,8 @@ def evaluate(learner: Learner, data: ImageData, ranks: Ranks = ALONE) -> tuple[d
         accuracy = int(counts.diagonal().sum()) / len(data.test)
         return {"test_loss": loss, "test_accuracy": accuracy}, _of_classes(counts, data.classes)
     weights, bias = read_parameters(learner, data.test.images)
+    if not all(map(math.isfinite, (loss, *weights, bias))):
+        raise CommonError(f"expected a finite test loss, got {loss}; {learner.advice}")
     found = {"weights": weights, "bias": bias}
     true = {"true_weights": list(data.truth[:-1]), "true_bias": data.truth[-1]} if data.truth else {}
     return {"test_loss": loss}, {"parameters": {**found, **true}}

@@ -10,6 +10,7 @@ import hashlib
 import math
 import shutil
 import struct
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
@@ -21,6 +22,7 @@ from softmax_fused.training.errors import LabError, MissingDataError
 if TYPE_CHECKING:
     from torch import Tensor
 
+GZIP = b"\x1f\x8b"  # how its files begin
 TIMEOUT = 20.0  # seconds without a byte before a mirror counts as unreachable
 
 # md5 of each unpacked file, by the md5 of its .gz in torchvision's list.
@@ -70,20 +72,55 @@ def _unpacked(path: Path) -> Path:
 
 
 def _read(path: Path, md5: str) -> bytes:
-    if path.is_file():
-        return gzip.decompress(_verified(path, md5))
-    return _verified(_unpacked(path), UNPACKED.get(md5, md5))
+    return _verified(path if path.is_file() else _unpacked(path), md5)
 
 
 def _verified(path: Path, md5: str) -> bytes:
+    """Return the content of a published file, packed or not; one that was unpacked and packed again will do.
+
+    Args:
+        path: The file.
+        md5: What torchvision's list says of the packed file.
+
+    Raises:
+        LabError: if it is another file.
+    """
     data = path.read_bytes()
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise LabError(
-            f"expected {path} with md5 {md5}, got {found} ({len(data):,} bytes: truncated or corrupted); "
-            "delete it to have it downloaded again, or copy the published file there"
-        )
-    return data
+    content = _decompressed(data)
+    found = _md5(data)
+    if found == md5 and content is not None:
+        return content
+    sums = {found, found if content is None else _md5(content)}
+    if UNPACKED.get(md5) in sums:
+        return data if content is None else content
+    published = _published_files()
+    others = [name for other, name in published.items() if other in sums]
+    if others:
+        what = f"expected {published.get(md5, md5)} in {path}, got {others[0]}"
+    else:
+        what = f"expected {path} with md5 {md5}, got {found} ({len(data):,} bytes: truncated or corrupted)"
+    raise LabError(f"{what}; delete it to have it downloaded again, or copy the published file there")
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def _decompressed(data: bytes) -> bytes | None:
+    """Return what a whole gzip file holds, None for any other file."""
+    try:
+        return gzip.decompress(data) if data.startswith(GZIP) else None
+    except (OSError, EOFError, zlib.error):
+        return None
+
+
+def _published_files() -> dict[str, str]:
+    """Return the names of files that go by the names of one another, by their md5, packed and unpacked."""
+    from torchvision.datasets import KMNIST, MNIST, FashionMNIST
+
+    packed = {md5: (family, name) for family in (FashionMNIST, MNIST, KMNIST) for name, md5 in family.resources}
+    unpacked = {UNPACKED[md5]: (family, name[:-3]) for md5, (family, name) in packed.items() if md5 in UNPACKED}
+    return {md5: f"{family.__name__}'s {name}" for md5, (family, name) in (packed | unpacked).items()}
 
 
 def _download(folder: Path, files: dict[str, str], mirrors: list[str]) -> None:

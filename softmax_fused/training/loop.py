@@ -31,7 +31,7 @@ def train_epoch(learner: Learner, batches: Iterable[Batch], shares: Shares | Non
         soft labels the likeliest class counts, and for a regression the share is NaN.
 
     Raises:
-        CommonError: if the mean loss is not finite.
+        CommonError: if the mean loss is not finite, or a weight after the last step.
     """
     learner.model.train()
     losses, correct, sizes = [], [], []
@@ -44,6 +44,7 @@ def train_epoch(learner: Learner, batches: Iterable[Batch], shares: Shares | Non
         sizes.append(len(target) if share is None else share.examples)
     ranks = shares.ranks if shares else ALONE
     loss_of_all = mean_loss(losses, sizes, learner.advice, ranks)
+    check_weights(learner)
     right = torch.stack(correct).sum().cpu().double() if correct else torch.zeros((), dtype=torch.float64)
     return loss_of_all, ranks.sum(right).item() / int(ranks.sum(torch.tensor(sum(sizes))))
 
@@ -67,6 +68,12 @@ def mean_loss(
     if not math.isfinite(mean):
         raise CommonError(f"expected a finite {of} loss, got {mean}; {advice}")
     return mean
+
+
+def check_weights(learner: Learner) -> None:
+    """Raise `CommonError` unless all weights are finite: an epoch's losses do not tell what its last step has done."""
+    if not all(bool(parameter.isfinite().all()) for parameter in learner.model.parameters()):
+        raise CommonError(f"expected finite weights after the epoch's last step, got others; {learner.advice}")
 
 
 @torch.no_grad()

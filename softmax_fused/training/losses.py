@@ -12,7 +12,13 @@ from softmax_fused.training.tasks import Task
 
 Loss = Callable[..., Tensor]  # of outputs and target, or of features, weight, target and linear_bias
 
+LARGE = 1e5  # a mean loss from here on says no more than that training has gone wrong
 NATS = "mean cross-entropy (nats)"
+
+
+def as_decimal(value: float, digits: int) -> str:
+    """Return a loss or a weight with so many decimals, or in exponent form where they would say nothing."""
+    return f"{value:.{digits}f}" if abs(value) < LARGE else f"{value:.2e}"
 
 
 def class_scores(outputs: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from softmax_fused.training.checkpoint import write_error
 from softmax_fused.training.config import TrainConfig
 from softmax_fused.training.data import ImageData
 from softmax_fused.training.evaluation import curve_names
@@ -84,11 +85,23 @@ def device_name(device: torch.device) -> str:
 
 
 def default_folder(label: str) -> Path:
-    """Return ``runs/<date-time>-<label>``, with a number where two runs start in the same second."""
+    """Make and return ``runs/<date-time>-<label>``, with a number where another run has that name already."""
     name = f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{label}"
-    taken = 1
-    folder = Path("runs", name)
-    while folder.exists():
-        taken += 1
-        folder = Path("runs", f"{name}-{taken}")
+    folder, taken = Path("runs", name), 1
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        while not _is_made(folder):
+            taken += 1
+            folder = Path("runs", f"{name}-{taken}")
+    except OSError as error:
+        raise write_error(folder, error) from error
     return folder
+
+
+def _is_made(folder: Path) -> bool:
+    """Make the folder, unless another process was first."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True

@@ -1,6 +1,6 @@
 """What a run says while it runs: a bar on a terminal, then a line, for each epoch, the folder at the end."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.text import Text
 from softmax_fused.training.batches import Batch
 from softmax_fused.training.comparison import differ
 from softmax_fused.training.data import ImageData
+from softmax_fused.training.losses import LARGE, as_decimal
 
 UPDATES = 50  # of the bar, an epoch: redrawing costs as much as a training step
 
@@ -38,6 +39,21 @@ class Reporter:
         """Print one line, always."""
         self.console.print(text, markup=False)
 
+    def warning(self, text: str) -> None:
+        """Print a warning in one line."""
+        console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=self.console.quiet)
+        console.print(f"warning: {text}", markup=False)
+
+    def large_loss(self, losses: Sequence[float], advice: str, of: str = "") -> None:
+        """Warn of the first epoch whose mean loss is finite and yet hopeless.
+
+        It does not stop the run as NaN does: softmax regression goes on to learn, as a perceptron, at any --lr.
+        """
+        if losses[-1] >= LARGE > max(losses[:-1], default=0.0):
+            of = f" of {of}" if of else ""
+            loss = f"the training loss{of} in epoch {len(losses)} is {as_decimal(losses[-1], 4)}"
+            self.warning(f"{loss}: the steps are far too large; {advice}")
+
     def fallback(self, wanted: str, data: ImageData) -> None:
         """Print a framed warning that other data stand in for those that were wanted."""
         text = (
@@ -59,7 +75,7 @@ class Reporter:
         for heading in ("loss", "final loss", "test accuracy", *["off torch by"] * apart, "loss (us)", "step (us)"):
             table.add_column(heading, justify="left" if heading == "loss" else "right", no_wrap=True)
         for name, loss in losses.items():
-            cells = [name, f"{loss['train_loss'][-1]:.6f}", f"{loss['test_accuracy'][-1]:.4f}"]
+            cells = [name, as_decimal(loss["train_loss"][-1], 6), f"{loss['test_accuracy'][-1]:.4f}"]
             if apart:
                 far = loss["largest_difference"]
                 cells.append("-" if far is None else f"{max(far):.1e}" if any(far) else "0")
@@ -110,19 +126,22 @@ class EpochReport:
 def describe(results: dict[str, float], images: int) -> str:
     """Return one epoch in one line, units included."""
     seconds = results["epoch_seconds"]
-    scores, unit, digits = "", "examples", ".3g"
+    scores, unit = "", "examples"
     if "test_accuracy" in results:
         scores = f"  accuracy train {results['train_accuracy']:.4f} test {results['test_accuracy']:.4f}"
-        unit, digits = "images", ".4f"
-    losses = f"train loss {results['train_loss']:{digits}}  test loss {results['test_loss']:{digits}}"
-    return f"{losses}{scores}  {seconds:.2f} s  {images / seconds:,.0f} {unit}/s"
+        unit = "images"
+    train, test = (
+        as_decimal(results[name], 4) if unit == "images" else f"{results[name]:.3g}"
+        for name in ("train_loss", "test_loss")
+    )
+    return f"train loss {train}  test loss {test}{scores}  {seconds:.2f} s  {images / seconds:,.0f} {unit}/s"
 
 
 def describe_parameters(parameters: dict[str, Any]) -> str:
     """Return a linear model's weights and bias, beside those the data were made with."""
 
     def text(weights: list[float], bias: float, digits: int) -> str:
-        return f"weights {', '.join(f'{weight:.{digits}f}' for weight in weights)}  bias {bias:.{digits}f}"
+        return f"weights {', '.join(as_decimal(weight, digits) for weight in weights)}  bias {as_decimal(bias, digits)}"
 
     found = text(parameters["weights"], parameters["bias"], 4)
     return f"{found}  (made with {text(parameters['true_weights'], parameters['true_bias'], 1)})"

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,11 @@ from torch import Tensor
 from softmax_fused.training.batches import Batches, make_batches
 from softmax_fused.training.checkpoint import (
     CHECKPOINT,
+    Checkpoint,
     begun_folder,
-    create_folder,
+    claimed_folder,
     load_checkpoint,
+    new_folder,
     remove_figures,
     save_run,
 )
@@ -113,11 +115,12 @@ def train(
     _check_same(config, data, ranks)
     torch.manual_seed(config.seed)
     learner = learner_for(config, len(data.classes), device)
-    folder = ranks.from_first(lambda: create_folder(output or default_folder(label)))
-    run = Run(folder, config, data.to(device), learner, new_metrics(config, data, device, ranks), ranks)
-    with _saying_how_to_resume(run):
-        run.save()  # so that a run stopped in its first epoch can be resumed too
-        _finish(run, reporter)
+    with ExitStack() as claim:  # of the first rank: the others write nothing
+        folder = ranks.from_first(lambda: claim.enter_context(new_folder(output or default_folder(label))))
+        run = Run(folder, config, data.to(device), learner, new_metrics(config, data, device, ranks), ranks)
+        with _saying_how_to_resume(run):
+            run.save()  # so that a run stopped in its first epoch can be resumed too
+            _finish(run, reporter)
     return folder
 
 
@@ -141,8 +144,25 @@ def resume(
     Returns:
         The run folder.
     """
-    reporter = reporter or Reporter(mute=ranks.rank > 0)
-    state = ranks.from_first(lambda: load_checkpoint(folder / CHECKPOINT))
+    with ExitStack() as claim:  # of the first rank, before it reads what another process may be writing
+        state = ranks.from_first(lambda: _claim_and_load(claim, folder))
+        return _resume(folder, state, changes, data, reporter or Reporter(mute=ranks.rank > 0), ranks)
+
+
+def _claim_and_load(claim: ExitStack, folder: Path) -> Checkpoint:
+    if (folder / CHECKPOINT).exists():
+        claim.enter_context(claimed_folder(folder))
+    return load_checkpoint(folder / CHECKPOINT)
+
+
+def _resume(
+    folder: Path,
+    state: Checkpoint,
+    changes: dict[str, Any],
+    data: ImageData | None,
+    reporter: Reporter,
+    ranks: Ranks,
+) -> Path:
     metrics: Metrics = state["metrics"]
     config = check_changes(TrainConfig(**state["config"]), changes, epochs_done=len(metrics["train_loss"]))
     check_parallel(config.model, ranks)
@@ -179,6 +199,7 @@ def _finish(run: Run, reporter: Reporter) -> None:
             with signals_held():
                 add_results(run.metrics, results, last)
                 run.save(events)
+            reporter.large_loss(run.metrics["train_loss"], run.learner.advice)
     if not run.data.classes:
         reporter.line(describe_parameters(run.metrics["parameters"]))
     run.ranks.from_first(lambda: draw_figures(run.folder, run.metrics, run.data.test, run.learner))

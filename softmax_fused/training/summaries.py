@@ -6,6 +6,7 @@ from typing import Any
 
 from softmax_fused.training.charts import Chart, line_chart
 from softmax_fused.training.comparison import DIFFERENCE, differ
+from softmax_fused.training.losses import as_decimal
 from softmax_fused.training.runs import Curves, RunRecord, curves_of
 
 WHAT = ("dataset", "model", "loss")
@@ -95,7 +96,9 @@ def loss_rows(run: RunRecord) -> list[LossRow]:
         curves = curves_of(loss)
         distances = [value for value in curves.get(DIFFERENCE, []) if value is not None]
         distance = as_number(max(distances)) if distances else ABSENT
-        numbers = [last(curves, "train_loss", 6), last(curves, "test_accuracy"), distance]
+        losses = curves.get("train_loss") or [None]
+        final = ABSENT if losses[-1] is None else as_decimal(losses[-1], 6)
+        numbers = [final, last(curves, "test_accuracy"), distance]
         rows.append(LossRow(name, [*numbers, _spread(loss.get("loss_us")), _spread(loss.get("step_us"))]))
     return rows
 
