@@ -180,7 +180,7 @@ def test_a_hopeless_loss_is_short_and_warned_of_once(
     monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
     train(replace(SMALL, lr=1e30, epochs=3), output=tmp_path, data=few_digits(), reporter=Reporter())
     out, err = capsys.readouterr()
-    assert re.match(r"epoch 1/3  train loss \d\.\d\de\+\d\d  accuracy", out)
+    assert re.match(r"epoch 1/3  train loss \d\.\d\de\+\d\d  test loss \d\.\d\de\+\d\d  accuracy", out)
     assert re.fullmatch(
         r"warning: the training loss in epoch 1 is .*e\+\d\d: the steps are far too large; choose a smaller --lr\n",
         err,

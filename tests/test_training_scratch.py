@@ -56,6 +56,7 @@ def test_slopes_of_activations_are_their_derivatives() -> None:
         assert not x.requires_grad
 
 
+@pytest.mark.pictures
 def test_activations_are_drawn_and_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_cli(capsys, "activations", "--output", tmp_path / "curves.png")
     headings, *rows, path = outcome.out.splitlines()
