@@ -181,9 +181,9 @@ def test_a_data_set_asked_for_is_not_replaced(
         (["train", "--resume", "{absent}"], "expected a checkpoint in {absent}/checkpoint.pt, got No such file"),
         (["train", *DIGITS, "--device", "cuda:99"], "expected a cuda:99 device on this machine, got none ("),
         (["predict", "--checkpoint", "{absent}"], "expected a checkpoint in {absent}, got No such file or directory"),
-        (["predict", "--checkpoint", "{file}"], "expected a checkpoint in {file}, got another or a damaged file;"),
+        (["predict", "--checkpoint", "{file}"], "expected a checkpoint of softmax-fused in {file}, got another file;"),
     ],
-    ids=["output", "resume-file", "resume-absent", "device", "checkpoint-absent", "checkpoint-damaged"],
+    ids=["output", "resume-file", "resume-absent", "device", "checkpoint-absent", "checkpoint-other"],
 )
 def test_failures_are_one_line_and_status_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str

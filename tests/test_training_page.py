@@ -124,8 +124,22 @@ def test_any_part_may_be_missing(tmp_path: Path, key: str) -> None:
         {"confusion_matrix": [[1, 2], [3]], "dataset": {"classes": ["a", "b"]}},
         {"losses": {"torch": {"train_loss": [1.0], "loss_us": {"median": 3}}, "ours": {}}, "train_loss": None},
         {"train_loss": [float("nan"), 1.0, 2.0]},
+        {"train_loss": 2.5, "dataset": {"classes": 3}, "confusion_matrix": [[1]]},
+        {"epochs": 10**400, "test_accuracy": [10**400, 1, 2], "config": {"lr": 10**400}},
+        {"losses": {"torch": {"train_loss": 1, "loss_us": {"p20": None, "median": "x", "p80": []}}}},
     ],
-    ids=["no epoch", "regression", "constant", "other types", "not square", "bare comparison", "nan"],
+    ids=[
+        "no epoch",
+        "regression",
+        "constant",
+        "other types",
+        "not square",
+        "bare comparison",
+        "nan",
+        "numbers for lists",
+        "huge",
+        "no times",
+    ],
 )
 def test_odd_records_are_shown_as_far_as_they_go(tmp_path: Path, changes: dict[str, Any]) -> None:
     page = Reader(write_report([make_run(tmp_path / "run", **changes)]).read_text())
@@ -160,20 +174,22 @@ def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
         (["{empty}"], 1, "expected metrics.json or compare.json in {empty}, got none; give folders that train or"),
         (["{file}"], 1, "expected metrics.json or compare.json in {file}, got a file; give folders that train or"),
         (["{run}", "{cut}"], 1, "expected JSON in {cut}/metrics.json, got a damaged file (Expecting"),
+        (["{deep}"], 1, "expected JSON in {deep}/metrics.json, got a damaged file ("),
         (["{list}"], 1, "expected the record of a run in {list}/metrics.json, got list; leave that folder out"),
         (["{run}", "--out", "{absent}/a.html"], 1, "expected to write {absent}/a.html, got No such file or"),
     ],
-    ids=["nothing", "absent", "empty", "file", "damaged", "list", "output"],
+    ids=["nothing", "absent", "empty", "file", "damaged", "deep", "list", "output"],
 )
 def test_mistakes_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, message: str
 ) -> None:
-    places = {name: tmp_path / name for name in ("absent", "empty", "file", "run", "cut", "list")}
-    for name in ("empty", "cut", "list"):
+    places = {name: tmp_path / name for name in ("absent", "empty", "file", "run", "cut", "deep", "list")}
+    for name in ("empty", "cut", "deep", "list"):
         places[name].mkdir()
     places["file"].touch()
     make_run(places["run"])
     (places["cut"] / "metrics.json").write_text('{"config": ')
+    (places["deep"] / "metrics.json").write_text("[" * 100_000)
     (places["list"] / "metrics.json").write_text("[]")
     outcome = run_cli(capsys, "report", *(argument.format(**places) for argument in arguments))
     assert outcome.status == status

@@ -19,7 +19,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from softmax_fused.training import claim
 from softmax_fused.training import run as run_module
-from softmax_fused.training.checkpoint import load_checkpoint
 from softmax_fused.training.claim import LOCK
 from softmax_fused.training.compare import compare
 from softmax_fused.training.errors import LabError
@@ -76,12 +75,6 @@ def test_one_thread_is_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     for threads, text in ((1, "1 thread"), (2, "2 threads")):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
         assert device_name(torch.device("cpu")).endswith(f", {text}")
-
-
-def test_checkpoints_load_without_running_code(tmp_path: Path) -> None:
-    folder = train(replace(SMALL, optimizer="adam"), output=tmp_path, data=few_digits(), reporter=QUIET)
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert state["config"] == metrics_of(folder)["config"]
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
@@ -186,24 +179,3 @@ def test_a_hopeless_loss_is_short_and_warned_of_once(
         err,
     )
     assert_consistent(tmp_path, 3)
-
-
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "checkpoint.pt").write_bytes(content)
-    with pytest.raises(LabError, match=r"^expected a checkpoint in .*checkpoint\.pt, got another or a damaged file"):
-        load_checkpoint(tmp_path)
-    torch.save({"model": 1}, tmp_path / "checkpoint.pt")
-    with pytest.raises(LabError, match=r"expected a checkpoint of softmax-fused \(format 1\)"):
-        load_checkpoint(tmp_path)
-
-
-def test_checkpoints_cannot_run_code(tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> Any:
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    torch.save(Bomb(), tmp_path / "checkpoint.pt")
-    with pytest.raises(LabError, match="got another or a damaged file"):
-        load_checkpoint(tmp_path / "checkpoint.pt")
-    assert not (tmp_path / "ran").exists()

@@ -9,6 +9,7 @@ import glob
 import io
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,11 +18,13 @@ from typing import Any
 import torch
 
 from softmax_fused.training.claim import claimed
-from softmax_fused.training.errors import LabError, WriteError
+from softmax_fused.training.errors import CommonError, LabError, WriteError
 from softmax_fused.training.signals import signals_held
 
 FORMAT = 1
 CHECKPOINT = "checkpoint.pt"
+PARTS = ("config", "metrics", "model", "optimizer", "scaler", "generators")
+ZIP = b"PK\x03\x04"  # how torch's files begin
 METRICS = "metrics.json"
 COMPARISON = "compare.json"
 FIGURES = ("curves.png", "predictions.png", "confusion.png", "fit.png")
@@ -115,6 +118,11 @@ def remove_figures(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def checkpoint_file(path: Path) -> Path:
+    """Return the checkpoint that `path` is, or that of the run folder that it is."""
+    return path / CHECKPOINT if path.is_dir() else path
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint without running any code in it.
 
@@ -122,21 +130,55 @@ def load_checkpoint(path: Path) -> Checkpoint:
         path: The file, or the folder of a run.
 
     Returns:
-        Its content, with tensors on the CPU.
+        Its content, with tensors on the CPU; a dictionary for each of `PARTS`, whose contents are not checked.
 
     Raises:
-        LabError: if the file cannot be read or is no checkpoint of this package.
+        LabError: if the file cannot be read, is damaged, or is no checkpoint of this package.
     """
-    path = path / CHECKPOINT if path.is_dir() else path
+    path = checkpoint_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
     except OSError as error:
         raise LabError(f"expected a checkpoint in {path}, got {error.strerror or error}; check the path") from error
-    except Exception as error:  # the restricted unpickler fails in many ways on other files
-        raise LabError(f"expected a checkpoint in {path}, got another or a damaged file; train again") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise LabError(f"expected a checkpoint of softmax-fused (format {FORMAT}) in {path}, got another; train again")
-    return content
+    content = _unpickled(path, data)
+    found = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(found, int) or found < FORMAT:
+        raise _another_file(path)
+    if found > FORMAT:
+        raise LabError(
+            f"expected a checkpoint of format {FORMAT} in {path}, got format {found}, of a newer softmax-fused; "
+            "upgrade softmax-fused, or train again"
+        )
+    for part in PARTS:
+        if not isinstance(content.get(part), dict):
+            raise damaged(path, f"no {part}")
+    return content  # type: ignore[no-any-return]
+
+
+def _unpickled(path: Path, data: bytes) -> Any:
+    """Return what was saved; the checksums in the archive are checked too, which torch does not do."""
+    if not data.startswith(ZIP):
+        raise _another_file(path) if data else damaged(path, "an empty file")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            wrong = archive.testzip()
+    except Exception as error:  # zipfile fails in many ways on damaged archives
+        raise damaged(path, "its end is missing" if isinstance(error, zipfile.BadZipFile) else str(error)) from error
+    if wrong:
+        raise damaged(path, f"the checksum of {wrong} is wrong")
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # as does the restricted unpickler, on files that hold more than tensors
+        raise _another_file(path) from error
+
+
+def _another_file(path: Path) -> LabError:
+    return LabError(f"expected a checkpoint of softmax-fused in {path}, got another file; name a run's {CHECKPOINT}")
+
+
+def damaged(path: Path, what: str) -> CommonError:
+    """Return what to tell somebody whose checkpoint is not as it was written."""
+    return CommonError(f"expected a checkpoint in {path}, got a damaged one ({what}); train again, or use a copy of it")
 
 
 def _sync_folder(path: Path) -> None:

@@ -5,16 +5,18 @@ from pathlib import Path
 
 import torch
 
-from softmax_fused.training.checkpoint import load_checkpoint
+from softmax_fused.training.checkpoint import checkpoint_file, load_checkpoint
 from softmax_fused.training.config import TrainConfig, pick_device
 from softmax_fused.training.data import data_root, load_dataset, to_input
 from softmax_fused.training.errors import LabError
+from softmax_fused.training.evaluation import read_parameters
 from softmax_fused.training.figures import run_title, write_fit, write_gallery
 from softmax_fused.training.learner import Learner, learner_for
 from softmax_fused.training.loop import predict_classes
 from softmax_fused.training.losses import class_scores
 from softmax_fused.training.pictures import Picture
 from softmax_fused.training.record import Metrics
+from softmax_fused.training.restore import restore_config, restore_metrics, restore_model
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ def load_trained(path: Path, device: str = "auto") -> Trained:
     Raises:
         LabError: if it cannot be read.
     """
+    path = checkpoint_file(path)
     state = load_checkpoint(path)
-    config = TrainConfig(**state["config"])
-    learner = learner_for(config, len(state["metrics"]["dataset"]["classes"]), pick_device(device))
-    learner.model.load_state_dict(state["model"])
+    config = restore_config(path, state)
+    metrics = restore_metrics(path, state, config)
+    learner = learner_for(config, len(metrics["dataset"]["classes"]), pick_device(device))
+    restore_model(path, learner, state)
     learner.model.eval()
-    return Trained(learner, config, state["metrics"])
+    return Trained(learner, config, metrics)
 
 
 def check_classifier(trained: Trained) -> None:
@@ -67,7 +71,8 @@ def draw_gallery(trained: Trained, path: Path, data_dir: str | None = None) -> P
     data = load_dataset(trained.config.dataset, data_root(data_dir or trained.config.data_dir))
     test = data.test.to(trained.learner.device)
     if not trained.classes:
-        write_fit(path, trained.metrics, test)
+        weights, bias = read_parameters(trained.learner, test.images)  # a run's first checkpoint records none
+        write_fit(path, {**trained.metrics, "parameters": {"weights": weights, "bias": bias}}, test)
         return path
     predicted = predict_classes(trained.learner, test)
     write_gallery(path, run_title(trained.metrics), trained.classes, test, predicted)

@@ -35,6 +35,7 @@ from softmax_fused.training.parallel import check_parallel, parallel_learner
 from softmax_fused.training.ranks import ALONE, Ranks, describe_lost_rank, is_lost_rank
 from softmax_fused.training.record import Metrics, add_results, continued_metrics, default_folder, new_metrics
 from softmax_fused.training.report import Reporter, describe, describe_parameters
+from softmax_fused.training.restore import restore_config, restore_metrics, restore_model, restore_training
 from softmax_fused.training.shares import Shares
 from softmax_fused.training.signals import signals_held
 from softmax_fused.training.targets import SoftBatches
@@ -163,8 +164,10 @@ def _resume(
     reporter: Reporter,
     ranks: Ranks,
 ) -> Path:
-    metrics: Metrics = state["metrics"]
-    config = check_changes(TrainConfig(**state["config"]), changes, epochs_done=len(metrics["train_loss"]))
+    path = folder / CHECKPOINT
+    began = restore_config(path, state)
+    metrics: Metrics = restore_metrics(path, state, began)
+    config = check_changes(began, changes, epochs_done=len(metrics["train_loss"]))
     check_parallel(config.model, ranks)
     device = ranks.pick_device(config.device)
     load = partial(load_dataset, config.dataset, data_root(config.data_dir))
@@ -175,10 +178,8 @@ def _resume(
     learner = learner_for(config, len(data.classes), device)
     metrics = continued_metrics(metrics, config, data, device, ranks)
     run = Run(folder, config, data.to(device), learner, metrics, ranks)
-    learner.model.load_state_dict(state["model"])
-    learner.optimizer.load_state_dict(state["optimizer"])
-    learner.scaler.load_state_dict(state["scaler"])
-    _set_generators(state["generators"], device)
+    restore_model(path, learner, state)
+    restore_training(path, learner, state)
     with _saying_how_to_resume(run):
         ranks.from_first(lambda: remove_figures(folder))
         run.save()  # metrics.json may be one epoch behind the checkpoint
@@ -232,7 +233,7 @@ def _epoch(run: Run, batches: Any) -> tuple[dict[str, float], Metrics]:
 
 def _same_data(metrics: Metrics, data: ImageData) -> ImageData:
     then, now = metrics["dataset"], data.describe()
-    for key in ("name", "train_images", "test_images"):
+    for key in ("name", "train_images", "test_images", "classes"):
         if then[key] != now[key]:
             raise LabError(f"expected the run's data ({key} {then[key]}), got {key} {now[key]}; pass the same data")
     return replace(data, fallback=then["fallback"])
@@ -250,12 +251,6 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
-
-
-def _set_generators(states: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Run folders read back: whatever of a run's record is there, so that stopped, older and other runs can be shown."""
 
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,8 @@ class RunRecord:
     def data(self) -> dict[str, Any]:
         """Return what the record says about the data set."""
         data = {name: value for name, value in self.part("dataset").items() if value is not None}
-        return data | ({"classes": ", ".join(map(str, data["classes"]))} if "classes" in data else {})
+        classes = data.get("classes")
+        return data | ({"classes": ", ".join(map(str, classes))} if isinstance(classes, list) else {})
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -68,15 +69,15 @@ class RunRecord:
     @property
     def per_class(self) -> dict[str, float]:
         """Return accuracies by class."""
-        return {name: share for name, share in self.part("per_class_accuracy").items() if _number(share)}
+        return {name: share for name, share in self.part("per_class_accuracy").items() if is_number(share)}
 
     @property
     def confusion(self) -> Confusion | None:
         """Return the confusion matrix, if there is one and it is square."""
         counts, classes = self.record.get("confusion_matrix"), self.part("dataset").get("classes")
-        if not counts or not classes or not isinstance(counts, list) or len(counts) != len(classes):
+        if not counts or not isinstance(counts, list) or not isinstance(classes, list) or len(counts) != len(classes):
             return None
-        square = all(isinstance(row, list) and len(row) == len(counts) and all(map(_number, row)) for row in counts)
+        square = all(isinstance(row, list) and len(row) == len(counts) and all(map(is_number, row)) for row in counts)
         return Confusion([str(name) for name in classes], counts) if square else None
 
 
@@ -100,9 +101,9 @@ def curves_of(record: Mapping[str, Any]) -> Curves:
 
     None stands where a run went on that an older version had begun, which did not record that curve.
     """
-    lists = {name: value for name, value in record.items() if isinstance(value, list) and any(map(_number, value))}
-    numbers = {name: value for name, value in lists.items() if all(one is None or _number(one) for one in value)}
-    epochs = len(record.get("train_loss") or next(iter(numbers.values()), []))
+    lists = {name: value for name, value in record.items() if isinstance(value, list) and any(map(is_number, value))}
+    numbers = {name: value for name, value in lists.items() if all(one is None or is_number(one) for one in value)}
+    epochs = len(lists.get("train_loss") or next(iter(numbers.values()), []))
     return {name: value for name, value in numbers.items() if len(value) == epochs}
 
 
@@ -115,19 +116,20 @@ def _read(folder: Path) -> dict[str, Any]:
         )
     try:
         record = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LabError(f"expected JSON in {path}, got a damaged file ({error}); leave that folder out") from error
     if not isinstance(record, dict):
         raise LabError(f"expected the record of a run in {path}, got {type(record).__name__}; leave that folder out")
     return record
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value of a record is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _plain(value: Any) -> bool:
     """Whether it fits into a cell."""
     if isinstance(value, list):
-        return 0 < len(value) <= 20 and all(map(_number, value))
+        return 0 < len(value) <= 20 and all(map(is_number, value))
     return isinstance(value, (bool, int, float, str))

@@ -7,7 +7,7 @@ from typing import Any
 from softmax_fused.training.charts import Chart, line_chart
 from softmax_fused.training.comparison import DIFFERENCE, differ
 from softmax_fused.training.losses import as_decimal
-from softmax_fused.training.runs import Curves, RunRecord, curves_of
+from softmax_fused.training.runs import Curves, RunRecord, curves_of, is_number
 
 WHAT = ("dataset", "model", "loss")
 HOW = ("optimizer", "lr", "batch_size")
@@ -110,7 +110,7 @@ def last(curves: Curves, name: str, digits: int | None = None) -> str:
 
 
 def _spread(times: Any) -> str:
-    if not isinstance(times, dict) or not {"p20", "median", "p80"} <= set(times):
+    if not isinstance(times, dict) or not all(is_number(times.get(name)) for name in ("p20", "median", "p80")):
         return ABSENT
     return f"{times['median']:.0f} ({times['p20']:.0f} to {times['p80']:.0f})"
 
@@ -135,6 +135,6 @@ def as_number(value: Any) -> str:
     if not isinstance(value, (int, float)):
         return ABSENT if value is None else str(value)
     if isinstance(value, int) or value == 0:
-        return f"{value:,.0f}"
+        return f"{int(value):,}"
     plain = 1e-3 <= abs(value) < 1e5
     return f"{value:.4f}" if plain else f"{value:.2e}"
