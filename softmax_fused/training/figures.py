@@ -62,16 +62,18 @@ def describe_choice(right: int, wrong: int) -> str:
     """Return the accuracy on the whole test set, and which of its images a gallery shows: they are no random sample."""
     images = f"{right + wrong:,} {plural('image', right + wrong)}"
     shown = min(right, SHOWN), min(wrong, SHOWN)
-    whole = {0: "none", 1: "the only one"}
-    parts = [
-        f"{f'the first {few} of {many:,}' if many > few else whole.get(few, f'all {few}')} {answer}"
-        for few, many, answer in zip(shown, (right, wrong), ("right", "wrong"), strict=True)
-    ]
     return (
         f"test set: {right:,} of {images} classified right, an accuracy of {right / (right + wrong):.2%}\n"
-        f"shown, in the test set's order: {', then '.join(parts)}; "
+        f"shown, in the test set's order: {_first(right)} right, then {_first(wrong)} wrong; "
         f"{shown[0]} of these {sum(shown)} right, by choice"
     )
+
+
+def _first(number: int) -> str:
+    """Return which of a number of images a gallery shows."""
+    if number > SHOWN:
+        return f"the first {SHOWN} of {number:,}"
+    return {0: "none", 1: "the only one"}.get(number, f"all {number}")
 
 
 def run_title(metrics: Metrics) -> str:
