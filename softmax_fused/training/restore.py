@@ -69,10 +69,10 @@ def restore_metrics(path: Path, state: Checkpoint, config: TrainConfig) -> dict[
     count = {Task.CLASSES: max(2, len(classes)), Task.BINARY: 2, Task.REGRESSION: 0}[task]
     if len(classes) != count or not all(isinstance(name, str) for name in classes):
         raise damaged(path, f"classes {classes!r}")
-    curves = [metrics.get(name) for name in (CURVES if classes else REGRESSION_CURVES)]
-    if not all(_is_curve(curve) and len(curve) == len(curves[0]) for curve in curves):
+    if not _are_curves(metrics, CURVES if classes else REGRESSION_CURVES):
         raise damaged(path, "curves that are not one number an epoch")
-    if curves[0] and not (_is_matrix(metrics.get("confusion_matrix"), count) if classes else _is_line(metrics)):
+    trained = bool(metrics["train_loss"])
+    if trained and not (_is_matrix(metrics.get("confusion_matrix"), count) if classes else _is_line(metrics)):
         raise damaged(path, "no results of the last epoch")
     with _explained(path, "a record that is not plain values"):
         json.dumps(metrics, allow_nan=False)
@@ -147,6 +147,15 @@ def _is_like(value: Any, default: Any) -> bool:
 
 def _is_curve(value: Any) -> bool:
     return isinstance(value, list) and all(map(is_number, value))
+
+
+def _are_curves(metrics: dict[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether there is a number an epoch, but for the test loss of epochs that 0.1.0 trained: it measured none."""
+    curves = {name: metrics.get(name) for name in names}
+    if names is CURVES:
+        measured = metrics.get("test_loss", curves["train_loss"])
+        curves["test_loss"] = [0 if loss is None else loss for loss in measured] if isinstance(measured, list) else None
+    return all(_is_curve(curve) and len(curve) == len(curves["train_loss"]) for curve in curves.values())
 
 
 def _is_matrix(value: Any, size: int) -> bool:
