@@ -155,7 +155,8 @@ def _are_curves(metrics: dict[str, Any], names: tuple[str, ...]) -> bool:
     if names is CURVES:
         measured = metrics.get("test_loss", curves["train_loss"])
         curves["test_loss"] = [0 if loss is None else loss for loss in measured] if isinstance(measured, list) else None
-    return all(_is_curve(curve) and len(curve) == len(curves["train_loss"]) for curve in curves.values())
+    epochs = len(metrics.get("train_loss") or ())
+    return all(_is_curve(curve) and len(curve) == epochs for curve in curves.values())
 
 
 def _is_matrix(value: Any, size: int) -> bool:
