@@ -139,7 +139,8 @@ def linear_cross_entropy(
 
 def few(input: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether there are so few logits, on the CPU, that chunks save no time and no memory worth it."""
-    return input.is_cpu and automatic("cpu") == "torch" and math.prod(shape) < HAND_OVER
+    torchs = torch.compiler.is_compiling() or automatic("cpu") == "torch"  # torch.compile warns of the latter's cache
+    return input.is_cpu and torchs and math.prod(shape) < HAND_OVER
 
 
 def watched() -> bool:

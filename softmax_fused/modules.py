@@ -1,20 +1,22 @@
-"""The losses and softmax as modules."""
+"""The losses and softmax as modules.
 
-from __future__ import annotations
+Options have defaults in the class, so that modules made before an option existed, and torch's modules whose `__class__`
+is set to one of these, have it. torch.jit.script takes the modules as it takes torch's: a scripted module calls torch's
+operator. It reads the annotations of the class, which must be types and not strings.
+"""
 
 import math
-from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.modules.loss import _WeightedLoss
 
 from softmax_fused.activation import log_softmax, softmax
-from softmax_fused.functional import cross_entropy
+from softmax_fused.functional import cross_entropy, torch_function
 from softmax_fused.linear import linear_cross_entropy
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]  # public, but torch's stubs do not say so
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -41,7 +43,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         tensor(0.3365)
     """
 
-    backend: str
+    backend: str = "auto"
     grad_in_forward: bool = False
     inplace_backward: bool = False
 
@@ -65,16 +67,25 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Compute the loss of logits `input` against `target`."""
-        return cross_entropy(
+        if not is_scripting():
+            return cross_entropy(
+                input,
+                target,
+                self.weight,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                label_smoothing=self.label_smoothing,
+                backend=self.backend,
+                grad_in_forward=self.grad_in_forward,
+                inplace_backward=self.inplace_backward,
+            )
+        return torch_function(
             input,
             target,
-            self.weight,
+            weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            backend=self.backend,
-            grad_in_forward=self.grad_in_forward,
-            inplace_backward=self.inplace_backward,
         )
 
     def extra_repr(self) -> str:
@@ -122,6 +133,12 @@ class LinearCrossEntropyLoss(_WeightedLoss):
 
     __constants__ = ["ignore_index", "label_smoothing", "num_classes", "out_features", "reduction"]  # noqa: RUF012
 
+    out_features: tuple[int, ...] = ()
+    ignore_index: int | None = None
+    label_smoothing: float = 0.0
+    chunk_rows: int | None = None
+    backend: str = "auto"
+
     def __init__(
         self,
         in_features: int,
@@ -150,6 +167,21 @@ class LinearCrossEntropyLoss(_WeightedLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Compute the loss of the layer's logits of `input` against `target`."""
+        if not is_scripting():
+            return self._loss(input, target)
+        sizes = [self.num_classes]
+        for size in self.out_features:
+            sizes.append(size)  # noqa: PERF402 - TorchScript makes no list of a tuple
+        return torch_function(
+            self.linear(input).unflatten(-1, sizes),
+            target,
+            weight=self.weight,
+            ignore_index=-100 if self.ignore_index is None else self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def _loss(self, input: Tensor, target: Tensor) -> Tensor:
         sizes = (self.num_classes, *self.out_features)
         return linear_cross_entropy(
             input,
@@ -179,7 +211,9 @@ class Softmax(nn.Softmax):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the softmax of `input`."""
-        return softmax(input, self.dim)
+        if not is_scripting():
+            return softmax(input, self.dim)
+        return F.softmax(input, self.dim)
 
 
 class LogSoftmax(nn.LogSoftmax):
@@ -196,4 +230,6 @@ class LogSoftmax(nn.LogSoftmax):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the logarithm of the softmax of `input`."""
-        return log_softmax(input, self.dim)
+        if not is_scripting():
+            return log_softmax(input, self.dim)
+        return F.log_softmax(input, self.dim)

@@ -187,7 +187,8 @@ def cross_entropy_rows(
     """
     tensors = (input, target, weight)
     named = outputs if isinstance(outputs, (str, tuple)) else tuple(outputs)
-    check = check_options if torch.compiler.is_compiling() else known_options
+    compiling = torch.compiler.is_compiling()
+    check = check_options if compiling else known_options
     wanted = check(logit_scale, softcap, named, dtype, backend)
     if has_torch_function_variadic(*tensors):
         overridden: RowOutputs = handle_torch_function(
@@ -195,13 +196,19 @@ def cross_entropy_rows(
             logit_scale=logit_scale, softcap=softcap, outputs=outputs, dtype=dtype, backend=backend,
         )  # fmt: skip
         return overridden
-    small = backend == "auto" and "loss" in wanted and type(target) is torch.Tensor and small_on_cpu(input)
+    small = (
+        backend == "auto"
+        and not compiling  # which warns of caches, and composes the outputs anyway
+        and "loss" in wanted
+        and type(target) is torch.Tensor
+        and small_on_cpu(input)
+    )
     plain = small or _check.plain(input, target, weight, ignore_index, "none", label_smoothing)
     if not plain:  # torch's error, or a call that only torch covers
         torch_cross_entropy(input, target, weight, ignore_index, "none", label_smoothing)
     spec = make_spec(input, target, "none", ignore_index, label_smoothing, dtype or _check.loss_dtype(input, target))
     options = RowSpec(spec, float(logit_scale), None if softcap is None else float(softcap), wanted)
-    if small or not plain or torch.compiler.is_compiling() or transformed():
+    if small or not plain or compiling or transformed():
         return composed(input, target, weight, options)
     module = implementation(backend, input.device)
     if input.requires_grad and torch.is_grad_enabled():

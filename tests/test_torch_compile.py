@@ -1,5 +1,6 @@
 """Under torch.compile, torch.export and make_fx: one graph, and what eager computes."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,19 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from softmax_fused import CrossEntropyLoss, _ops, cross_entropy
+from softmax_fused import (
+    CrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    LogSoftmax,
+    Softmax,
+    _ops,
+    cross_entropy,
+    cross_entropy_rows,
+    information,
+    linear_cross_entropy,
+    log_softmax,
+    softmax,
+)
 from tests.cases import make_indices, make_logits, make_probabilities
 from tests.conftest import Place
 
@@ -19,6 +32,33 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
     "ignore::UserWarning",
 )
+
+
+ROWS, LABELS, CLASS_WEIGHTS, LAYER = torch.randn(8, 6), torch.arange(8) % 6, torch.rand(6), torch.randn(6, 6)
+LOSS, LINEAR_LOSS = CrossEntropyLoss(CLASS_WEIGHTS, grad_in_forward=True), LinearCrossEntropyLoss(6, 6, bias=True)
+EVERY_CALL: dict[str, Callable[[Tensor], object]] = {
+    "cross_entropy": lambda z: cross_entropy(z, LABELS),
+    "cross_entropy, weights": lambda z: cross_entropy(z, LABELS, CLASS_WEIGHTS),
+    "cross_entropy, probabilities": lambda z: cross_entropy(z, ROWS.softmax(1), reduction="none"),
+    "cross_entropy, torch": lambda z: cross_entropy(z, LABELS, label_smoothing=0.1, backend="torch"),
+    "cross_entropy_rows": lambda z: cross_entropy_rows(z, LABELS),
+    "cross_entropy_rows, torch": lambda z: cross_entropy_rows(
+        z, LABELS, CLASS_WEIGHTS, softcap=3.0, outputs=["loss"], backend="torch"
+    ),
+    "linear_cross_entropy": lambda z: linear_cross_entropy(z, LAYER, LABELS),
+    "linear_cross_entropy, chunks": lambda z: linear_cross_entropy(z, LAYER, LABELS, chunk_rows=3),
+    "linear_cross_entropy, torch": lambda z: linear_cross_entropy(
+        z, LAYER, LABELS, weight=CLASS_WEIGHTS, backend="torch"
+    ),
+    "softmax": lambda z: softmax(z, 1),
+    "log_softmax": lambda z: log_softmax(z, 1, backend="torch"),
+    "information": lambda z: information.kl_divergence_from_logits(z, ROWS) + information.entropy(z.softmax(1)),
+    "CrossEntropyLoss": lambda z: LOSS(z, LABELS),
+    "LinearCrossEntropyLoss": lambda z: LINEAR_LOSS(z, LABELS),
+    "Softmax": Softmax(1),
+    "LogSoftmax": LogSoftmax(1),
+}
+every_call = pytest.mark.parametrize("call", EVERY_CALL.values(), ids=EVERY_CALL.keys())
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +125,16 @@ def test_module_and_autocast(place: Place) -> None:
     loss.backward()
     assert layer.weight.grad.isfinite().all()
     assert counter.frame_count == 1
+
+
+@every_call
+def test_one_graph_and_no_warning(call: Callable[[Tensor], object]) -> None:
+    logits = ROWS.clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0")
+        found = torch.compile(call, fullgraph=True, backend="eager")(logits)
+    torch.testing.assert_close(found, call(logits))
 
 
 def test_values_recompile_no_more_often_than_torchs_own() -> None:
