@@ -158,7 +158,8 @@ def _are_curves(metrics: dict[str, Any], names: tuple[str, ...]) -> bool:
     if names is CURVES:
         measured = metrics.get("test_loss", epochs)
         curves["test_loss"] = [0 if loss is None else loss for loss in measured] if isinstance(measured, list) else None
-    return all(_is_curve(curve) and len(curve) == len(epochs) for curve in curves.values())
+    length = len(epochs)
+    return all(_is_curve(curve) and len(curve) == length for curve in curves.values())
 
 
 def _is_matrix(value: Any, size: int) -> bool:
