@@ -151,15 +151,14 @@ def _is_curve(value: Any) -> bool:
 
 def _are_curves(metrics: dict[str, Any], names: tuple[str, ...]) -> bool:
     """Whether there is a number an epoch, but for the test loss of epochs that 0.1.0 trained: it measured none."""
-    curves = {name: metrics.get(name) for name in names}
+    curves: dict[str, Any] = {name: metrics.get(name) for name in names}
     epochs = curves["train_loss"]
     if not isinstance(epochs, list):
         return False
     if names is CURVES:
         measured = metrics.get("test_loss", epochs)
         curves["test_loss"] = [0 if loss is None else loss for loss in measured] if isinstance(measured, list) else None
-    length = len(epochs)
-    return all(_is_curve(curve) and len(curve) == length for curve in curves.values())
+    return all(_is_curve(curve) and len(curve) == len(epochs) for curve in curves.values())
 
 
 def _is_matrix(value: Any, size: int) -> bool:
