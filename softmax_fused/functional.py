@@ -230,10 +230,16 @@ def compiled(
     label_smoothing: float,
     backend: str,
 ) -> Tensor:
-    """Leave an operator of ours in the graph, or torch's where Inductor does better: plain indices on the CPU."""
+    """Leave an operator of ours in the graph, or torch's where Inductor does better: plain indices on the CPU.
+
+    Also torch's in an exported program, which is to be loaded without this library.
+    """
+    from softmax_fused import _untraced
+
     if (
         (backend == "auto" and input.device.type == "cpu" and target.ndim < input.ndim and weight is None)
         or torch._C._are_functorch_transforms_active()
+        or _untraced.exporting()
         or not _check.plain(input, target, weight, ignore_index, reduction, label_smoothing)
     ):
         return torch_function(input, target, weight, None, ignore_index, None, reduction, label_smoothing)

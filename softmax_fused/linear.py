@@ -144,9 +144,11 @@ def few(input: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def watched() -> bool:
-    """Whether something beyond autograd and torch.compile is watching."""
+    """Whether something beyond autograd and torch.compile is watching: torch.func, tracing, torch.export."""
     if torch.compiler.is_compiling():
-        return torch._C._are_functorch_transforms_active()
+        from softmax_fused import _untraced
+
+        return torch._C._are_functorch_transforms_active() or _untraced.exporting()
     return transformed()
 
 

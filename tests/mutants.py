@@ -104,6 +104,8 @@ MUTANTS = {
     "weights read as if contiguous": Mutant(LAUNCH, "weight.contiguous()", "weight"),
     "torch path: smoothing dropped": Mutant(TARGETS, "if not self.smoothing:", "if True:"),
     "torch path: weight ignored": Mutant(TARGETS, "true = product(self.true[at], true)", "pass"),
+    "compile: our operator in an exported program": Mutant("softmax_fused/functional.py", "or _untraced.exporting()", "or False", ("torch_compile",)),
+    "compile: a cache asked for in a graph": Mutant("softmax_fused/row_outputs.py", "and not compiling  #", "and True  #", ("torch_compile",)),
     "errors: to explain one raises another": Mutant("softmax_fused/_check.py", "except Exception:", "except ArithmeticError:", ("errors",)),
     "torch path: an infinite weight times no smoothing": Mutant(TARGETS, "if self.smoothing:  # else", "if True:  # else"),
     "torch path: second order of an infinite weight": Mutant(TORCH, "    if not spec.label_smoothing:\n        return a\n", ""),

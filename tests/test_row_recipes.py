@@ -32,6 +32,7 @@ def names(classes: int, ignored: bool) -> dict[str, Any]:
         "tokens": 40,
         "teacher": 3 * torch.randn(12, classes, dtype=torch.float64),
         "T": 2.5,
+        "g": 2.0,
     }
 
 
@@ -41,7 +42,7 @@ def each(n: dict[str, Any]) -> Tensor:
 
 def focal(n: dict[str, Any]) -> Tensor:
     p = n["logits"].softmax(1).gather(1, n["target"].clamp(min=0)[:, None])[:, 0]
-    return ((1 - p) ** 2 * each(n)).mean()
+    return ((1 - p) ** n["g"] * each(n)).mean()
 
 
 def distilled(n: dict[str, Any]) -> Tensor:
@@ -87,6 +88,36 @@ def test_recipe(title: str, ignored: bool) -> None:
         kept = found["target"] != -100
         right = found["logits"].argmax(1)[kept] == found["target"][kept]
         assert found["accuracy"].item() == pytest.approx(right.double().mean().item())
+
+
+@pytest.mark.parametrize("title", [title for title in PLAIN if title != "Capped logits"])  # the cap makes -inf finite
+def test_recipe_with_a_masked_class(title: str) -> None:
+    found = names(11, ignored=False)
+    found["target"] = found["target"].clamp(max=9)
+    results = []
+    for classes, mask in (([*range(10)], 0.0), ([*range(11)], torch.tensor([0.0] * 10 + [-torch.inf]))):
+        logits = (found["logits"].detach()[:, classes] + mask).requires_grad_()
+        some = found | {"logits": logits, "teacher": found["teacher"][:, classes] + mask}
+        exec(SETUP + RECIPES[title], some)
+        results.append(
+            (some["loss"].detach(), F.pad(torch.autograd.grad(some["loss"], logits)[0], (0, 11 - len(classes))))
+        )
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("g", [0.5, 1.0, 2.0])
+def test_focal_loss_of_certain_and_impossible_rows(g: float, dtype: torch.dtype) -> None:
+    """A loss of exactly 0, labelled or ignored, has the slope 0; an infinite one has the slope of the loss itself."""
+    logits = torch.tensor([[1e4, 0, 0], [0, 1, 2], [0, 1, -torch.inf], [0, 1, 2]], dtype=dtype, requires_grad=True)
+    found = {"torch": torch, "logits": logits, "target": torch.tensor([0, -100, 2, 1]), "g": g}
+    exec(SETUP + RECIPES["Focal loss"], found)
+    (grad,) = torch.autograd.grad(found["loss"], logits)
+    assert grad[:2].eq(0).all()
+    torch.testing.assert_close(grad[2], (logits.detach()[2].softmax(0) - torch.tensor([0, 0, 1])).to(dtype) / 4)
+    p = logits.detach()[3].double().softmax(0)
+    slope = (1 - p[1]) ** g - g * (1 - p[1]) ** (g - 1) * p[1] * p[1].log()
+    torch.testing.assert_close(grad[3], (slope * (p - torch.tensor([0, 1, 0])) / 4).to(dtype), rtol=2e-3, atol=1e-3)
 
 
 def test_micro_batches_with_one_denominator_make_the_batch() -> None:

@@ -1,7 +1,10 @@
 """Under torch.compile, torch.export and make_fx: one graph, and what eager computes."""
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,34 +34,32 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",  # torch's compiler stack raises its own
     "ignore::FutureWarning",
     "ignore::UserWarning",
+    "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",
 )
 
 
-ROWS, LABELS, CLASS_WEIGHTS, LAYER = torch.randn(8, 6), torch.arange(8) % 6, torch.rand(6), torch.randn(6, 6)
-LOSS, LINEAR_LOSS = CrossEntropyLoss(CLASS_WEIGHTS, grad_in_forward=True), LinearCrossEntropyLoss(6, 6, bias=True)
-EVERY_CALL: dict[str, Callable[[Tensor], object]] = {
-    "cross_entropy": lambda z: cross_entropy(z, LABELS),
-    "cross_entropy, weights": lambda z: cross_entropy(z, LABELS, CLASS_WEIGHTS),
-    "cross_entropy, probabilities": lambda z: cross_entropy(z, ROWS.softmax(1), reduction="none"),
-    "cross_entropy, torch": lambda z: cross_entropy(z, LABELS, label_smoothing=0.1, backend="torch"),
-    "cross_entropy_rows": lambda z: cross_entropy_rows(z, LABELS),
-    "cross_entropy_rows, torch": lambda z: cross_entropy_rows(
-        z, LABELS, CLASS_WEIGHTS, softcap=3.0, outputs=["loss"], backend="torch"
+LOSS, LINEAR_LOSS = CrossEntropyLoss(torch.ones(6), grad_in_forward=True), LinearCrossEntropyLoss(6, 6, bias=True)
+EVERY_CALL: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
+    "cross_entropy": lambda z, y, w: cross_entropy(z, y),
+    "cross_entropy, weights": lambda z, y, w: cross_entropy(z, y, w[0]),
+    "cross_entropy, probabilities": lambda z, y, w: cross_entropy(z, w.softmax(1), reduction="none"),
+    "cross_entropy, torch": lambda z, y, w: cross_entropy(z, y, label_smoothing=0.1, backend="torch"),
+    "cross_entropy_rows": lambda z, y, w: cross_entropy_rows(z, y),
+    "cross_entropy_rows, torch": lambda z, y, w: cross_entropy_rows(
+        z, y, w[0], softcap=3.0, outputs=["loss"], backend="torch"
     ),
-    "linear_cross_entropy": lambda z: linear_cross_entropy(z, LAYER, LABELS),
-    "linear_cross_entropy, chunks": lambda z: linear_cross_entropy(z, LAYER, LABELS, chunk_rows=3),
-    "linear_cross_entropy, torch": lambda z: linear_cross_entropy(
-        z, LAYER, LABELS, weight=CLASS_WEIGHTS, backend="torch"
-    ),
-    "softmax": lambda z: softmax(z, 1),
-    "log_softmax": lambda z: log_softmax(z, 1, backend="torch"),
-    "information": lambda z: information.kl_divergence_from_logits(z, ROWS) + information.entropy(z.softmax(1)),
-    "CrossEntropyLoss": lambda z: LOSS(z, LABELS),
-    "LinearCrossEntropyLoss": lambda z: LINEAR_LOSS(z, LABELS),
-    "Softmax": Softmax(1),
-    "LogSoftmax": LogSoftmax(1),
+    "linear_cross_entropy": lambda z, y, w: linear_cross_entropy(z, w, y),
+    "linear_cross_entropy, chunks": lambda z, y, w: linear_cross_entropy(z, w, y, chunk_rows=3),
+    "linear_cross_entropy, torch": lambda z, y, w: linear_cross_entropy(z, w, y, weight=w[0], backend="torch"),
+    "softmax": lambda z, y, w: softmax(z, 1),
+    "log_softmax": lambda z, y, w: log_softmax(z, 1, backend="torch"),
+    "information": lambda z, y, w: information.kl_divergence_from_logits(z, w) + information.entropy(z.softmax(1)),
+    "CrossEntropyLoss": lambda z, y, w: LOSS(z, y),
+    "LinearCrossEntropyLoss": lambda z, y, w: LINEAR_LOSS(z, y),
+    "Softmax": lambda z, y, w: Softmax(1)(z),
+    "LogSoftmax": lambda z, y, w: LogSoftmax(1)(z),
 }
-every_call = pytest.mark.parametrize("call", EVERY_CALL.values(), ids=EVERY_CALL.keys())
+ARGUMENTS = (torch.randn(6, 6), torch.arange(6), torch.rand(6, 6))
 
 
 @pytest.fixture(autouse=True)
@@ -127,14 +128,13 @@ def test_module_and_autocast(place: Place) -> None:
     assert counter.frame_count == 1
 
 
-@every_call
-def test_one_graph_and_no_warning(call: Callable[[Tensor], object]) -> None:
-    logits = ROWS.clone().requires_grad_()
+@pytest.mark.parametrize("call", EVERY_CALL.values(), ids=EVERY_CALL.keys())
+def test_one_graph_and_no_warning(call: Callable[..., object]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0")
-        found = torch.compile(call, fullgraph=True, backend="eager")(logits)
-    torch.testing.assert_close(found, call(logits))
+        found = torch.compile(call, fullgraph=True, backend="eager")(*ARGUMENTS)
+    torch.testing.assert_close(found, call(*ARGUMENTS))
 
 
 def test_values_recompile_no_more_often_than_torchs_own() -> None:
@@ -167,20 +167,41 @@ def test_operators_pass_opcheck(place: Place) -> None:
             )
 
 
-def test_export(place: Place) -> None:
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Linear(7, 5)
-            self.criterion = CrossEntropyLoss(label_smoothing=0.1)
+class Exported(torch.nn.Module):
+    """A call as a model, to which the modules it uses belong."""
 
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return self.criterion(self.layer(x), y)
+    def __init__(self, call: Callable[..., object]) -> None:
+        super().__init__()
+        self.call, self.loss, self.linear_loss = call, LOSS, LINEAR_LOSS
 
-    model = Model().to(place.device)
-    x, y = torch.randn(6, 7, device=place.device), torch.arange(6, device=place.device) % 5
-    exported = torch.export.export(model, (x, y))
-    torch.testing.assert_close(exported.module()(x, y), model(x, y))
+    def forward(self, *arguments: Tensor) -> object:
+        return self.call(*arguments)
+
+
+NOT_STRICT = ("cross_entropy, weights", "cross_entropy_rows", "linear_cross_entropy, chunks")
+
+
+@pytest.mark.parametrize(("name", "strict"), [*((it, True) for it in EVERY_CALL), *((it, False) for it in NOT_STRICT)])
+def test_an_exported_program_has_no_operator_of_ours(name: str, strict: bool) -> None:
+    call = EVERY_CALL[name]
+    program = torch.export.export(Exported(call), ARGUMENTS, strict=strict)
+    assert "softmax_fused" not in str([node.target for node in program.graph.nodes])
+    torch.testing.assert_close(program.module()(*ARGUMENTS), call(*ARGUMENTS))
+
+
+@pytest.mark.slow  # another Python imports torch
+def test_an_exported_program_loads_without_this_library(tmp_path: Path) -> None:
+    call = EVERY_CALL["linear_cross_entropy, torch"]
+    torch.export.save(torch.export.export(Exported(call), ARGUMENTS, strict=True), tmp_path / "program.pt2")
+    torch.save(ARGUMENTS, tmp_path / "arguments.pt")
+    code = (
+        "import sys, torch; program = torch.export.load('program.pt2')\n"
+        "print(program.module()(*torch.load('arguments.pt')).item(), 'softmax_fused' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    loss, imported = found.stdout.split()
+    assert float(loss) == pytest.approx(call(*ARGUMENTS).item())
+    assert imported == "False"
 
 
 def test_make_fx(place: Place) -> None:
