@@ -3,8 +3,8 @@
 a = w * ((1 - e) t + keep * e / C),  A = sum(a),  m = max z,  s = sum exp(z - m)
 loss = A * log s - <a, z - m>,       d loss / d z = g * (A * softmax(z) - a)
 
-m and log s are kept apart: their sum would lose digits when |z| is large. 0 * (-inf) in <a, z - m> is 0. The true
-class stays out of s until the end: where it is the maximum, log s = log1p(the others), and confident rows keep all
+m and log s are kept apart: their sum would lose digits when |z| is large. 0 * (-inf) in <a, z - m> is 0, and inf * 0
+too: an infinite class weight makes the loss infinite, as in torch, also at the maximum. The true class stays out of s until the end: where it is the maximum, log s = log1p(the others), and confident rows keep all
 their digits. TARGET is index_target or probability_target; weight, smoothing and outputs are None where not wanted.
 
 Here a program takes several rows: those of few classes whole, those whose classes lie apart in memory a few classes at
@@ -17,12 +17,15 @@ import triton.language as tl
 from .rows import (
     absorb,
     class_weight,
+    convert,
     expm1,
     exponential,
+    extended_product,
     index_target,
     load_tile,
     log1p,
     lowest,
+    rounded_product,
     row_offsets,
     row_tile,
     smoothing_terms,
@@ -31,11 +34,22 @@ from .rows import (
 
 @triton.jit
 def spread(t, keep, on, off, weight_ptr, c, exists, DENSE: tl.constexpr, ACC: tl.constexpr):
-    """Return the block of a = w * ((1 - e) t + keep * e / C) without the labelled class's t; 0 outside the classes."""
-    a = tl.where(exists[:, None], (keep * off)[None, :], 0.0)
-    if DENSE:
-        a += on * t
-    return a * class_weight(weight_ptr, c, exists, ACC)[:, None]
+    """Return the block of a = w * ((1 - e) t + keep * e / C) without the labelled class's t; 0 outside the classes.
+
+    It is 0 in ignored rows, whatever the weights.
+    """
+    smooth = (keep * off)[None, :]
+    if weight_ptr is None:
+        a = tl.where(exists[:, None], smooth, 0.0)
+        if DENSE:
+            a += on * t
+    else:
+        w = class_weight(weight_ptr, c, exists, ACC)[:, None]
+        if DENSE:
+            a = rounded_product(tl.where(exists[:, None], smooth, 0.0) + on * t, w)
+        else:
+            a = tl.where((keep != 0.0)[None, :], smooth * w, 0.0)
+    return a
 
 
 @triton.jit
@@ -66,12 +80,22 @@ def mean_share(weights_ptr, weight, live, rows, DENSE: tl.constexpr, REDUCTION: 
 
 
 @triton.jit
+def row_loss(log_s, total, dot):
+    """Return A * log s - <a, z - m>.
+
+    Where log s is 0 in rounded numbers, an infinite A does not hide that an unlikely class's loss is infinite.
+    """
+    unlikely = (log_s == 0.0) & (tl.abs(dot) == float("inf"))
+    return tl.where(unlikely & (total == total), 0.0, total * log_s) - dot
+
+
+@triton.jit
 def join_true(s, total, dot, z_true, a_true, keep):
     """Join the labelled class, z_true less m, to the others' s, sum a and <a, z - m>: the row's log s, A and loss."""
     e_true = exponential(z_true)
     log_s = tl.where(e_true == 1.0, log1p(s), tl.log(s + e_true))
     total = (total + a_true) * keep
-    loss = total * log_s - dot - tl.where(a_true == 0.0, 0.0, a_true * z_true)
+    loss = row_loss(log_s, total, dot + extended_product(a_true, z_true))
     return log_s, total, tl.where(keep != 0.0, loss, 0.0)
 
 
@@ -85,7 +109,7 @@ def close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC: tl.co
     w_true = class_weight(weight_ptr, label, labelled, ACC)
     a_true = tl.where(labelled, on * w_true, 0.0)
     shift = tl.maximum(m, z_true)
-    dot += tl.where(total == 0.0, 0.0, total * (m - shift))
+    dot += extended_product(total, m - shift)
     s = s * exponential(m - shift)
     log_s, total, loss = join_true(s, total, dot, z_true - shift, a_true, keep)
     return shift, log_s, total, loss, row_weight(label, keep, weight_ptr, ACC)
@@ -97,10 +121,8 @@ def finish(loss_ptr, denominator_ptr, loss, weight):
     if denominator_ptr is not None:
         weight = tl.where(weight == 0.0, float("nan"), weight)
         loss = loss / weight
-        tl.store(denominator_ptr, weight.to(denominator_ptr.dtype.element_ty))
-    if loss_ptr.dtype.element_ty == tl.bfloat16:
-        loss = loss.to(tl.float32)  # Triton's interpreter has no conversion from float64 to bfloat16
-    tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
+        tl.store(denominator_ptr, convert(weight, denominator_ptr.dtype.element_ty))
+    tl.store(loss_ptr, convert(loss, loss_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -138,7 +160,7 @@ def store_rows(
         if SAVED == 3:
             tl.store(stats_ptr + number * SAVED + 2, total, mask=live)
     if REDUCTION == "none":
-        tl.store(loss_ptr + number, loss.to(loss_ptr.dtype.element_ty), mask=live)
+        tl.store(loss_ptr + number, convert(loss, loss_ptr.dtype.element_ty), mask=live)
     else:
         loss_sum = tl.sum(tl.where(live, loss, 0.0), axis=0)
         weight_sum = tl.sum(tl.where(live, weight, 0.0), axis=0)
@@ -155,9 +177,14 @@ def store_rows(
 
 @triton.jit
 def true_gradient(z_true, shift, log_s, total, g, label, on, off, weight_ptr, ACC: tl.constexpr):
-    """Return the labelled class's g * (A * (p - 1) + A - a), with p - 1 = expm1(log p) for its digits near p = 1."""
+    """Return the labelled class's g * (A * (p - 1) + A - a), with p - 1 = expm1(log p) for its digits near p = 1.
+
+    Where another class's weight makes A infinite, that is inf - inf, and A * p - a is right.
+    """
     a_true = (on + off) * class_weight(weight_ptr, label, label >= 0, ACC)
-    return g * (total * expm1((z_true - shift) - log_s) + (total - a_true))
+    log_p = (z_true - shift) - log_s
+    grad = total * expm1(log_p) + (total - a_true)
+    return g * tl.where(tl.abs(total) == float("inf"), total * exponential(log_p) - a_true, grad)
 
 
 @triton.jit
@@ -208,7 +235,7 @@ def tile_gradient(
             grad -= g[None, :] * spread(t, keep, on, off, weight_ptr, c, exists, dense, ACC)
         grad = tl.where(c[:, None] == label[None, :], g_true[None, :], grad)
         grad = tl.where(keep[None, :] == 0.0, 0.0, grad)
-        tl.store(out_rows[None, :] + steps * out_step, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_rows[None, :] + steps * out_step, convert(grad, grad_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])

@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 
 from .cross_entropy import close_rows, mean_share, spread, store_rows, true_gradient
-from .rows import absorb, exponential, lowest, row_offsets, smoothing_terms
+from .rows import (
+    absorb,
+    convert,
+    exponential,
+    extended_product,
+    lowest,
+    rounded_product,
+    row_offsets,
+    smoothing_terms,
+)
 
 
 @triton.jit
@@ -98,8 +107,8 @@ def join(m, s, total, dot):
     """Bring m, s, sum a and <a, z - m> of the parts of rows together, all (rows, parts)."""
     row_m = tl.max(m, axis=1)
     delta = m - row_m[:, None]
-    s = tl.sum(s * exponential(delta), axis=1)
-    dot = tl.sum(dot + tl.where(total == 0.0, 0.0, total * delta), axis=1)
+    s = tl.sum(rounded_product(s, exponential(delta)), axis=1)
+    dot = tl.sum(dot + extended_product(total, delta), axis=1)
     return row_m, s, tl.sum(total, axis=1), dot
 
 
@@ -177,7 +186,7 @@ def long_gradient(
                     target_ptr, t_rows, t_step, weight_ptr, keep, live, c, c < classes, classes, ignore_index, on, off,
                     TARGET, ACC,
                 )  # fmt: skip
-            tl.store(out_row + start + tl.arange(0, CLASSES), grad.to(OUT))
+            tl.store(out_row + start + tl.arange(0, CLASSES), convert(grad, OUT))
         for start in range(high, end, EDGE):
             j, c, exists = positions(start, skip, end, EDGE)
             z = tl.load(z_row + j, mask=exists, other=float("-inf")).to(ACC)
@@ -188,7 +197,7 @@ def long_gradient(
                     TARGET, ACC,
                 )  # fmt: skip
             grad = tl.where(c == true, g_true, grad)
-            tl.store(out_row + j, grad.to(OUT), mask=exists)
+            tl.store(out_row + j, convert(grad, OUT), mask=exists)
     fill_stop = tl.where(fill, stop, begin)
     fill_edge = tl.where(fill, edge, begin)
     for part in range(3):

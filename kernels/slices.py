@@ -10,8 +10,8 @@ contiguous tensors. TARGET is slice_target; class probabilities are not looked a
 import triton
 import triton.language as tl
 
-from .cross_entropy import join_true, store_rows
-from .rows import class_weight, exponential, row_offsets, smoothing_terms
+from .cross_entropy import join_true, row_loss, store_rows
+from .rows import class_weight, exponential, extended_product, row_offsets, smoothing_terms
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows"])
@@ -35,7 +35,7 @@ def cross_entropy_terms(
         total = tl.load(parts_ptr + 2 * rows + number, mask=live, other=0.0)
         dot = tl.load(parts_ptr + 3 * rows + number, mask=live, other=0.0)
         tl.store(place + rows, total, mask=live)
-        tl.store(place + 2 * rows, dot + tl.where(total == 0.0, 0.0, total * delta), mask=live)
+        tl.store(place + 2 * rows, dot + extended_product(total, delta), mask=live)
         place += 2 * rows
     if target_ptr.dtype.element_ty.is_int():
         label = TARGET(target_ptr, number, number, live[None, :], live, classes, ignore_index, 0, ACC)[0]
@@ -73,7 +73,7 @@ def cross_entropy_close(
         place += 2 * rows
     if dense:
         log_s = tl.log(s)
-        loss = total * log_s - dot
+        loss = row_loss(log_s, total, dot)
         weight = tl.full((BLOCK,), 1.0, ACC)
     else:
         keep = TARGET(target_ptr, number, number, live[None, :], live, classes, ignore_index, 0, ACC)[1]
