@@ -3,8 +3,8 @@
 a = w * ((1 - e) t + keep * e / C),  A = sum(a),  m = max z,  s = sum exp(z - m)
 loss = A * log s - <a, z - m>,       d loss / d z = g * (A * softmax(z) - a)
 
-m and log s are kept apart: their sum would lose digits when |z| is large. 0 * (-inf) in <a, z - m> is 0, and inf * 0
-too: an infinite class weight makes the loss infinite, as in torch, also at the maximum. The true class stays out of s until the end: where it is the maximum, log s = log1p(the others), and confident rows keep all
+m and log s are kept apart: their sum would lose digits when |z| is large. 0 * (-inf) in <a, z - m> is 0. The true
+class stays out of s until the end: where it is the maximum, log s = log1p(the others), and confident rows keep all
 their digits. TARGET is index_target or probability_target; weight, smoothing and outputs are None where not wanted.
 
 Here a program takes several rows: those of few classes whole, those whose classes lie apart in memory a few classes at
@@ -20,7 +20,6 @@ from .rows import (
     convert,
     expm1,
     exponential,
-    extended_product,
     index_target,
     load_tile,
     log1p,
@@ -34,21 +33,12 @@ from .rows import (
 
 @triton.jit
 def spread(t, keep, on, off, weight_ptr, c, exists, DENSE: tl.constexpr, ACC: tl.constexpr):
-    """Return the block of a = w * ((1 - e) t + keep * e / C) without the labelled class's t; 0 outside the classes.
-
-    It is 0 in ignored rows, whatever the weights.
-    """
-    smooth = (keep * off)[None, :]
-    if weight_ptr is None:
-        a = tl.where(exists[:, None], smooth, 0.0)
-        if DENSE:
-            a += on * t
-    else:
-        w = class_weight(weight_ptr, c, exists, ACC)[:, None]
-        if DENSE:
-            a = rounded_product(tl.where(exists[:, None], smooth, 0.0) + on * t, w)
-        else:
-            a = tl.where((keep != 0.0)[None, :], smooth * w, 0.0)
+    """Return the block of a = w * ((1 - e) t + keep * e / C) without the labelled class's t; 0 outside the classes."""
+    a = tl.where(exists[:, None], (keep * off)[None, :], 0.0)
+    if DENSE:
+        a += on * t
+    if weight_ptr is not None:
+        a = rounded_product(a, class_weight(weight_ptr, c, exists, ACC)[:, None])
     return a
 
 
@@ -81,12 +71,13 @@ def mean_share(weights_ptr, weight, live, rows, DENSE: tl.constexpr, REDUCTION: 
 
 @triton.jit
 def row_loss(log_s, total, dot):
-    """Return A * log s - <a, z - m>.
+    """Return A * log s - <a, z - m>; A where a class weight makes it infinite, and the logits are finite.
 
-    Where log s is 0 in rounded numbers, an infinite A does not hide that an unlikely class's loss is infinite.
+    Then the difference is NaN where inf * 0 is one of its terms: at the maximum, or with log s rounded to 0.
     """
-    unlikely = (log_s == 0.0) & (tl.abs(dot) == float("inf"))
-    return tl.where(unlikely & (total == total), 0.0, total * log_s) - dot
+    loss = total * log_s - dot
+    infinite = (tl.abs(total) == float("inf")) & (tl.abs(log_s) < float("inf"))
+    return tl.where(infinite & (loss != loss), total, loss)
 
 
 @triton.jit
@@ -94,8 +85,8 @@ def join_true(s, total, dot, z_true, a_true, keep):
     """Join the labelled class, z_true less m, to the others' s, sum a and <a, z - m>: the row's log s, A and loss."""
     e_true = exponential(z_true)
     log_s = tl.where(e_true == 1.0, log1p(s), tl.log(s + e_true))
-    total = (total + a_true) * keep
-    loss = row_loss(log_s, total, dot + extended_product(a_true, z_true))
+    total = tl.where(keep != 0.0, (total + a_true) * keep, 0.0)
+    loss = row_loss(log_s, total, dot + tl.where(a_true == 0.0, 0.0, a_true * z_true))
     return log_s, total, tl.where(keep != 0.0, loss, 0.0)
 
 
@@ -109,7 +100,7 @@ def close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC: tl.co
     w_true = class_weight(weight_ptr, label, labelled, ACC)
     a_true = tl.where(labelled, on * w_true, 0.0)
     shift = tl.maximum(m, z_true)
-    dot += extended_product(total, m - shift)
+    dot += tl.where(total == 0.0, 0.0, total * (m - shift))
     s = s * exponential(m - shift)
     log_s, total, loss = join_true(s, total, dot, z_true - shift, a_true, keep)
     return shift, log_s, total, loss, row_weight(label, keep, weight_ptr, ACC)

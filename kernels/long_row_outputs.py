@@ -126,6 +126,7 @@ def row_outputs_long_backward(
         ENTROPY, ACC,
     )  # fmt: skip
     begin, edge, stop = share(classes, skip, 1, row >= 0, CLASSES, EDGE)
+    weighted = tl.where(tl.max(keep, axis=0) == 0.0, 0, classes)  # an ignored row's a is 0, also at infinite weights
     for part in range(3):
         low, high, end = span(part, begin, edge, stop, skip, true, CLASSES, EDGE)
         for start in range(low, high, CLASSES):
@@ -135,7 +136,7 @@ def row_outputs_long_backward(
             if spreads:
                 c = start + tl.arange(0, CLASSES) - skip
                 grad -= g_loss * long_spread(
-                    target_ptr, t_rows, t_step, weight_ptr, keep, live, c, c < classes, classes, ignore_index, on, off,
+                    target_ptr, t_rows, t_step, weight_ptr, keep, live, c, c < weighted, classes, ignore_index, on, off,
                     TARGET, ACC,
                 )  # fmt: skip
             tl.store(out_row + start + tl.arange(0, CLASSES), convert(tl.where(wanted, grad * slope, 0.0), OUT))
@@ -146,8 +147,8 @@ def row_outputs_long_backward(
             grad = by_logits(x, m, log_s, total, entropy, g_loss, g_lse, g_entropy, ENTROPY)
             if spreads:
                 grad -= g_loss * long_spread(
-                    target_ptr, t_rows, t_step, weight_ptr, keep, live, c, exists, classes, ignore_index, on, off,
-                    TARGET, ACC,
+                    target_ptr, t_rows, t_step, weight_ptr, keep, live, c, exists & (c < weighted), classes,
+                    ignore_index, on, off, TARGET, ACC,
                 )  # fmt: skip
             grad = tl.where(c == true, g_true, grad * slope)
             tl.store(out_row + j, convert(tl.where(wanted, grad, 0.0), OUT), mask=exists)

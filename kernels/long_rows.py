@@ -10,16 +10,7 @@ import triton
 import triton.language as tl
 
 from .cross_entropy import close_rows, mean_share, spread, store_rows, true_gradient
-from .rows import (
-    absorb,
-    convert,
-    exponential,
-    extended_product,
-    lowest,
-    rounded_product,
-    row_offsets,
-    smoothing_terms,
-)
+from .rows import absorb, convert, exponential, lowest, rounded_product, row_offsets, smoothing_terms
 
 
 @triton.jit
@@ -108,7 +99,7 @@ def join(m, s, total, dot):
     row_m = tl.max(m, axis=1)
     delta = m - row_m[:, None]
     s = tl.sum(rounded_product(s, exponential(delta)), axis=1)
-    dot = tl.sum(dot + extended_product(total, delta), axis=1)
+    dot = tl.sum(dot + tl.where(total == 0.0, 0.0, total * delta), axis=1)
     return row_m, s, tl.sum(total, axis=1), dot
 
 

@@ -254,7 +254,10 @@ def row_outputs_backward(
         )  # fmt: skip
         if g_loss_ptr is not None and (dense or smoothing is not None):
             t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
-            grad -= g_loss[None, :] * spread(t, keep, on, off, weight_ptr, c, exists, dense, ACC)
+            a = spread(t, keep, on, off, weight_ptr, c, exists, dense, ACC)
+            if weight_ptr is not None:
+                a = tl.where(keep[None, :] == 0.0, 0.0, a)  # an infinite weight's is NaN in ignored rows
+            grad -= g_loss[None, :] * a
         grad = tl.where(c[:, None] == label[None, :], g_true[None, :], grad * slope)
         grad = tl.where(wanted[None, :], grad, 0.0)
         tl.store(out_rows[None, :] + steps * out_step, convert(grad, grad_ptr.dtype.element_ty), mask=inside)

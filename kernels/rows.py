@@ -151,16 +151,6 @@ def rounded_product(x, y):
 
 
 @triton.jit
-def extended_product(x, y):
-    """Return x * y where 0 * infinity is 0: a class without weight adds nothing, nor does a maximum by itself.
-
-    NaN factors give 0 as well. They reach the loss by other ways: through sum a, and through sum exp(z - m).
-    """
-    xy = x * y
-    return tl.where(xy == xy, xy, 0.0)
-
-
-@triton.jit
 def convert(x, DTYPE: tl.constexpr):
     """Return x as DTYPE, to 16 bits by way of float32: Triton's interpreter cannot convert float64 to bfloat16."""
     if DTYPE.primitive_bitwidth < 32:
@@ -227,7 +217,7 @@ def absorb(z, others, a, m, s, total, dot, SPREAD: tl.constexpr):
     m_new = tl.maximum(m, lane_max(z))
     s = s * exponential(m - m_new) + lane_sum(exponential(others - along(m_new, others)))
     if SPREAD:
-        dot += extended_product(total, m - m_new)
-        dot += lane_sum(extended_product(a, z - along(m_new, z)))
+        dot += tl.where(total == 0.0, 0.0, total * (m - m_new))
+        dot += lane_sum(tl.where(a == 0.0, 0.0, a * (z - along(m_new, z))))
         total += lane_sum(a)
     return m_new, s, total, dot

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .cross_entropy import join_true, row_loss, store_rows
-from .rows import class_weight, exponential, extended_product, row_offsets, smoothing_terms
+from .rows import class_weight, exponential, row_offsets, smoothing_terms
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows"])
@@ -35,7 +35,7 @@ def cross_entropy_terms(
         total = tl.load(parts_ptr + 2 * rows + number, mask=live, other=0.0)
         dot = tl.load(parts_ptr + 3 * rows + number, mask=live, other=0.0)
         tl.store(place + rows, total, mask=live)
-        tl.store(place + 2 * rows, dot + extended_product(total, delta), mask=live)
+        tl.store(place + 2 * rows, dot + tl.where(total == 0.0, 0.0, total * delta), mask=live)
         place += 2 * rows
     if target_ptr.dtype.element_ty.is_int():
         label = TARGET(target_ptr, number, number, live[None, :], live, classes, ignore_index, 0, ACC)[0]

@@ -59,7 +59,7 @@ def joined(pieces: Tensor) -> Tensor:
     out[0], out[1] = m.squeeze(1), (pieces[1] * delta.exp()).sum(1)
     if len(pieces) == 4:
         out[2] = pieces[2].sum(1)
-        out[3] = (pieces[3] + (pieces[2] * delta).masked_fill_((pieces[2] == 0) | (delta == 0), 0)).sum(1)
+        out[3] = (pieces[3] + (pieces[2] * delta).masked_fill_(pieces[2] == 0, 0)).sum(1)
     return out
 
 
