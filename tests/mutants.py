@@ -38,6 +38,7 @@ KERNEL, LONG, ROWS, LAUNCH, TORCH, TARGETS, CHUNKS, LINEAR = (
     "softmax_fused/_linear.py",
 )
 PATCHING, SOFTMAX, OUTPUTS = "softmax_fused/patching.py", "kernels/softmax.py", "kernels/row_outputs.py"
+LONG_OUTPUTS = "kernels/long_row_outputs.py"
 TORCH_OUTPUTS = "softmax_fused/_torch_row_outputs.py"
 SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR = (
     "kernels/slices.py",
@@ -54,19 +55,24 @@ OWN = {
     LINEAR: LINEAR_TESTS,
     SOFTMAX: ("softmax",),
     OUTPUTS: ("row_outputs",),
+    LONG_OUTPUTS: ("row_outputs",),
     TORCH_OUTPUTS: ("row_outputs",),
     **dict.fromkeys((SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR), ("distributed_loss",)),
     **dict.fromkeys((RANKS, SHARES, LOOP, FOLDER), ("training_parallel",)),
 }
 MUTANTS = {
     "tile reads classes beyond C": Mutant(KERNEL, "inside = exists[:, None] & live[None, :]\n        z = load_tile", "inside = (exists | True)[:, None] & live[None, :]\n        z = load_tile"),
-    "tile's gradient written beyond C": Mutant(KERNEL, "grad.to(grad_ptr.dtype.element_ty), mask=inside", "grad.to(grad_ptr.dtype.element_ty), mask=live[None, :]"),
+    "tile's gradient written beyond C": Mutant(KERNEL, "convert(grad, grad_ptr.dtype.element_ty), mask=inside", "convert(grad, grad_ptr.dtype.element_ty), mask=live[None, :]"),
     "running sum not rescaled": Mutant(ROWS, "s = s * exponential(m - m_new) +", "s = s +"),
     "running maximum starts too high": Mutant(ROWS, "-3.4028234663852886e38", "-1e38"),
     "0 * (-inf) is NaN": Mutant(ROWS, "lane_sum(tl.where(a == 0.0, 0.0, a * (z - along(m_new, z))))", "lane_sum(a * (z - along(m_new, z)))"),
     "<a, z - m> not shifted with m": Mutant(ROWS, "dot += tl.where(total == 0.0, 0.0, total * (m - m_new))", "dot += 0.0"),
     "true class cancels in the loss": Mutant(KERNEL, "tl.where(e_true == 1.0, log1p(s), tl.log(s + e_true))", "tl.log(s + e_true)"),
     "true class cancels in the gradient": Mutant(KERNEL, "expm1((z_true - shift) - log_s)", "(tl.exp((z_true - shift) - log_s) - 1.0)"),
+    "infinite weight's loss is NaN": Mutant(KERNEL, "tl.where(infinite & (loss != loss), total, loss)", "loss"),
+    "infinite weight spoils the true class of other rows": Mutant(KERNEL, "tl.where(tl.abs(total) == float(\"inf\"), total * exponential(log_p) - a_true, grad)", "grad"),
+    "NaN logits hidden by an infinite weight": Mutant(KERNEL, " & (tl.abs(log_s) < float(\"inf\"))", ""),
+    "16-bit stores not through float32": Mutant(ROWS, "if DTYPE.primitive_bitwidth < 32:", "if DTYPE.primitive_bitwidth < 16:"),
     "true class counted twice": Mutant(LONG, 'tl.where(c == true, float("-inf"), z)', "z"),
     "true class's gradient forgotten": Mutant(LONG, "grad = tl.where(c == true, g_true, grad)", "grad = grad"),
     "m and log s saved as one": Mutant(LONG, "scale * exponential(z - shift)", "g * total * exponential(z - (shift + log_s))"),
@@ -126,7 +132,7 @@ MUTANTS = {
     "second-order term dropped": Mutant("softmax_fused/_autograd.py", "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),
     "softmax: beginning of an unaligned row twice": Mutant(SOFTMAX, "tl.where(start < high, 0, start)", "start"),
     "softmax: maximum of one lane": Mutant(SOFTMAX, "row_m = tl.max(m, axis=0)", "row_m = tl.min(m, axis=0)"),
-    "softmax: padding in the sum of gradients": Mutant(SOFTMAX, "g = tl.where(inside, tile_block(upstream_ptr, g_rows, g_step, 0, live, classes, CLASSES, ACC), 0.0)", "g = tile_block(upstream_ptr, g_rows, g_step, 0, live, classes, CLASSES, ACC)"),
+    "softmax: padding in the sum of gradients": Mutant(SOFTMAX, "lane_sum(tl.where(inside, x, 0.0))", "lane_sum(x)"),
     "softmax: logarithm's gradient without the sum": Mutant(SOFTMAX, "x = g - exponential(y) * dot", "x = g - exponential(y)"),
     "softmax: upstream gradient read with the output's strides": Mutant(SOFTMAX, "if upstream_strides is not None:", "if upstream_strides is not None and LOG:"),
     "rows: last of equal maxima": Mutant(OUTPUTS, "index = tl.where(top > best, first, index)", "index = tl.where(top >= best, first, index)"),
@@ -135,6 +141,8 @@ MUTANTS = {
     "rows: slope of the cap forgotten": Mutant(OUTPUTS, "slope *= cap * (1.0 - t * t)", "slope *= cap"),
     "rows: entropy's gradient without H": Mutant(OUTPUTS, "(log_p + entropy))", "log_p)"),
     "rows: ignored row's gradient": Mutant(OUTPUTS, "grad = tl.where(wanted[None, :], grad, 0.0)", "pass"),
+    "rows: infinite weight in ignored rows": Mutant(OUTPUTS, "a = tl.where(keep[None, :] == 0.0, 0.0, a)", "pass"),
+    "long rows: infinite weight in ignored rows": Mutant(LONG_OUTPUTS, "weighted = tl.where(tl.max(keep, axis=0) == 0.0, 0, classes)", "weighted = classes"),
     "torch rows: slope forgotten": Mutant(TORCH_OUTPUTS, "out[at] = by_x.mul_(slope)", "out[at] = by_x"),
     "torch rows: one chunk's upstream for all": Mutant(TORCH_OUTPUTS, "None if g_lse is None else g_lse[part]", "None if g_lse is None else g_lse[: len(g_lse[part])]"),
     "patch: the first undo puts torch back": Mutant(PATCHING, "elif not patches and current is replacement", "elif current is replacement"),
@@ -179,7 +187,7 @@ def survives(mutant: Mutant) -> bool:
             raise SystemExit(f"{mutant.file} no longer contains: {mutant.right}")
         path.write_text(source.replace(mutant.right, mutant.wrong))
         tests = [f"tests/test_{name}.py" for name in mutant.tests or OWN.get(mutant.file, TESTS)]
-        on_cpu = mutant.tests or mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {SOFTMAX, OUTPUTS}
+        on_cpu = mutant.tests or mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {SOFTMAX, OUTPUTS, LONG_OUTPUTS}
         place = "not interpreter" if on_cpu else "interpreter or launch"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", "-k", place, *tests]
         run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True)

@@ -23,8 +23,13 @@ def ptx(*lines: str) -> str:
             SHUFFLE,
             "@%p2 fma.rn.f32 \t%r5, %r1, %r2, %r4;",
         ),
-        ("mul.f64 \t%rd3, %rd1, %rd2;", "mov.b64 \t{%r3, %r9}, %rd3;", SHUFFLE, "mov.b64 \t%rd4, {%r4, %r8};")
-        + ("fma.rn.f64 \t%rd5, %rd1, %rd2, %rd4;",),
+        (
+            "mul.f64 \t%rd3, %rd1, %rd2;",
+            "mov.b64 \t{%r3, %r9}, %rd3;",
+            SHUFFLE,
+            "mov.b64 \t%rd4, {%r4, %r8};",
+            "fma.rn.f64 \t%rd5, %rd1, %rd2, %rd4;",
+        ),
     ],
     ids=["fused", "factors exchanged", "left to the assembler", "through a selection", "float64"],
 )
