@@ -54,7 +54,7 @@ def long_spread(
 ):  # fmt: skip
     """Return a at the classes c of one row, without the labelled class's t."""
     t = TARGET(target_ptr, t_rows, c, exists[:, None], live, classes, ignore_index, t_step, ACC)[2]
-    a = spread(t, keep, on, off, weight_ptr, c, exists, target_ptr.dtype.element_ty.is_floating(), ACC)
+    a = spread(t, keep, on, off, weight_ptr, c, exists, target_ptr.dtype.element_ty.is_floating(), False, ACC)
     return tl.reshape(a, c.shape)
 
 

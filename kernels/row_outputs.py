@@ -196,7 +196,7 @@ def row_outputs_forward(
         a = x
         if spreads:
             t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
-            a = spread(t, keep, on, off, weight_ptr, c, exists, dense, ACC)
+            a = spread(t, keep, on, off, weight_ptr, c, exists, dense, True, ACC)
         others = tl.where(c[:, None] == label[None, :], float("-inf"), x)
         at = c[:, None] + tl.zeros(x.shape, tl.int32)
         state = absorb_row(x, others, a, at, state, spreads, entropy_ptr is not None, prediction_ptr is not None)
@@ -254,7 +254,7 @@ def row_outputs_backward(
         )  # fmt: skip
         if g_loss_ptr is not None and (dense or smoothing is not None):
             t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
-            a = spread(t, keep, on, off, weight_ptr, c, exists, dense, ACC)
+            a = spread(t, keep, on, off, weight_ptr, c, exists, dense, False, ACC)
             if weight_ptr is not None:
                 a = tl.where(keep[None, :] == 0.0, 0.0, a)  # an infinite weight's is NaN in ignored rows
             grad -= g_loss[None, :] * a
