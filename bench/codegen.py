@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
-from bench.machine_code import Loop, inspect
+from bench.machine_code import Loop, fused_reductions, inspect
 from bench.record import write_json
 from softmax_fused import _launch, _launch_row_outputs, _launch_slices, _launch_softmax
 from softmax_fused._autograd import make_spec
@@ -45,7 +45,12 @@ BYTES_PER_US = 4.3e6
 ISSUE_PER_US = 132 * 128 * 1.98e3
 EX2_PER_US = 132 * 16 * 1.98e3
 PASSES = {"forward": 1, "backward": 2, "both": 2}  # of the logits' bytes through memory
-MORE_PASSES = ("probabilities", "softmax", "log softmax")  # one more: the targets, or the output
+MORE_PASSES = (
+    "probabilities",
+    "weighted probabilities",
+    "softmax",
+    "log softmax",
+)  # one more: the targets, or the output
 
 
 class NamedDriver:
@@ -76,7 +81,8 @@ class Case(NamedTuple):
 
     shape: tuple[int, ...]
     kind: str = "indices"
-    """Or "probabilities", "weights and smoothing" (of indices); "softmax", "log softmax"; outputs of rows; slices."""
+    """Or "probabilities", "weighted probabilities", "weights and smoothing" (of indices); "softmax", "log softmax";
+    outputs of rows; slices."""
     reduction: str = "mean"
 
 
@@ -96,6 +102,9 @@ CASES = [
     Case((8192, 32_000), "probabilities", "none"),
     Case((8192, 32_000), "weights and smoothing"),
     Case((60_000, 10), "weights and smoothing"),
+    Case((33, 1000), "weights and smoothing"),
+    Case((5, 3), "weighted probabilities", "none"),  # a row of these lies across lanes
+    Case((5, 3), "softmax"),
     *(Case((8192, classes), kind) for kind in ("softmax", "log softmax") for classes in (4096, 32_000, 128_256)),
     *(Case(shape, "softmax") for shape in ((60_000, 10), (4096, 100), (16, 19, 512, 1024))),
     *(Case((8192, 32_000), kind) for kind in ROW_OUTPUTS),
@@ -121,11 +130,11 @@ def make_calls(case: Case, dtype: torch.dtype) -> None:
     if case.kind in SLICES:
         make_slice_calls(case, logits, dtype)
         return
-    indices = case.kind != "probabilities"
+    indices = not case.kind.endswith("probabilities")
     target = meta(case.shape[:1] + case.shape[2:], torch.int64) if indices else logits
-    general = case.kind == "weights and smoothing"
-    weight = meta(case.shape[1:2], dtype) if general else None
-    spec = make_spec(logits, target, case.reduction, -100, 0.1 if general else 0.0, dtype)
+    weight = meta(case.shape[1:2], dtype) if "weight" in case.kind else None
+    smoothing = 0.1 if case.kind == "weights and smoothing" else 0.0
+    spec = make_spec(logits, target, case.reduction, -100, smoothing, dtype)
     loss, saved = _launch.loss(logits, target, weight, spec, save=True)
     _launch.gradient(loss, logits, target, weight, saved, spec)
     _launch.loss_and_gradient(logits, target, weight, spec)
@@ -170,6 +179,7 @@ def describe(
 ) -> dict[str, Any]:
     """Count one kernel's machine code."""
     code = inspect(compiled.asm["cubin"])
+    fused = fused_reductions(compiled.asm["ptx"])
     itemsize = getattr(torch, dtype).itemsize
     mode = next((mode for mode in PASSES if kernel.endswith(mode)), None)
     loops = code.element_loops()
@@ -177,7 +187,7 @@ def describe(
         loops = []  # nothing there goes over the logits
     softmax = "softmax" in case.kind
     reads = 2 if softmax and mode == "backward" else 1
-    plain = case.kind not in ("probabilities", "weights and smoothing", SLICES[1])
+    plain = case.kind not in ("probabilities", "weighted probabilities", "weights and smoothing", SLICES[1])
     tile = constants.get("ROWS", 1) * constants.get("CLASSES", 0) / (32 * warps)
     share = useful(case, constants)
     elements = [(loop.load_bits / 8 / itemsize / reads if plain else tile) * share for loop in loops]
@@ -185,6 +195,7 @@ def describe(
         "registers": code.registers,
         "stack_bytes": code.stack,
         "local_accesses": code.local_accesses,
+        "fused_reductions": fused,
         "barriers_in_loops": sum(loop.barriers for loop in loops),
         "bulk_access_bits": min((bits for loop in loops for bits in loop.widths), default=None),
     }

@@ -1,4 +1,8 @@
-"""Count what an NVIDIA kernel's machine code costs: registers, stack, and every inner loop's instructions."""
+"""Read what the compiler made of a kernel for NVIDIA GPUs.
+
+The machine code is counted: registers, stack, and every inner loop's instructions. The PTX before it is searched for
+sums over lanes in which the lanes disagree.
+"""
 
 from __future__ import annotations
 
@@ -95,6 +99,74 @@ def inner_loops(lines: list[tuple[int, str]]) -> list[Loop]:
         if not any(other != span and span[0] <= other[0] and other[1] <= span[1] for other in spans)
     ]
     return [count([text for address, text in lines if start <= address <= end]) for start, end in inner]
+
+
+class Instruction(NamedTuple):
+    """One line of PTX."""
+
+    name: str
+    results: list[str]
+    sources: list[str]
+    text: str
+
+    def is_float(self, operation: str) -> bool:
+        """Whether it is this operation on float32, float64 or a pair of float32."""
+        parts = self.name.split(".")
+        return parts[0] == operation and parts[-1] in ("f32", "f64", "f32x2")
+
+
+def parse_ptx(ptx: str) -> list[Instruction]:
+    """Return the instructions of a kernel, registers and constants as their operands."""
+    found = []
+    for name, operands in re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+(.*);", ptx, re.MULTILINE):
+        first, rest = re.fullmatch(r"(\{.*?\}|[^,]*)(.*)", operands).groups()  # type: ignore[union-attr]
+        text = " ".join(f"{name} {operands}".split())
+        found.append(Instruction(name, re.findall(r"%\w+", first), re.findall(r"[%\w]+", rest), text))
+    return found
+
+
+def fused_reductions(ptx: str) -> list[str]:
+    """Return the additions of a sum over lanes in which a lane's own term is an exact product, not a rounded one.
+
+    A lane adds its neighbour's term, which comes rounded through a shuffle, to its own. Where its own is a product
+    fused into the addition, the neighbour rounds other terms: both should hold the same sum, and do not. A plain
+    addition of a plain product counts, too: the assembler may fuse it.
+    """
+    code = parse_ptx(ptx)
+    made_by: dict[str, list[Instruction]] = {}
+    for line in code:
+        for register in line.results:
+            made_by.setdefault(register, []).append(line)
+
+    def origins(register: str, copies: tuple[str, ...], seen: frozenset[str] = frozenset()) -> list[Instruction]:
+        """Return the instructions that made a value, through those that hand it on."""
+        found = []
+        for line in made_by.get(register, ()):
+            if line.name.split(".")[0] not in copies:
+                found.append(line)
+            elif register not in seen:
+                found += [it for source in line.sources for it in origins(source, copies, seen | {register})]
+        return found
+
+    def products(register: str, *copies: str) -> list[Instruction]:
+        return [line for line in origins(register, ("mov", *copies)) if line.is_float("mul")]
+
+    def received(register: str) -> list[str]:
+        """Return what a neighbour's value is to the neighbour."""
+        return [line.sources[0] for line in origins(register, ("mov",)) if line.name.startswith("shfl")]
+
+    def fuses(line: Instruction) -> bool:
+        if line.is_float("fma"):
+            *factors, term = line.sources
+            sent = [product for own in received(term) for product in products(own, "selp")]
+            return any(sorted(product.sources) == sorted(factors) for product in sent)
+        if line.is_float("add") and ".rn" not in line.name:
+            pairs = (line.sources, line.sources[::-1])
+            own = [mine for mine, other in pairs if mine in received(other)]
+            return any(".rn" not in product.name for mine in own for product in products(mine))
+        return False
+
+    return [line.text for line in code if fuses(line)]
 
 
 def inspect(cubin: bytes) -> Code:

@@ -17,12 +17,14 @@ import triton.language as tl
 from .rows import (
     absorb,
     class_weight,
+    convert,
     expm1,
     exponential,
     index_target,
     load_tile,
     log1p,
     lowest,
+    rounded_product,
     row_offsets,
     row_tile,
     smoothing_terms,
@@ -30,12 +32,20 @@ from .rows import (
 
 
 @triton.jit
-def spread(t, keep, on, off, weight_ptr, c, exists, DENSE: tl.constexpr, ACC: tl.constexpr):
-    """Return the block of a = w * ((1 - e) t + keep * e / C) without the labelled class's t; 0 outside the classes."""
+def spread(t, keep, on, off, weight_ptr, c, exists, DENSE: tl.constexpr, SUMMED: tl.constexpr, ACC: tl.constexpr):
+    """Return the block of a = w * ((1 - e) t + keep * e / C) without the labelled class's t; 0 outside the classes.
+
+    SUMMED: the caller adds up a row's a, which may lie across lanes.
+    """
     a = tl.where(exists[:, None], (keep * off)[None, :], 0.0)
     if DENSE:
         a += on * t
-    return a * class_weight(weight_ptr, c, exists, ACC)[:, None]
+    w = class_weight(weight_ptr, c, exists, ACC)[:, None]
+    if SUMMED and weight_ptr is not None:
+        a = rounded_product(a, w)
+    else:
+        a *= w
+    return a
 
 
 @triton.jit
@@ -66,12 +76,27 @@ def mean_share(weights_ptr, weight, live, rows, DENSE: tl.constexpr, REDUCTION: 
 
 
 @triton.jit
-def join_true(s, total, dot, z_true, a_true, keep):
+def row_loss(log_s, total, dot, WEIGHTED: tl.constexpr):
+    """Return A * log s - <a, z - m>; A where a class weight makes it infinite, and the logits are finite.
+
+    Then the difference is NaN where inf * 0 is one of its terms: at the maximum, or with log s rounded to 0.
+    """
+    loss = total * log_s - dot
+    if WEIGHTED:
+        infinite = (tl.abs(total) == float("inf")) & (tl.abs(log_s) < float("inf"))
+        loss = tl.where(infinite & (loss != loss), total, loss)
+    return loss
+
+
+@triton.jit
+def join_true(s, total, dot, z_true, a_true, keep, WEIGHTED: tl.constexpr):
     """Join the labelled class, z_true less m, to the others' s, sum a and <a, z - m>: the row's log s, A and loss."""
     e_true = exponential(z_true)
     log_s = tl.where(e_true == 1.0, log1p(s), tl.log(s + e_true))
     total = (total + a_true) * keep
-    loss = total * log_s - dot - tl.where(a_true == 0.0, 0.0, a_true * z_true)
+    if WEIGHTED:
+        total = tl.where(keep == 0.0, 0.0, total)
+    loss = row_loss(log_s, total, dot + tl.where(a_true == 0.0, 0.0, a_true * z_true), WEIGHTED)
     return log_s, total, tl.where(keep != 0.0, loss, 0.0)
 
 
@@ -87,7 +112,7 @@ def close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC: tl.co
     shift = tl.maximum(m, z_true)
     dot += tl.where(total == 0.0, 0.0, total * (m - shift))
     s = s * exponential(m - shift)
-    log_s, total, loss = join_true(s, total, dot, z_true - shift, a_true, keep)
+    log_s, total, loss = join_true(s, total, dot, z_true - shift, a_true, keep, weight_ptr is not None)
     return shift, log_s, total, loss, row_weight(label, keep, weight_ptr, ACC)
 
 
@@ -97,10 +122,8 @@ def finish(loss_ptr, denominator_ptr, loss, weight):
     if denominator_ptr is not None:
         weight = tl.where(weight == 0.0, float("nan"), weight)
         loss = loss / weight
-        tl.store(denominator_ptr, weight.to(denominator_ptr.dtype.element_ty))
-    if loss_ptr.dtype.element_ty == tl.bfloat16:
-        loss = loss.to(tl.float32)  # Triton's interpreter has no conversion from float64 to bfloat16
-    tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
+        tl.store(denominator_ptr, convert(weight, denominator_ptr.dtype.element_ty))
+    tl.store(loss_ptr, convert(loss, loss_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -138,7 +161,7 @@ def store_rows(
         if SAVED == 3:
             tl.store(stats_ptr + number * SAVED + 2, total, mask=live)
     if REDUCTION == "none":
-        tl.store(loss_ptr + number, loss.to(loss_ptr.dtype.element_ty), mask=live)
+        tl.store(loss_ptr + number, convert(loss, loss_ptr.dtype.element_ty), mask=live)
     else:
         loss_sum = tl.sum(tl.where(live, loss, 0.0), axis=0)
         weight_sum = tl.sum(tl.where(live, weight, 0.0), axis=0)
@@ -155,9 +178,16 @@ def store_rows(
 
 @triton.jit
 def true_gradient(z_true, shift, log_s, total, g, label, on, off, weight_ptr, ACC: tl.constexpr):
-    """Return the labelled class's g * (A * (p - 1) + A - a), with p - 1 = expm1(log p) for its digits near p = 1."""
+    """Return the labelled class's g * (A * (p - 1) + A - a), with p - 1 = expm1(log p) for its digits near p = 1.
+
+    Where another class's weight makes A infinite, that is inf - inf, and A * p - a is right.
+    """
     a_true = (on + off) * class_weight(weight_ptr, label, label >= 0, ACC)
-    return g * (total * expm1((z_true - shift) - log_s) + (total - a_true))
+    log_p = (z_true - shift) - log_s
+    grad = total * expm1(log_p) + (total - a_true)
+    if weight_ptr is not None:
+        grad = tl.where(tl.abs(total) == float("inf"), total * exponential(log_p) - a_true, grad)
+    return g * grad
 
 
 @triton.jit
@@ -178,7 +208,7 @@ def tile_statistics(
         a = z
         if SPREAD:
             t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
-            a = spread(t, keep, on, off, weight_ptr, c, exists, target_ptr.dtype.element_ty.is_floating(), ACC)
+            a = spread(t, keep, on, off, weight_ptr, c, exists, target_ptr.dtype.element_ty.is_floating(), True, ACC)
         others = tl.where(c[:, None] == label[None, :], float("-inf"), z)
         m, s, total, dot = absorb(z, others, a, m, s, total, dot, SPREAD)
     return m, s, total, dot
@@ -205,10 +235,10 @@ def tile_gradient(
         if SPREAD:
             t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
             dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()
-            grad -= g[None, :] * spread(t, keep, on, off, weight_ptr, c, exists, dense, ACC)
+            grad -= g[None, :] * spread(t, keep, on, off, weight_ptr, c, exists, dense, False, ACC)
         grad = tl.where(c[:, None] == label[None, :], g_true[None, :], grad)
         grad = tl.where(keep[None, :] == 0.0, 0.0, grad)
-        tl.store(out_rows[None, :] + steps * out_step, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_rows[None, :] + steps * out_step, convert(grad, grad_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from .long_rows import join, long_output, long_row, long_spread, positions, share, span
-from .row_outputs import absorb_row, at_label, by_logits, effective, fresh, shifted, store_outputs, upstream
-from .rows import smoothing_terms
+from .row_outputs import absorb_row, at_label, by_logits, effective, fresh, moved, store_outputs, upstream
+from .rows import convert, exponential, rounded_product, smoothing_terms
 
 
 @triton.jit
@@ -74,7 +74,8 @@ def row_outputs_long_forward(
             state = absorb_row(x, others, a, at, state, spreads, entropy_ptr is not None, prediction_ptr is not None)
     m, s, total, dot, u, best, index = state
     row_m, row_s, total, dot = join(m[None, :], s[None, :], total[None, :], dot[None, :])
-    u = tl.sum(shifted(u, s, m - row_m), axis=0) + tl.zeros((1,), ACC)
+    delta = m - row_m
+    u = tl.sum(rounded_product(moved(u, s, delta), exponential(delta)), axis=0) + tl.zeros((1,), ACC)
     index = tl.min(tl.where(best == tl.max(best, axis=0), index, 2147483647), axis=0) + tl.zeros((1,), tl.int32)
     z_true = tl.load(z_row + skip + label, mask=label >= 0, other=0.0).to(ACC)
     x_true = effective(z_true, scale, softcap, ACC)[0]
@@ -125,6 +126,7 @@ def row_outputs_long_backward(
         ENTROPY, ACC,
     )  # fmt: skip
     begin, edge, stop = share(classes, skip, 1, row >= 0, CLASSES, EDGE)
+    weighted = tl.where(tl.max(keep, axis=0) == 0.0, 0, classes)  # an ignored row's a is 0, also at infinite weights
     for part in range(3):
         low, high, end = span(part, begin, edge, stop, skip, true, CLASSES, EDGE)
         for start in range(low, high, CLASSES):
@@ -134,10 +136,10 @@ def row_outputs_long_backward(
             if spreads:
                 c = start + tl.arange(0, CLASSES) - skip
                 grad -= g_loss * long_spread(
-                    target_ptr, t_rows, t_step, weight_ptr, keep, live, c, c < classes, classes, ignore_index, on, off,
+                    target_ptr, t_rows, t_step, weight_ptr, keep, live, c, c < weighted, classes, ignore_index, on, off,
                     TARGET, ACC,
                 )  # fmt: skip
-            tl.store(out_row + start + tl.arange(0, CLASSES), tl.where(wanted, grad * slope, 0.0).to(OUT))
+            tl.store(out_row + start + tl.arange(0, CLASSES), convert(tl.where(wanted, grad * slope, 0.0), OUT))
         for start in range(high, end, EDGE):
             j, c, exists = positions(start, skip, end, EDGE)
             z = tl.load(z_row + j, mask=exists, other=0.0).to(ACC)
@@ -145,8 +147,8 @@ def row_outputs_long_backward(
             grad = by_logits(x, m, log_s, total, entropy, g_loss, g_lse, g_entropy, ENTROPY)
             if spreads:
                 grad -= g_loss * long_spread(
-                    target_ptr, t_rows, t_step, weight_ptr, keep, live, c, exists, classes, ignore_index, on, off,
-                    TARGET, ACC,
+                    target_ptr, t_rows, t_step, weight_ptr, keep, live, c, exists & (c < weighted), classes,
+                    ignore_index, on, off, TARGET, ACC,
                 )  # fmt: skip
             grad = tl.where(c == true, g_true, grad * slope)
-            tl.store(out_row + j, tl.where(wanted, grad, 0.0).to(OUT), mask=exists)
+            tl.store(out_row + j, convert(tl.where(wanted, grad, 0.0), OUT), mask=exists)

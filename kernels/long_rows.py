@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .cross_entropy import close_rows, mean_share, spread, store_rows, true_gradient
-from .rows import absorb, exponential, lowest, row_offsets, smoothing_terms
+from .rows import absorb, convert, exponential, lowest, rounded_product, row_offsets, smoothing_terms
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def long_spread(
 ):  # fmt: skip
     """Return a at the classes c of one row, without the labelled class's t."""
     t = TARGET(target_ptr, t_rows, c, exists[:, None], live, classes, ignore_index, t_step, ACC)[2]
-    a = spread(t, keep, on, off, weight_ptr, c, exists, target_ptr.dtype.element_ty.is_floating(), ACC)
+    a = spread(t, keep, on, off, weight_ptr, c, exists, target_ptr.dtype.element_ty.is_floating(), False, ACC)
     return tl.reshape(a, c.shape)
 
 
@@ -98,7 +98,7 @@ def join(m, s, total, dot):
     """Bring m, s, sum a and <a, z - m> of the parts of rows together, all (rows, parts)."""
     row_m = tl.max(m, axis=1)
     delta = m - row_m[:, None]
-    s = tl.sum(s * exponential(delta), axis=1)
+    s = tl.sum(rounded_product(s, exponential(delta)), axis=1)
     dot = tl.sum(dot + tl.where(total == 0.0, 0.0, total * delta), axis=1)
     return row_m, s, tl.sum(total, axis=1), dot
 
@@ -177,7 +177,7 @@ def long_gradient(
                     target_ptr, t_rows, t_step, weight_ptr, keep, live, c, c < classes, classes, ignore_index, on, off,
                     TARGET, ACC,
                 )  # fmt: skip
-            tl.store(out_row + start + tl.arange(0, CLASSES), grad.to(OUT))
+            tl.store(out_row + start + tl.arange(0, CLASSES), convert(grad, OUT))
         for start in range(high, end, EDGE):
             j, c, exists = positions(start, skip, end, EDGE)
             z = tl.load(z_row + j, mask=exists, other=float("-inf")).to(ACC)
@@ -188,7 +188,7 @@ def long_gradient(
                     TARGET, ACC,
                 )  # fmt: skip
             grad = tl.where(c == true, g_true, grad)
-            tl.store(out_row + j, grad.to(OUT), mask=exists)
+            tl.store(out_row + j, convert(grad, OUT), mask=exists)
     fill_stop = tl.where(fill, stop, begin)
     fill_edge = tl.where(fill, edge, begin)
     for part in range(3):

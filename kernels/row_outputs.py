@@ -14,6 +14,7 @@ from .cross_entropy import close_rows, spread, true_gradient
 from .rows import (
     absorb,
     along,
+    convert,
     expm1,
     exponential,
     lane_max,
@@ -69,9 +70,15 @@ def effective(z, scale, softcap, ACC: tl.constexpr):
 
 
 @triton.jit
+def moved(u, s, delta):
+    """Return u for a maximum that is higher by -delta, before its terms are scaled by exp(delta)."""
+    return u + tl.where(s == 0.0, 0.0, s * delta)
+
+
+@triton.jit
 def shifted(u, s, delta):
     """Return u for a maximum that is higher by -delta."""
-    return (u + tl.where(s == 0.0, 0.0, s * delta)) * exponential(delta)
+    return moved(u, s, delta) * exponential(delta)
 
 
 @triton.jit
@@ -114,14 +121,14 @@ def store_outputs(
     u = shifted(u, s, delta) + tl.where(e_true == 0.0, 0.0, e_true * x_true)
     entropy = log_s - u / (s * exponential(delta) + e_true)
     if loss_ptr is not None:
-        tl.store(loss_ptr + rows, loss.to(loss_ptr.dtype.element_ty), mask=live)
+        tl.store(loss_ptr + rows, convert(loss, loss_ptr.dtype.element_ty), mask=live)
     if lse_ptr is not None:
         lse = tl.where(tl.abs(shift) == float("inf"), shift, shift + log_s)
-        tl.store(lse_ptr + rows, lse.to(lse_ptr.dtype.element_ty), mask=live)
+        tl.store(lse_ptr + rows, convert(lse, lse_ptr.dtype.element_ty), mask=live)
     if prediction_ptr is not None:
         tl.store(prediction_ptr + rows, index.to(tl.int64), mask=live)
     if entropy_ptr is not None:
-        tl.store(entropy_ptr + rows, entropy.to(entropy_ptr.dtype.element_ty), mask=live)
+        tl.store(entropy_ptr + rows, convert(entropy, entropy_ptr.dtype.element_ty), mask=live)
     if stats_ptr is not None:
         tl.store(stats_ptr + rows * 4, shift, mask=live)
         tl.store(stats_ptr + rows * 4 + 1, log_s, mask=live)
@@ -156,7 +163,8 @@ def at_label(
 ):  # fmt: skip
     """Return the labelled class's gradient by z, in which no digit cancels where the row is confident."""
     x, slope = effective(z_true, scale, softcap, ACC)
-    grad = by_logits(x, m, log_s, total, entropy, g_loss * 0.0, g_lse, g_entropy, ENTROPY)
+    nothing = tl.zeros(total.shape, ACC)  # g_loss * 0 would be NaN times an infinite A
+    grad = by_logits(x, m, log_s, nothing, entropy, nothing, g_lse, g_entropy, ENTROPY)
     return slope * (grad + true_gradient(x, m, log_s, total, g_loss, label, on, off, weight_ptr, ACC))
 
 
@@ -188,7 +196,7 @@ def row_outputs_forward(
         a = x
         if spreads:
             t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
-            a = spread(t, keep, on, off, weight_ptr, c, exists, dense, ACC)
+            a = spread(t, keep, on, off, weight_ptr, c, exists, dense, True, ACC)
         others = tl.where(c[:, None] == label[None, :], float("-inf"), x)
         at = c[:, None] + tl.zeros(x.shape, tl.int32)
         state = absorb_row(x, others, a, at, state, spreads, entropy_ptr is not None, prediction_ptr is not None)
@@ -246,7 +254,10 @@ def row_outputs_backward(
         )  # fmt: skip
         if g_loss_ptr is not None and (dense or smoothing is not None):
             t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
-            grad -= g_loss[None, :] * spread(t, keep, on, off, weight_ptr, c, exists, dense, ACC)
+            a = spread(t, keep, on, off, weight_ptr, c, exists, dense, False, ACC)
+            if weight_ptr is not None:
+                a = tl.where(keep[None, :] == 0.0, 0.0, a)  # an infinite weight's is NaN in ignored rows
+            grad -= g_loss[None, :] * a
         grad = tl.where(c[:, None] == label[None, :], g_true[None, :], grad * slope)
         grad = tl.where(wanted[None, :], grad, 0.0)
-        tl.store(out_rows[None, :] + steps * out_step, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_rows[None, :] + steps * out_step, convert(grad, grad_ptr.dtype.element_ty), mask=inside)

@@ -140,6 +140,25 @@ def exponential(x):
 
 
 @triton.jit
+def rounded_product(x, y):
+    """Return x * y for a sum over lanes.
+
+    Lanes add their neighbour's term to their own. The compiler fuses a plain product into that addition, but cannot
+    fuse the product that came from the neighbour: one term exact, one rounded, and two lanes that should hold the same
+    sum differ in its last bits. A product that is already a fused multiply-add is not fused again, and costs the same.
+    """
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
+def convert(x, DTYPE: tl.constexpr):
+    """Return x as DTYPE, to 16 bits by way of float32: Triton's interpreter cannot convert float64 to bfloat16."""
+    if DTYPE.primitive_bitwidth < 32:
+        x = x.to(tl.float32)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def lowest(SIZE: tl.constexpr, ACC: tl.constexpr):
     """Return a vector of the lowest finite number, where a running maximum starts."""
     if ACC == tl.float64:

@@ -10,7 +10,7 @@ contiguous tensors. TARGET is slice_target; class probabilities are not looked a
 import triton
 import triton.language as tl
 
-from .cross_entropy import join_true, store_rows
+from .cross_entropy import join_true, row_loss, store_rows
 from .rows import class_weight, exponential, row_offsets, smoothing_terms
 
 
@@ -73,7 +73,7 @@ def cross_entropy_close(
         place += 2 * rows
     if dense:
         log_s = tl.log(s)
-        loss = total * log_s - dot
+        loss = row_loss(log_s, total, dot, WEIGHTED)
         weight = tl.full((BLOCK,), 1.0, ACC)
     else:
         keep = TARGET(target_ptr, number, number, live[None, :], live, classes, ignore_index, 0, ACC)[1]
@@ -82,7 +82,7 @@ def cross_entropy_close(
         if WEIGHTED:
             w_true = tl.load(place + 2 * rows, mask=live, other=0.0)
         a_true = smoothing_terms(smoothing, classes, ACC)[0] * w_true
-        log_s, total, loss = join_true(s, total, dot, z_true, a_true, keep)
+        log_s, total, loss = join_true(s, total, dot, z_true, a_true, keep, WEIGHTED)
         weight = tl.where(keep == 1.0, w_true, 0.0)
     store_rows(
         loss_ptr, stats_ptr, sums_ptr, None, denominator_ptr, number, live, m, log_s, total, loss, weight,

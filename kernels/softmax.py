@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .long_rows import positions
-from .rows import absorb, exponential, lane_sum, load_tile, lowest, row_offsets, row_tile
+from .rows import absorb, convert, exponential, lane_sum, load_tile, lowest, rounded_product, row_offsets, row_tile
 
 
 @triton.jit
@@ -52,6 +52,21 @@ def inner_product(y, g, LOG: tl.constexpr):
 
 
 @triton.jit
+def tile_product(y, g, start, live, classes, LOG: tl.constexpr):
+    """Return inner_product of the classes from `start` on of a tile's rows.
+
+    A row may lie across lanes here. Products are replaced outside the tile, not factors: the selection keeps the
+    compiler from fusing a product into the lanes' sum, see rounded_product.
+    """
+    inside = (start + tl.arange(0, y.shape[0]) < classes)[:, None] & live[None, :]
+    if LOG:
+        x = g
+    else:
+        x = g * y
+    return lane_sum(tl.where(inside, x, 0.0))
+
+
+@triton.jit
 def input_gradient(y, g, dot, LOG: tl.constexpr):
     """Return the gradient of a block of the input."""
     if LOG:
@@ -74,7 +89,7 @@ def store_tile(ptr, rows, step, start, live, classes, x, CLASSES: tl.constexpr):
     """Store a block of a tile's rows."""
     c = start + tl.arange(0, CLASSES)
     inside = (c < classes)[:, None] & live[None, :]
-    tl.store(ptr + (rows[None, :] + c.to(tl.int64)[:, None] * step), x.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(ptr + (rows[None, :] + c.to(tl.int64)[:, None] * step), convert(x, ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -126,18 +141,16 @@ def softmax_backward(
     g_step = upstream_strides[len(sizes)]
     x_step = grad_strides[len(sizes)]
     if WHOLE:
-        inside = (tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]
         y = tile_block(out_ptr, y_rows, y_step, 0, live, classes, CLASSES, ACC)
-        g = tl.where(inside, tile_block(upstream_ptr, g_rows, g_step, 0, live, classes, CLASSES, ACC), 0.0)
-        dot = inner_product(tl.where(inside, y, 0.0), g, LOG)
+        g = tile_block(upstream_ptr, g_rows, g_step, 0, live, classes, CLASSES, ACC)
+        dot = tile_product(y, g, 0, live, classes, LOG)
         store_tile(grad_ptr, x_rows, x_step, 0, live, classes, input_gradient(y, g, dot[None, :], LOG), CLASSES)
     else:
         dot = tl.zeros((ROWS,), ACC)
         for start in range(0, classes, CLASSES):
-            inside = (start + tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]
             y = tile_block(out_ptr, y_rows, y_step, start, live, classes, CLASSES, ACC)
-            g = tl.where(inside, tile_block(upstream_ptr, g_rows, g_step, start, live, classes, CLASSES, ACC), 0.0)
-            dot += inner_product(tl.where(inside, y, 0.0), g, LOG)
+            g = tile_block(upstream_ptr, g_rows, g_step, start, live, classes, CLASSES, ACC)
+            dot += tile_product(y, g, start, live, classes, LOG)
         for start in range(0, classes, CLASSES):
             y = tile_block(out_ptr, y_rows, y_step, start, live, classes, CLASSES, ACC)
             g = tile_block(upstream_ptr, g_rows, g_step, start, live, classes, CLASSES, ACC)
@@ -201,14 +214,14 @@ def softmax_long_forward(
         z = tl.load(z_row + j, mask=exists, other=float("-inf")).to(ACC)
         m, s = stream(tl.reshape(z, (1, LANES, VECTOR)), m, s)
     row_m = tl.max(m, axis=0)
-    norm = normaliser(tl.sum(s * exponential(m - row_m), axis=0), LOG)
+    norm = normaliser(tl.sum(rounded_product(s, exponential(m - row_m)), axis=0), LOG)
     for start in range(first, high, CLASSES):
         z = tl.load(z_row + start + tl.arange(0, CLASSES)).to(ACC)
-        tl.store(out_row + start + tl.arange(0, CLASSES), normalised(z, row_m, norm, LOG).to(OUT))
+        tl.store(out_row + start + tl.arange(0, CLASSES), convert(normalised(z, row_m, norm, LOG), OUT))
     for start in range(ends, stop, EDGE):
         j, exists = masked(start, high, skip, stop, EDGE)
         z = tl.load(z_row + j, mask=exists, other=float("-inf")).to(ACC)
-        tl.store(out_row + j, normalised(z, row_m, norm, LOG).to(OUT), mask=exists)
+        tl.store(out_row + j, convert(normalised(z, row_m, norm, LOG), OUT), mask=exists)
 
 
 @triton.jit
@@ -249,9 +262,9 @@ def softmax_long_backward(
         j = start + tl.arange(0, CLASSES)
         y = tl.load(y_row + j).to(ACC)
         g = tl.load(g_row + j).to(ACC)
-        tl.store(x_row + j, input_gradient(y, g, dot, LOG).to(OUT))
+        tl.store(x_row + j, convert(input_gradient(y, g, dot, LOG), OUT))
     for start in range(ends, stop, EDGE):
         j, exists = masked(start, high, skip, stop, EDGE)
         y = tl.load(y_row + j, mask=exists, other=0.0).to(ACC)
         g = tl.load(g_row + j, mask=exists, other=0.0).to(ACC)
-        tl.store(x_row + j, input_gradient(y, g, dot, LOG).to(OUT), mask=exists)
+        tl.store(x_row + j, convert(input_gradient(y, g, dot, LOG), OUT), mask=exists)

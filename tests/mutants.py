@@ -39,6 +39,7 @@ KERNEL, LONG, ROWS, LAUNCH, TORCH, TARGETS, CHUNKS, LINEAR = (
     "softmax_fused/_linear.py",
 )
 PATCHING, SOFTMAX, OUTPUTS = "softmax_fused/patching.py", "kernels/softmax.py", "kernels/row_outputs.py"
+LONG_OUTPUTS = "kernels/long_row_outputs.py"
 TORCH_OUTPUTS = "softmax_fused/_torch_row_outputs.py"
 SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR = (
     "kernels/slices.py",
@@ -54,19 +55,24 @@ OWN = {
     LINEAR: LINEAR_TESTS,
     SOFTMAX: ("softmax",),
     OUTPUTS: ("row_outputs",),
+    LONG_OUTPUTS: ("row_outputs",),
     TORCH_OUTPUTS: ("row_outputs",),
     **dict.fromkeys((SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR), ("distributed_loss",)),
     **dict.fromkeys((RANKS, SHARES, LOOP, FOLDER), ("training_parallel",)),
 }
 MUTANTS = {
     "tile reads classes beyond C": Mutant(KERNEL, "inside = exists[:, None] & live[None, :]\n        z = load_tile", "inside = (exists | True)[:, None] & live[None, :]\n        z = load_tile"),
-    "tile's gradient written beyond C": Mutant(KERNEL, "grad.to(grad_ptr.dtype.element_ty), mask=inside", "grad.to(grad_ptr.dtype.element_ty), mask=live[None, :]"),
+    "tile's gradient written beyond C": Mutant(KERNEL, "convert(grad, grad_ptr.dtype.element_ty), mask=inside", "convert(grad, grad_ptr.dtype.element_ty), mask=live[None, :]"),
     "running sum not rescaled": Mutant(ROWS, "s = s * exponential(m - m_new) +", "s = s +"),
     "running maximum starts too high": Mutant(ROWS, "-3.4028234663852886e38", "-1e38"),
     "0 * (-inf) is NaN": Mutant(ROWS, "lane_sum(tl.where(a == 0.0, 0.0, a * (z - along(m_new, z))))", "lane_sum(a * (z - along(m_new, z)))"),
     "<a, z - m> not shifted with m": Mutant(ROWS, "dot += tl.where(total == 0.0, 0.0, total * (m - m_new))", "dot += 0.0"),
     "true class cancels in the loss": Mutant(KERNEL, "tl.where(e_true == 1.0, log1p(s), tl.log(s + e_true))", "tl.log(s + e_true)"),
-    "true class cancels in the gradient": Mutant(KERNEL, "expm1((z_true - shift) - log_s)", "(tl.exp((z_true - shift) - log_s) - 1.0)"),
+    "true class cancels in the gradient": Mutant(KERNEL, "total * expm1(log_p)", "total * (tl.exp(log_p) - 1.0)"),
+    "infinite weight's loss is NaN": Mutant(KERNEL, "tl.where(infinite & (loss != loss), total, loss)", "loss"),
+    "infinite weight spoils the true class of other rows": Mutant(KERNEL, "grad = tl.where(tl.abs(total) == float(\"inf\"), total * exponential(log_p) - a_true, grad)", "pass"),
+    "NaN logits hidden by an infinite weight": Mutant(KERNEL, " & (tl.abs(log_s) < float(\"inf\"))", ""),
+    "16-bit stores not through float32": Mutant(ROWS, "if DTYPE.primitive_bitwidth < 32:", "if DTYPE.primitive_bitwidth < 16:"),
     "true class counted twice": Mutant(LONG, 'tl.where(c == true, float("-inf"), z)', "z"),
     "true class's gradient forgotten": Mutant(LONG, "grad = tl.where(c == true, g_true, grad)", "grad = grad"),
     "m and log s saved as one": Mutant(LONG, "scale * exponential(z - shift)", "g * total * exponential(z - (shift + log_s))"),
@@ -86,14 +92,14 @@ MUTANTS = {
     "the last program does not reduce": Mutant(KERNEL, "== tl.num_programs(0) - 1:", "== tl.num_programs(0):"),
     "zero weight sum is not NaN": Mutant(KERNEL, 'weight = tl.where(weight == 0.0, float("nan"), weight)', "weight = weight"),
     "weight ignored for the true class": Mutant(KERNEL, "a_true = tl.where(labelled, on * w_true, 0.0)", "a_true = tl.where(labelled, on, 0.0)"),
-    "weight ignored in smoothing": Mutant(KERNEL, "return a * class_weight(weight_ptr, c, exists, ACC)[:, None]", "return a"),
+    "weight ignored in smoothing": Mutant(KERNEL, "w = class_weight(weight_ptr, c, exists, ACC)[:, None]", "w = class_weight(None, c, exists, ACC)[:, None]"),
     "smoothing dropped from the gradient": Mutant(KERNEL, "grad -= g[None, :] * spread", "grad -= 0.0 * spread"),
     "partial sums added up twice": Mutant(KERNEL, "tl.load(sums_ptr + programs + i,", "tl.load(sums_ptr + i,"),
     "a row's beginning is read unaligned": Mutant(LONG, "tl.where((skip > 0) & (begin < edge) & (begin == 0), EDGE, begin)", "begin"),
     "a row's end is forgotten": Mutant(LONG, "tl.where(part == 2, tl.where(found, stop, low)", "tl.where(part == 2, low"),
     "elements before the row are read": Mutant(LONG, "(j >= skip) & (j < end)", "j < end"),
     "parts of a row overlap": Mutant(LONG, "stop = tl.where(wanted, tl.minimum(begin + size, length), begin)", "stop = tl.where(wanted, length, begin)"),
-    "parts of a row joined without rescaling": Mutant(LONG, "s = tl.sum(s * exponential(delta), axis=1)", "s = tl.sum(s, axis=1)"),
+    "parts of a row joined without rescaling": Mutant(LONG, "s = tl.sum(rounded_product(s, exponential(delta)), axis=1)", "s = tl.sum(s, axis=1)"),
     "smoothing in single precision": Mutant(LAUNCH, "return high, value - high", "return high, 0.0"),
     "32-bit row offsets": Mutant(ROWS, "(tile % tiles).to(tl.int64) * ROWS", "(tile % tiles).to(tl.int32) * ROWS"),
     "outer stride forgotten": Mutant(ROWS, "offset += (outer % sizes[i]).to(tl.int64) * strides[i]", "offset += (outer % sizes[i]).to(tl.int64)"),
@@ -133,7 +139,7 @@ MUTANTS = {
     "second-order term dropped": Mutant("softmax_fused/_autograd.py", "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),
     "softmax: beginning of an unaligned row twice": Mutant(SOFTMAX, "tl.where(start < high, 0, start)", "start"),
     "softmax: maximum of one lane": Mutant(SOFTMAX, "row_m = tl.max(m, axis=0)", "row_m = tl.min(m, axis=0)"),
-    "softmax: padding in the sum of gradients": Mutant(SOFTMAX, "g = tl.where(inside, tile_block(upstream_ptr, g_rows, g_step, 0, live, classes, CLASSES, ACC), 0.0)", "g = tile_block(upstream_ptr, g_rows, g_step, 0, live, classes, CLASSES, ACC)"),
+    "softmax: padding in the sum of gradients": Mutant(SOFTMAX, "lane_sum(tl.where(inside, x, 0.0))", "lane_sum(x)"),
     "softmax: logarithm's gradient without the sum": Mutant(SOFTMAX, "x = g - exponential(y) * dot", "x = g - exponential(y)"),
     "softmax: upstream gradient read with the output's strides": Mutant(SOFTMAX, "if upstream_strides is not None:", "if upstream_strides is not None and LOG:"),
     "rows: last of equal maxima": Mutant(OUTPUTS, "index = tl.where(top > best, first, index)", "index = tl.where(top >= best, first, index)"),
@@ -142,6 +148,8 @@ MUTANTS = {
     "rows: slope of the cap forgotten": Mutant(OUTPUTS, "slope *= cap * (1.0 - t * t)", "slope *= cap"),
     "rows: entropy's gradient without H": Mutant(OUTPUTS, "(log_p + entropy))", "log_p)"),
     "rows: ignored row's gradient": Mutant(OUTPUTS, "grad = tl.where(wanted[None, :], grad, 0.0)", "pass"),
+    "rows: infinite weight in ignored rows": Mutant(OUTPUTS, "a = tl.where(keep[None, :] == 0.0, 0.0, a)", "pass"),
+    "long rows: infinite weight in ignored rows": Mutant(LONG_OUTPUTS, "weighted = tl.where(tl.max(keep, axis=0) == 0.0, 0, classes)", "weighted = classes"),
     "torch rows: slope forgotten": Mutant(TORCH_OUTPUTS, "out[at] = by_x.mul_(slope)", "out[at] = by_x"),
     "torch rows: 0 log 0 has no derivative": Mutant(TORCH_OUTPUTS, "return -(log_p.exp() * finite_log(log_p)).sum(1)", "return -torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p).sum(1)"),
     "torch rows: one chunk's upstream for all": Mutant(TORCH_OUTPUTS, "None if g_lse is None else g_lse[part]", "None if g_lse is None else g_lse[: len(g_lse[part])]"),
@@ -195,7 +203,7 @@ def plant(mutant: Mutant, tree: Path) -> None:
 def fails(mutant: Mutant, tree: Path, marks: str) -> bool:
     """Whether a test of those marks fails."""
     tests = [f"tests/test_{name}.py" for name in mutant.tests or OWN.get(mutant.file, TESTS)]
-    on_cpu = mutant.tests or mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {SOFTMAX, OUTPUTS}
+    on_cpu = mutant.tests or mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {SOFTMAX, OUTPUTS, LONG_OUTPUTS}
     place = "not interpreter" if on_cpu else "interpreter or launch"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", marks, "-k", place, *tests]
     run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True)

@@ -164,6 +164,60 @@ def test_error_at_most_half_as_much_again_as_torch(
     assert ours[1] <= 1.5 * torchs[1] + last_place * truth.grad.abs().max().item()
 
 
+SHAPES = {"short": (6, 10), "classes apart": (3, 10, 2), "long": (3, 300), "in parts": (2, 1100)}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+@shapes
+@pytest.mark.parametrize(
+    ("probabilities", "smoothing"),
+    [(False, 0.0), (False, 0.1), (True, 0.1)],
+    ids=["indices", "smoothed indices", "probabilities"],
+)
+def test_infinite_class_weight(kernels: Place, shape: tuple[int, ...], probabilities: bool, smoothing: float) -> None:
+    """As torch: the loss infinite, the gradient NaN in its class, and NaN where torch has NaN only."""
+    z = make_logits(shape, torch.float32, "cpu").detach()
+    z[0, 1] = 9  # the maximum, hence z - m = 0
+    target = make_probabilities(shape, torch.float32, "cpu") if probabilities else make_indices(shape, "cpu") % 9 + 1
+    if not probabilities:
+        target[0], target[1] = 1, 2
+    weight = torch.rand(shape[1]) + 0.5
+    weight[1] = INF
+    for reduction in ("none", "sum", "mean") if shape == SHAPES["short"] else ("none", "mean"):
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        expected_logits, logits = (z.to(device).requires_grad_() for device in ("cpu", kernels.device))
+        expected = F.cross_entropy(expected_logits, target, weight, **options)
+        here = target.to(kernels.device), weight.to(kernels.device)
+        loss = cross_entropy(logits, *here, backend=kernels.backend, **options)
+        upstream = torch.rand(expected.shape) + 0.5
+        (expected_grad,) = torch.autograd.grad(expected, expected_logits, upstream)
+        (grad,) = torch.autograd.grad(loss, logits, upstream.to(kernels.device))
+        for got, torchs in ((loss.detach().cpu(), expected.detach()), (grad.cpu(), expected_grad)):
+            known = ~torchs.isnan()
+            torch.testing.assert_close(got[known], torchs[known])
+        assert reduction == "mean" or expected.isinf().any()
+
+
+def test_infinite_weight_of_a_class_in_a_confident_row(kernels: Place) -> None:
+    """The logarithm of the sum is 0 in rounded numbers, the loss of an unlikely class is not."""
+    logits = torch.tensor([[0.0, 200.0, 0.0]], device=kernels.device)
+    weight = torch.tensor([1.0, 1.0, INF], device=kernels.device)
+    label = torch.tensor([1], device=kernels.device)
+    assert F.cross_entropy(logits, label, weight, reduction="sum", label_smoothing=0.1) == INF
+    options = {"reduction": "sum", "label_smoothing": 0.1, "backend": kernels.backend}
+    assert cross_entropy(logits, label, weight, **options) == INF
+    logits[0, 0] = torch.nan
+    assert cross_entropy(logits, label, weight, **options).isnan()
+
+
+@shapes
+def test_float64_probabilities_of_bfloat16_logits(kernels: Place, shape: tuple[int, ...]) -> None:
+    logits = make_logits(shape, torch.bfloat16, kernels.device)
+    target = make_probabilities(shape, torch.float64, kernels.device)
+    assert_right(kernels, logits, target, reduction="none")
+    assert_right(kernels, logits, target, grad_in_forward=True)
+
+
 def test_mean_over_a_million_rows(place: Place) -> None:
     rows = 100_000 if place == INTERPRETER else 1_000_000  # minutes, there
     logits = make_logits((rows, 2), torch.float32, place.device)

@@ -182,6 +182,37 @@ def test_float32_outputs_of_16_bit_logits(place: Place) -> None:
         assert_right(place, z, target, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("shape", [(5, 11), (2, 300)], ids=str)
+def test_float64_outputs_of_bfloat16_logits(place: Place, shape: tuple[int, ...]) -> None:
+    z, target = make_logits(shape, torch.bfloat16, place.device), make_indices(shape, place.device)
+    rows = cross_entropy_rows(z, target, dtype=torch.float64, backend=place.backend)
+    truth = reference(z, target)
+    for name in SOFT:
+        assert_near(getattr(rows, name).detach(), getattr(truth, name).detach(), torch.float32)
+    leaf = z.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(reference(leaf, target).loss.sum(), leaf)
+    assert_near(torch.autograd.grad(rows.loss.sum(), z)[0], exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(4, 11), (4, 333), (4, 11, 2)], ids=str)
+def test_infinite_weights_leave_ignored_rows_alone(kernels: Place, shape: tuple[int, ...]) -> None:
+    """Their log sum exp has a gradient, whatever 0 times the weight is; other rows are as torch's."""
+    z, target = make_logits(shape, torch.float32, kernels.device), make_indices(shape, kernels.device)
+    target[::2], target[1] = -100, 3
+    weight = torch.rand(shape[1], device=kernels.device)
+    weight[2] = INF
+    rows = cross_entropy_rows(z, target, weight, label_smoothing=0.1, backend="triton")
+    leaf = z.detach().requires_grad_()
+    truth = F.cross_entropy(leaf, target, weight, label_smoothing=0.1, reduction="none")
+    assert torch.equal(rows.loss, truth)
+    assert truth[1].isinf().all()
+    (grad,) = torch.autograd.grad((rows.loss + rows.logsumexp).sum(), z)
+    assert_near(grad[::2], z.detach().double().softmax(1)[::2], torch.float32)
+    (exact,) = torch.autograd.grad((truth + torch.logsumexp(leaf, 1)).sum(), leaf)
+    assert torch.equal(grad[1].isnan(), exact[1].isnan())
+    assert grad[1, 3].eq(INF).all()
+
+
 def test_no_gradient_flows_where_none_is_asked_for(place: Place) -> None:
     z, target = make_logits((4, 10), torch.float32, place.device), make_indices((4, 10), place.device)
     rows = cross_entropy_rows(z, target, backend=place.backend)

@@ -87,3 +87,36 @@ def test_infinite_weights_do_what_they_do_in_torch(soft: bool, sizes: list[int])
         for loss, _ in found:
             torch.testing.assert_close(loss, truth.detach())
         torch.testing.assert_close(torch.cat([grad for _, grad in found], 1), exact, equal_nan=True)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("shape", [(5, 23), (2, 700)], ids=str)
+def test_infinite_class_weight(kernels: Place, shape: tuple[int, ...], soft: bool) -> None:
+    logits, target, weight = problem(shape, torch.float32, soft, True, 0)
+    logits[0, 1] = 9  # the maximum, hence z - m = 0
+    weight[1] = torch.inf
+    logits.requires_grad_()
+    expected = F.cross_entropy(logits, target, weight, label_smoothing=0.1, reduction="none")
+    upstream = torch.rand(shape[0]) + 0.5
+    (expected_grad,) = torch.autograd.grad(expected, logits, upstream)
+    assert expected[0] == torch.inf
+    spec = make_spec(logits, target, "none", -100, 0.1, torch.float32)._replace(classes=shape[1])
+    here = (tensor.to(kernels.device) for tensor in (logits.detach(), target, weight))
+    found = brought_together(kernels, *here, SHAPES[shape], spec, upstream.to(kernels.device))
+    live = torch.ones(shape[0], dtype=torch.bool) if soft else target != -100
+    assert torch.equal(found[0][0].cpu(), expected.detach())
+    grad = torch.cat([grad for _, grad in found], 1)
+    torch.testing.assert_close(grad.cpu()[live], expected_grad[live], equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(5, 23), (2, 700)], ids=str)
+def test_float64_probabilities_of_bfloat16_logits(kernels: Place, shape: tuple[int, ...]) -> None:
+    logits, target, _ = (
+        it if it is None else it.to(kernels.device) for it in problem(shape, torch.float64, True, False, 0)
+    )
+    logits = logits.to(torch.bfloat16)
+    spec = make_spec(logits, target, "sum", -100, 0.0, torch.float64)._replace(classes=shape[1])
+    found = brought_together(kernels, logits, target, None, SHAPES[shape], spec, target.new_ones(()))
+    truth = reference.cross_entropy(logits, target, reduction="sum")
+    assert_close(found[0][0], truth.loss, torch.float32)
+    assert_close(torch.cat([grad for _, grad in found], 1), truth.grad, torch.bfloat16)

@@ -98,7 +98,11 @@ def test_upstream_gradients_of_any_strides(place: Place, classes: int, name: str
 
 
 @names
-@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float64)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float16, torch.float32), (torch.float32, torch.float64), (torch.bfloat16, torch.float64)],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", [(4, 10), (3, 500), (2, 6, 40)], ids=str)
 def test_result_of_another_type(place: Place, shape: tuple[int, ...], dtypes: Any, name: str) -> None:
     assert_right(place, name, make_logits(shape, dtypes[0], place.device), 1, dtypes[1])
