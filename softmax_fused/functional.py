@@ -26,8 +26,9 @@ HAND_OVER = 2**20
 left to save: (60000, 10) took 1.0 to 1.5 times as long on the chunked path."""
 
 HAND_OVER_FORWARD = 2**25
-"""The same for the loss alone, in bytes of logits, as torch allocates one buffer of that size: (4096, 1000) took 1.2
-times as long in float32, (512, 32000) in bfloat16. From 32 MiB on, glibc returns a freed buffer to the system."""
+"""The same in bytes of logits, for the loss alone, as torch allocates one buffer of that size: (4096, 1000) took 1.2
+times as long in float32, (512, 32000) in bfloat16. From 32 MiB on, glibc returns a freed buffer to the system. With the
+gradient, too, for 16-bit logits: converting chunks to float32 and back takes what one buffer instead of three saves."""
 
 
 @functools.cache
@@ -94,6 +95,14 @@ def small_on_cpu(input: Tensor) -> bool:
     if size < HAND_OVER:
         return True
     return size * input.itemsize < HAND_OVER_FORWARD and not (input.requires_grad and torch.is_grad_enabled())
+
+
+def handed_over(input: Tensor, inplace_backward: bool) -> bool:
+    """Whether torch's own operator computes the loss under backend="auto"."""
+    if small_on_cpu(input):
+        return True
+    sixteen_bits = type(input) is torch.Tensor and input.is_cpu and input.itemsize == 2 and not inplace_backward
+    return sixteen_bits and input.numel() * 2 < HAND_OVER_FORWARD and automatic("cpu") == "torch"
 
 
 def zero_times_infinity(loss: Tensor) -> bool:
@@ -196,7 +205,7 @@ def cross_entropy(
         raise ValueError("grad_in_forward and inplace_backward exclude each other; got True for both")
     if torch.compiler.is_compiling():
         return compiled(input, target, weight, ignore_index, reduction, label_smoothing, backend)
-    if backend == "auto" and small_on_cpu(input):
+    if backend == "auto" and handed_over(input, inplace_backward):
         loss = torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
         if (weight is None and target.ndim < input.ndim) or not zero_times_infinity(loss):
             return loss

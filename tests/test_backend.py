@@ -129,6 +129,19 @@ def test_auto_on_the_cpu_hands_small_inputs_to_torch(monkeypatch: pytest.MonkeyP
     assert len(calls) == 1
 
 
+def test_auto_on_the_cpu_hands_16_bits_to_torch_as_long_as_buffers_come_without_page_faults() -> None:
+    target = torch.zeros(512, dtype=torch.long)
+    for classes, dtype, name in (
+        (32_000, torch.bfloat16, "NllLossBackward0"),
+        (33_000, torch.bfloat16, "CrossEntropyBackward"),
+        (16_000, torch.float32, "CrossEntropyBackward"),
+    ):
+        logits = torch.zeros(512, classes, dtype=dtype, requires_grad=True)
+        assert type(cross_entropy(logits, target).grad_fn).__name__ == name
+    made = torch.zeros(512, 16_000, dtype=torch.bfloat16, requires_grad=True) * 1
+    assert type(cross_entropy(made, target, inplace_backward=True).grad_fn).__name__ == "CrossEntropyBackward"
+
+
 def test_auto_takes_the_better_limit_at_every_size() -> None:
     logits, inf = torch.zeros(2, 4), float("inf")
     logits[:, 2:] = -inf
