@@ -37,14 +37,14 @@ def spread(t, keep, on, off, weight_ptr, c, exists, DENSE: tl.constexpr, SUMMED:
 
     SUMMED: the caller adds up a row's a, which may lie across lanes.
     """
-    a = tl.where(exists[:, None], (keep * off)[None, :], 0.0)
+    a = (keep * off)[None, :]
+    if weight_ptr is None:
+        a = tl.where(exists[:, None], a, 0.0)
     if DENSE:
         a += on * t
-    w = class_weight(weight_ptr, c, exists, ACC)[:, None]
-    if SUMMED and weight_ptr is not None:
-        a = rounded_product(a, w)
-    else:
-        a *= w
+    if weight_ptr is not None:
+        w = class_weight(weight_ptr, c, exists, ACC)[:, None]  # 0 outside the classes
+        a = rounded_product(a, w) if SUMMED else a * w
     return a
 
 
@@ -94,8 +94,6 @@ def join_true(s, total, dot, z_true, a_true, keep, WEIGHTED: tl.constexpr):
     e_true = exponential(z_true)
     log_s = tl.where(e_true == 1.0, log1p(s), tl.log(s + e_true))
     total = (total + a_true) * keep
-    if WEIGHTED:
-        total = tl.where(keep == 0.0, 0.0, total)
     loss = row_loss(log_s, total, dot + tl.where(a_true == 0.0, 0.0, a_true * z_true), WEIGHTED)
     return log_s, total, tl.where(keep != 0.0, loss, 0.0)
 

@@ -55,7 +55,7 @@ def row_outputs_long_forward(
             if spreads:
                 a = long_spread(
                     target_ptr, t_rows, t_step, weight_ptr, keep, live, c, c < classes, classes, ignore_index, on, off,
-                    TARGET, ACC,
+                    TARGET, True, ACC,
                 )  # fmt: skip
                 a = tl.reshape(a, (CLASSES // EDGE, LANES, VECTOR))
             at = tl.reshape(c, (CLASSES // EDGE, LANES, VECTOR))
@@ -68,7 +68,7 @@ def row_outputs_long_forward(
             if spreads:
                 a = long_spread(
                     target_ptr, t_rows, t_step, weight_ptr, keep, live, c, exists, classes, ignore_index, on, off,
-                    TARGET, ACC,
+                    TARGET, True, ACC,
                 )  # fmt: skip
                 a = tl.reshape(a, (1, LANES, VECTOR))
             state = absorb_row(x, others, a, at, state, spreads, entropy_ptr is not None, prediction_ptr is not None)
@@ -137,7 +137,7 @@ def row_outputs_long_backward(
                 c = start + tl.arange(0, CLASSES) - skip
                 grad -= g_loss * long_spread(
                     target_ptr, t_rows, t_step, weight_ptr, keep, live, c, c < weighted, classes, ignore_index, on, off,
-                    TARGET, ACC,
+                    TARGET, False, ACC,
                 )  # fmt: skip
             tl.store(out_row + start + tl.arange(0, CLASSES), convert(tl.where(wanted, grad * slope, 0.0), OUT))
         for start in range(high, end, EDGE):
@@ -148,7 +148,7 @@ def row_outputs_long_backward(
             if spreads:
                 grad -= g_loss * long_spread(
                     target_ptr, t_rows, t_step, weight_ptr, keep, live, c, exists & (c < weighted), classes,
-                    ignore_index, on, off, TARGET, ACC,
+                    ignore_index, on, off, TARGET, False, ACC,
                 )  # fmt: skip
             grad = tl.where(c == true, g_true, grad * slope)
             tl.store(out_row + j, convert(tl.where(wanted, grad, 0.0), OUT), mask=exists)

@@ -50,11 +50,11 @@ def long_output(grad_ptr, number, aligned, skip, sizes, grad_strides):
 @triton.jit
 def long_spread(
     target_ptr, t_rows, t_step, weight_ptr, keep, live, c, exists, classes, ignore_index, on, off,
-    TARGET: tl.constexpr, ACC: tl.constexpr,
+    TARGET: tl.constexpr, SUMMED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Return a at the classes c of one row, without the labelled class's t."""
     t = TARGET(target_ptr, t_rows, c, exists[:, None], live, classes, ignore_index, t_step, ACC)[2]
-    a = spread(t, keep, on, off, weight_ptr, c, exists, target_ptr.dtype.element_ty.is_floating(), False, ACC)
+    a = spread(t, keep, on, off, weight_ptr, c, exists, target_ptr.dtype.element_ty.is_floating(), SUMMED, ACC)
     return tl.reshape(a, c.shape)
 
 
@@ -128,7 +128,7 @@ def long_statistics(
                 c = start + tl.arange(0, CLASSES) - skip
                 a = long_spread(
                     target_ptr, t_rows, t_step, weight_ptr, keep, live, c, c < classes, classes, ignore_index, on, off,
-                    TARGET, ACC,
+                    TARGET, True, ACC,
                 )  # fmt: skip
                 a = tl.reshape(a, (REPEATS, LANES, VECTOR))
             m, s, total, dot = absorb(z, z, a, m, s, total, dot, SPREAD)
@@ -140,7 +140,7 @@ def long_statistics(
             if SPREAD:
                 a = long_spread(
                     target_ptr, t_rows, t_step, weight_ptr, keep, live, c, exists, classes, ignore_index, on, off,
-                    TARGET, ACC,
+                    TARGET, True, ACC,
                 )  # fmt: skip
                 a = tl.reshape(a, (1, LANES, VECTOR))
             m, s, total, dot = absorb(tl.reshape(z, (1, LANES, VECTOR)), others, a, m, s, total, dot, SPREAD)
@@ -158,7 +158,9 @@ def long_gradient(
     EDGE: tl.constexpr = LANES * VECTOR
     OUT: tl.constexpr = grad_ptr.dtype.element_ty
     true = tl.max(label, axis=0)
-    z_true = tl.load(z_row + skip + label, mask=label >= 0, other=0.0).to(ACC)
+    position = skip + label
+    here = (label >= 0) & ((position >= begin) & (position < stop))  # in place, another program may be writing there
+    z_true = tl.load(z_row + position, mask=here, other=0.0).to(ACC)
     g_true = true_gradient(z_true, shift, log_s, total, g, label, on, off, weight_ptr, ACC)
     scale = g * total * tl.exp(-log_s)
     tl.debug_barrier()  # the gradient may be written over the logits: every thread has z_true
@@ -175,7 +177,7 @@ def long_gradient(
                 c = start + tl.arange(0, CLASSES) - skip
                 grad -= g * long_spread(
                     target_ptr, t_rows, t_step, weight_ptr, keep, live, c, c < classes, classes, ignore_index, on, off,
-                    TARGET, ACC,
+                    TARGET, False, ACC,
                 )  # fmt: skip
             tl.store(out_row + start + tl.arange(0, CLASSES), convert(grad, OUT))
         for start in range(high, end, EDGE):
@@ -185,7 +187,7 @@ def long_gradient(
             if SPREAD:
                 grad -= g * long_spread(
                     target_ptr, t_rows, t_step, weight_ptr, keep, live, c, exists, classes, ignore_index, on, off,
-                    TARGET, ACC,
+                    TARGET, False, ACC,
                 )  # fmt: skip
             grad = tl.where(c == true, g_true, grad)
             tl.store(out_row + j, convert(grad, OUT), mask=exists)
