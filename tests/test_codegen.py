@@ -62,9 +62,11 @@ NEWEST = Limits(
     },
     {"sm_100": 16},
 )
+BEFORE = NEWEST._replace(elements=NEWEST.elements | {("bfloat16", "both"): (14.63, 2.07)})
 LIMITS = {
     "3.9": NEWEST,
-    "3.8": NEWEST._replace(elements=NEWEST.elements | {("bfloat16", "both"): (14.63, 2.07)}),
+    "3.8": BEFORE,
+    "3.6": BEFORE._replace(stack={"sm_90": 8, "sm_100": 16}),
 }
 VERSION = ".".join(triton.__version__.split(".")[:2])
 
@@ -149,7 +151,9 @@ def test_long_rows_stay_within_limits(folder: Path) -> None:
             "registers": record["registers"] <= 40,
         }
         problems += [f"{name}: {record}" for name, fine in within.items() if not fine]
-    hold(problems + [f"local memory: {record}" for record in records if record["local_accesses"]])
+    if "sm_90" not in limits().stack:
+        problems += [f"local memory: {record}" for record in records if record["local_accesses"]]
+    hold(problems)
 
 
 BODY = """
