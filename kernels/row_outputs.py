@@ -115,7 +115,8 @@ def store_outputs(
     """Store what is asked for, and (m, log s, A, H) of each row for backward."""
     m, s, total, dot, u, _, index = state
     shift, log_s, total, loss, _ = close_rows(m, s, total, dot, x_true, label, keep, on, weight_ptr, ACC)
-    total = tl.where(keep == 0.0, 0.0, total)  # an infinite weight's is NaN
+    if weight_ptr is not None:
+        total = tl.where(keep == 0.0, 0.0, total)  # an infinite weight's is NaN in ignored rows
     delta = m - shift
     x_true -= shift
     e_true = exponential(x_true)

@@ -152,8 +152,8 @@ def rounded_product(x, y):
 
 @triton.jit
 def convert(x, DTYPE: tl.constexpr):
-    """Return x as DTYPE, to 16 bits by way of float32: Triton's interpreter cannot convert float64 to bfloat16."""
-    if DTYPE.primitive_bitwidth < 32:
+    """Return x as DTYPE, to bfloat16 by way of float32: Triton's interpreter has no other way from float64."""
+    if DTYPE == tl.bfloat16:
         x = x.to(tl.float32)
     return x.to(DTYPE)
 

@@ -72,7 +72,7 @@ MUTANTS = {
     "infinite weight's loss is NaN": Mutant(KERNEL, "tl.where(infinite & (loss != loss), total, loss)", "loss"),
     "infinite weight spoils the true class of other rows": Mutant(KERNEL, "grad = tl.where(tl.abs(total) == float(\"inf\"), total * exponential(log_p) - a_true, grad)", "pass"),
     "NaN logits hidden by an infinite weight": Mutant(KERNEL, " & (tl.abs(log_s) < float(\"inf\"))", ""),
-    "16-bit stores not through float32": Mutant(ROWS, "if DTYPE.primitive_bitwidth < 32:", "if DTYPE.primitive_bitwidth < 16:"),
+    "bfloat16 not by way of float32": Mutant(ROWS, "if DTYPE == tl.bfloat16:", "if False:"),
     "true class counted twice": Mutant(LONG, 'tl.where(c == true, float("-inf"), z)', "z"),
     "true class's gradient forgotten": Mutant(LONG, "grad = tl.where(c == true, g_true, grad)", "grad = grad"),
     "m and log s saved as one": Mutant(LONG, "scale * exponential(z - shift)", "g * total * exponential(z - (shift + log_s))"),
