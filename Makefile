@@ -55,12 +55,12 @@ train: $(VENV)/.train ## train softmax regression on Fashion-MNIST with the fuse
 	@echo "Training softmax regression on Fashion-MNIST (30 MB, downloaded once): 10 epochs, about 15 seconds on two cores."
 	$(BIN)/softmax-fused train $(ARGS)
 
-test: $(VENV)/.test ## the tests of everything essential on the CPU, kernels in Triton's interpreter: five minutes
-	@echo "Running the tests, the kernels in Triton's interpreter: about 5 minutes on two cores."
+test: $(VENV)/.test ## the tests of everything essential on the CPU, kernels in Triton's interpreter: four minutes
+	@echo "Running the tests, the kernels in Triton's interpreter: about 4 minutes on two cores."
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.test ## the other tests: more cases, compilation for four GPUs, several processes: ten minutes
-	@echo "Running the slow tests: about 10 minutes on two cores."
+test-slow: $(VENV)/.test ## the other tests: more cases, compilation for four GPUs, several processes: six minutes
+	@echo "Running the slow tests: about 6 minutes on two cores."
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-slow ## every test
