@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 CHUNK = 2**23
 """Elements in a chunk: 32 MiB of float32.
 
-Beside a busy process a core, an operation on a chunk waits for a time slice, so chunks are large: half the size took 1.6
-times as long there. On an idle machine it takes as long in float32, and 0.9 times as long in bfloat16. Twice the size
-takes 1.3 times as long in bfloat16 there, and twice as long for the loss alone in float32.
+Beside a busy process a core, an operation on a chunk waits for a time slice, so chunks are large: half the size took
+1.6 times as long there. On an idle machine it takes as long in float32, and 0.9 times as long in bfloat16. Twice the
+size takes 1.3 times as long in bfloat16 there, and twice as long for the loss alone in float32.
 """
 
 
