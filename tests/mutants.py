@@ -77,7 +77,6 @@ MUTANTS = {
     "true class's gradient forgotten": Mutant(LONG, "grad = tl.where(c == true, g_true, grad)", "grad = grad"),
     "m and log s saved as one": Mutant(LONG, "scale * exponential(z - shift)", "g * total * exponential(z - (shift + log_s))"),
     "ignored rows have a gradient": Mutant(KERNEL, "grad = tl.where(keep[None, :] == 0.0, 0.0, grad)", "grad = grad"),
-    "ignored long rows have a gradient": Mutant(LONG, "read = wanted & (tl.max(keep, axis=0) != 0.0)", "read = wanted"),
     "ignored long rows are left unwritten": Mutant(LONG, "fill_stop = tl.where(fill, stop, begin)", "fill_stop = begin"),
     "ignored rows count in the mean": Mutant(KERNEL, "tl.where(keep == 1.0, 1.0, 0.0))", "1.0)"),
     "mean divides by rows, not weights": Mutant(KERNEL, "return tl.where(label >= 0, w_true,", "return tl.where(label >= 0, 1.0,"),
