@@ -56,11 +56,14 @@ def row_weight(label, keep, weight_ptr, ACC: tl.constexpr):
 
 
 @triton.jit
-def mean_share(weights_ptr, weight, live, rows, DENSE: tl.constexpr, REDUCTION: tl.constexpr, ACC: tl.constexpr):
+def mean_share(
+    weights_ptr, weight, live, rows,
+    DENSE: tl.constexpr, REDUCTION: tl.constexpr, ACC: tl.constexpr, WEIGHT_PARTS: tl.constexpr,
+):  # fmt: skip
     """Return what one row's gradient is multiplied by before anything is known of the other programs' losses.
 
-    For a mean, 1 / denominator: the rows' number, or the weights' sum, in parts from cross_entropy_weights or, in a
-    lone program, its own.
+    For a mean, 1 / denominator: the rows' number, or the weights' sum, in WEIGHT_PARTS parts from
+    cross_entropy_weights or, in a lone program, its own.
     """
     if REDUCTION != "mean":
         denominator = tl.full((), 1.0, ACC)
@@ -70,7 +73,7 @@ def mean_share(weights_ptr, weight, live, rows, DENSE: tl.constexpr, REDUCTION: 
         if weights_ptr is None:
             denominator = tl.sum(tl.where(live, weight, 0.0), axis=0)
         else:
-            denominator = tl.sum(tl.load(weights_ptr + tl.arange(0, 128)), axis=0).to(ACC)
+            denominator = tl.sum(tl.load(weights_ptr + tl.arange(0, WEIGHT_PARTS)), axis=0).to(ACC)
         denominator = tl.where(denominator == 0.0, float("nan"), denominator)
     return 1.0 / denominator
 
@@ -364,7 +367,8 @@ def cross_entropy_both(
     loss_ptr, grad_ptr, stats_ptr, sums_ptr, ticket_ptr, weights_ptr, denominator_ptr,
     logits_ptr, target_ptr, weight_ptr,
     sizes, grad_strides, logits_strides, target_strides, classes, ignore_index, smoothing, rows,
-    TARGET: tl.constexpr, REDUCTION: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    TARGET: tl.constexpr, REDUCTION: tl.constexpr, ACC: tl.constexpr, WEIGHT_PARTS: tl.constexpr, ROWS: tl.constexpr,
+    CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Loss as cross_entropy_forward, and the gradient for an upstream gradient of 1, in one launch.
 
@@ -386,7 +390,7 @@ def cross_entropy_both(
     )  # fmt: skip
     z_true = tl.load(logits_ptr + z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=float("-inf")).to(ACC)
     shift, log_s, total, loss, weight = close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC)
-    g = mean_share(weights_ptr, weight, live, rows, dense, REDUCTION, ACC)
+    g = mean_share(weights_ptr, weight, live, rows, dense, REDUCTION, ACC, WEIGHT_PARTS)
     tile_gradient(
         grad_ptr, out_rows, grad_strides[len(sizes)], logits_ptr, z_rows, z_step, target_ptr, t_rows, t_step,
         weight_ptr, shift, log_s, total, g + tl.zeros((ROWS,), ACC), label, keep, live, classes, ignore_index, on, off,

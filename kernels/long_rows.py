@@ -331,8 +331,8 @@ def cross_entropy_long_both(
     loss_ptr, grad_ptr, stats_ptr, sums_ptr, ticket_ptr, weights_ptr, denominator_ptr,
     logits_ptr, target_ptr, weight_ptr,
     sizes, grad_strides, logits_strides, target_strides, classes, ignore_index, smoothing, rows,
-    TARGET: tl.constexpr, REDUCTION: tl.constexpr, ACC: tl.constexpr, CLASSES: tl.constexpr, LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
+    TARGET: tl.constexpr, REDUCTION: tl.constexpr, ACC: tl.constexpr, WEIGHT_PARTS: tl.constexpr,
+    CLASSES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient as cross_entropy_both, a row a program.
 
@@ -355,7 +355,7 @@ def cross_entropy_long_both(
     )  # fmt: skip
     z_true = tl.load(z_row + skip + label, mask=label >= 0, other=float("-inf")).to(ACC)
     shift, log_s, total, loss, weight = close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC)
-    g = mean_share(weights_ptr, weight, live, rows, dense, REDUCTION, ACC)
+    g = mean_share(weights_ptr, weight, live, rows, dense, REDUCTION, ACC, WEIGHT_PARTS)
     begin, edge, stop = share(classes, skip, 1, number >= 0, CLASSES, LANES * VECTOR)
     long_gradient(
         grad_ptr, out_row, z_row, skip, target_ptr, t_rows, t_step, weight_ptr,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from softmax_fused import _tiles
 from softmax_fused._layout import Rows, describe
+from softmax_fused._tiles import Tile, choose_tile, long_tile, power_of_2, split_rows
 from softmax_fused.kernels.cross_entropy import (
     cross_entropy_backward,
     cross_entropy_both,
@@ -34,76 +35,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from softmax_fused._autograd import Spec
+    from softmax_fused._tiles import LongTile
 
 INTERPRETED = not isinstance(cross_entropy_forward, triton.JITFunction)
 """Whether the kernels run through Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
 
 # Triton 3.10 turns fused multiply-add off by default; the kernels count on it and are as accurate with it.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
-
-
-class Tile(NamedTuple):
-    """What one program takes at a time: ROWS rows, their classes in steps of CLASSES.
-
-    Long rows go one a program (or less, see `split_rows`): `lanes` threads take `vector` neighbouring classes each, as
-    many times as a step needs. Tiles of several rows have no lanes.
-    """
-
-    rows: int
-    classes: int
-    warps: int
-    lanes: int = 0
-    vector: int = 0
-
-
-WARP = 64 if torch.version.hip else 32
-VECTOR_BYTES = 16  # the widest load
-PROGRAMS = 512  # programs that keep every SM of the largest GPUs busy; below, tiles shrink and rows are split
-LONG = 128  # rows of more classes are long: a warp has enough to do with one
-TOGETHER = 16  # classes a step in shorter rows, one row a thread: 10 classes are one step, in registers
-APART = 4  # the same where classes lie apart in memory, a vector of pixels a thread: registers for 4 classes of each
-ALONE = 256  # rows that one program takes at once, so that loss and reduction are one launch
-
-# Long rows: up to so many bytes, so many warps, and vectors of 16 bytes a thread in a step. Two hide the latency, and
-# the running maximum costs one EX2 for both; short rows take one. Few threads a row: short masked heads and tails.
-FORWARD_WARPS = ((4096, 1, 1), (8192, 1, 2), (32768, 2, 2), (math.inf, 4, 2))
-# Loss and gradient in one launch read a row twice, the second time from the L2 cache: the longer the rows, the fewer
-# may be under way at once, so the more threads work on each: beyond 128 KiB at most two rows an SM.
-BOTH_WARPS = ((4096, 1, 1), (8192, 1, 2), (32768, 4, 2), (65536, 8, 2), (131072, 16, 2), (math.inf, 32, 2))
-WEIGHT_PROGRAMS = 128  # programs that sum a mean's denominator, each a part
-
-
-def power_of_2(least: int) -> int:
-    """Return the power of 2 from `least` on; Triton's own function costs a microsecond."""
-    return 1 << (least - 1).bit_length()
-
-
-@functools.lru_cache(1024)
-def long_tile(classes: int, itemsize: int, table: tuple[tuple[float, int, int], ...]) -> Tile:
-    """Return the tile for one long row."""
-    warps, vectors = next(entry[1:] for entry in table if classes * itemsize <= entry[0])
-    warps = min(warps, 16) if itemsize == 8 else warps  # 32 warps leave a thread 64 registers: float64 needs more
-    vector = VECTOR_BYTES // itemsize
-    return Tile(1, vectors * vector * WARP * warps, warps, WARP * warps, vector)
-
-
-@functools.lru_cache(1024)
-def choose_tile(classes: int, sizes: tuple[int, ...], classes_adjacent: bool, itemsize: int) -> Tile:
-    """Return the tile for rows of `sizes` (outer..., inner), not long ones."""
-    rows, inner = math.prod(sizes), sizes[-1]
-    step = min(TOGETHER if classes_adjacent else APART, power_of_2(classes))
-    if classes_adjacent and rows == inner <= ALONE and classes <= step:
-        return Tile(power_of_2(rows), step, max(1, power_of_2(rows) // WARP))
-    width = WARP if classes_adjacent else WARP * VECTOR_BYTES // itemsize
-    warps = 4
-    while warps > 1 and (rows < PROGRAMS * width * warps or inner < width * warps):
-        warps //= 2
-    return Tile(min(power_of_2(inner), width * warps), step, warps)
-
-
-def split_rows(rows: int, classes: int, step: int) -> int:
-    """Return over how many programs to split each long row: more than one where rows are few and steps many."""
-    return max(1, min(PROGRAMS // rows, classes // (2 * step)))
 
 
 def launch(kernel: Any, programs: int, warps: int, device: torch.device, *args: Any) -> None:
@@ -113,16 +51,14 @@ def launch(kernel: Any, programs: int, warps: int, device: torch.device, *args: 
         kernel[(programs,)](*args, num_warps=warps, **OPTIONS)
 
 
-def plan(
-    rows: Rows, itemsize: int, table: tuple[tuple[float, int, int], ...], *strides: tuple[int, ...]
-) -> tuple[Tile, int]:
+def plan(rows: Rows, itemsize: int, table: tuple[LongTile, ...], *strides: tuple[int, ...]) -> tuple[Tile, int]:
     """Return the tile and the number of programs, before long rows are split.
 
     `strides` are those of the logits and, where it is written, of the gradient: it may lie otherwise, when the logits
     share memory.
     """
     adjacent = rows.classes == 1 or all(stride[-1] == 1 for stride in strides)
-    if adjacent and rows.classes > LONG:
+    if adjacent and rows.classes > _tiles.tables.long_row_classes:
         return long_tile(rows.classes, itemsize, table), math.prod(rows.sizes)
     tile = choose_tile(rows.classes, rows.sizes, adjacent, itemsize)
     return tile, math.prod(rows.sizes[:-1]) * -(-rows.sizes[-1] // tile.rows)
@@ -198,7 +134,7 @@ def outputs(logits: Tensor, weight: Tensor | None, spec: Spec, programs: int, sa
 def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save: bool) -> tuple[Tensor, list[Tensor]]:
     """Compute the loss; with `save` also what `gradient` needs: row statistics, and the denominator of a mean."""
     rows = describe(logits, target)
-    tile, programs = plan(rows, logits.itemsize, FORWARD_WARPS, rows.strides[0])
+    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, rows.strides[0])
     parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
     out = outputs(logits, weight, spec, 1 if parts > 1 else programs, save)
     helper, acc = constants(spec)
@@ -276,7 +212,7 @@ def fill_gradient(
         upstream = upstream.expand((*logits.shape[: min(logits.ndim - 1, 1)], *logits.shape[2:]))
     rows = describe(logits, target, grad, upstream)
     logits_strides, target_strides, grad_strides, upstream_strides = rows.strides
-    tile, programs = plan(rows, logits.itemsize, FORWARD_WARPS, logits_strides, grad_strides)
+    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, logits_strides, grad_strides)
     helper, acc = constants(spec)
     tensors = (grad, stats, upstream, denominator, logits, target, packed(weight), rows.sizes)
     options = (ignored(spec), smoothing(spec), wanted == "not one", helper, acc)
@@ -305,13 +241,13 @@ def loss_and_gradient(
     splitting them over programs, as `loss` does, is faster.
     """
     rows = describe(logits, target)
-    tile, programs = plan(rows, logits.itemsize, BOTH_WARPS, rows.strides[0])
+    tile, programs = plan(rows, logits.itemsize, _tiles.tables.two_pass, rows.strides[0])
     if tile.lanes and split_rows(programs, rows.classes, tile.classes) > 1:
         return *loss(logits, target, weight, spec, save=True), None
     grad = torch.empty_like(logits) if grad is None else grad
     rows = describe(logits, target, grad)
     logits_strides, target_strides, grad_strides = rows.strides
-    tile, programs = plan(rows, logits.itemsize, BOTH_WARPS, logits_strides, grad_strides)
+    tile, programs = plan(rows, logits.itemsize, _tiles.tables.two_pass, logits_strides, grad_strides)
     out = outputs(logits, weight, spec, programs, True)
     helper, acc = constants(spec)
     options = (spec.ignore_index, split(spec.label_smoothing))
@@ -319,9 +255,10 @@ def loss_and_gradient(
     if out.sums is not None:
         ticket = logits.new_empty((1,), dtype=torch.int32)
         if spec.reduction == "mean" and spec.indices:
-            weights = logits.new_empty((WEIGHT_PROGRAMS,), dtype=torch.float64)
+            programs_of_weights = _tiles.tables.weight_programs
+            weights = logits.new_empty((programs_of_weights,), dtype=torch.float64)
             launch(
-                cross_entropy_weights, WEIGHT_PROGRAMS, 4, logits.device,
+                cross_entropy_weights, programs_of_weights, 4, logits.device,
                 weights, ticket, target, weight, rows.sizes, target_strides, rows.classes, spec.ignore_index, acc, 1024,
             )  # fmt: skip
         else:
@@ -336,6 +273,6 @@ def loss_and_gradient(
         kernel, programs, tile.warps, logits.device,
         out.loss, grad, out.stats, out.sums, ticket, weights, out.denominator, logits, target, weight,
         rows.sizes, out_strides, logits_strides, target_strides, rows.classes, *options, math.prod(rows.sizes),
-        helper, spec.reduction, acc, *steps,
+        helper, spec.reduction, acc, _tiles.tables.weight_programs, *steps,
     )  # fmt: skip
     return out.loss, out.saved(), grad

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softmax_fused import _launch
-from softmax_fused._launch import FORWARD_WARPS, constants, packed, plan, split
+from softmax_fused import _launch, _tiles
+from softmax_fused._launch import constants, packed, plan, split
 from softmax_fused._layout import describe
 from softmax_fused.kernels.long_row_outputs import row_outputs_long_backward, row_outputs_long_forward
 from softmax_fused.kernels.row_outputs import row_outputs_backward, row_outputs_forward
@@ -35,7 +35,7 @@ def forward(
 ) -> tuple[RowOutputs, Tensor | None]:
     """Compute the outputs asked for and, with `save`, what `gradient` needs."""
     rows = describe(logits, target)
-    tile, programs = plan(rows, logits.itemsize, FORWARD_WARPS, rows.strides[0])
+    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, rows.strides[0])
     helper, acc = constants(options.spec)
     out = options.allocate(logits)
     stats = logits.new_empty((logits.numel() // rows.classes, 4), dtype=options.spec.acc) if save else None
@@ -62,7 +62,7 @@ def gradient(
     logits_strides, target_strides, grad_strides, *some = rows.strides
     upstream_strides = iter(some)
     strides = [None if g is None else next(upstream_strides) for g in upstream]
-    tile, programs = plan(rows, logits.itemsize, FORWARD_WARPS, logits_strides, grad_strides)
+    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, logits_strides, grad_strides)
     helper, acc = constants(options.spec)
     if tile.lanes:
         kernel: Any = row_outputs_long_backward

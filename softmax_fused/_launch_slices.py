@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from softmax_fused import _launch, _torch_slices
-from softmax_fused._launch import FORWARD_WARPS, Outputs, constants, ignored, packed, plan, smoothing, split_rows
+from softmax_fused import _launch, _tiles, _torch_slices
+from softmax_fused._launch import Outputs, constants, ignored, packed, plan, smoothing
 from softmax_fused._layout import describe
+from softmax_fused._tiles import split_rows
 from softmax_fused._torch_slices import row_shape, spreads
 from softmax_fused.kernels.cross_entropy import cross_entropy_reduce, cross_entropy_statistics
 from softmax_fused.kernels.long_rows import cross_entropy_long_forward
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from softmax_fused._autograd import Spec
-
-BLOCK = 128  # rows a program
 
 
 def prepare(logits: Tensor, target: Tensor, spec: Spec) -> Tensor:  # noqa: ARG001
@@ -31,7 +30,7 @@ def statistics(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
     if not logits.numel():
         return _torch_slices.statistics(logits, target, weight, spec)
     rows = describe(logits, target)
-    tile, programs = plan(rows, logits.itemsize, FORWARD_WARPS, rows.strides[0])
+    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, rows.strides[0])
     number = math.prod(rows.sizes)
     parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
     out = logits.new_empty((4 if spreads(spec) else 2, number, parts), dtype=spec.acc)
@@ -73,14 +72,14 @@ def terms(parts: Tensor, m: Tensor, logits: Tensor, target: Tensor, weight: Tens
     if not logits.numel():
         return _torch_slices.terms(parts, m, logits, target, weight, spec)
     rows = describe(logits)
-    number = len(m)
+    number, block = len(m), _tiles.tables.row_block
     kinds = (3 if spreads(spec) else 1) + (0 if not spec.indices else 1 if weight is None else 2)
     out = m.new_empty((kinds, number))
     helper, acc = constants(spec)
     _launch.launch(
-        cross_entropy_terms, -(-number // BLOCK), 4, logits.device,
+        cross_entropy_terms, -(-number // block), 4, logits.device,
         out, parts, m, logits, by_row(target, spec), packed(weight), rows.sizes, rows.strides[0], rows.classes, number,
-        ignored(spec), spreads(spec), helper, acc, BLOCK,
+        ignored(spec), spreads(spec), helper, acc, block,
     )  # fmt: skip
     return out
 
@@ -89,10 +88,10 @@ def close(
     sums: Tensor, m: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the loss and what `gradient` needs, from the sums over ranks."""
-    number = len(m)
+    number, block = len(m), _tiles.tables.row_block
     if not number:
         return _torch_slices.close(sums, m, logits, target, weight, spec)
-    programs = -(-number // BLOCK)
+    programs = -(-number // block)
     reduced = spec.reduction != "none"
     out = Outputs(
         m.new_empty(() if reduced else row_shape(logits), dtype=spec.dtype),
@@ -104,7 +103,7 @@ def close(
     _launch.launch(
         cross_entropy_close, programs, 4, logits.device,
         out.loss, out.stats, out.sums, out.denominator, sums, m, by_row(target, spec), spec.classes, number,
-        ignored(spec), smoothing(spec), spreads(spec), weight is not None, helper, spec.reduction, acc, BLOCK,
+        ignored(spec), smoothing(spec), spreads(spec), weight is not None, helper, spec.reduction, acc, block,
     )  # fmt: skip
     if out.sums is not None:
         _launch.launch(cross_entropy_reduce, 1, 4, logits.device, out.loss, out.denominator, out.sums, programs, 256)

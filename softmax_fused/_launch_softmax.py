@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softmax_fused import _launch, _layout
-from softmax_fused._launch import BOTH_WARPS, TOGETHER, Tile, accumulator, plan
+from softmax_fused import _launch, _layout, _tiles
+from softmax_fused._launch import accumulator, plan
 from softmax_fused.kernels.softmax import (
     softmax_backward,
     softmax_forward,
@@ -19,21 +18,14 @@ from softmax_fused.kernels.softmax import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-WHOLE = {True: TOGETHER, False: 8}
-"""Rows of so many classes stay in registers from the load to the store: adjacent classes one row a thread; classes that
-lie apart, a vector of pixels a thread."""
-
-
-# The gradient reads two tensors twice, the second time from the L2 cache: as many threads a row as for loss and
-# gradient in one launch, but one vector each in the longest rows, where a second costs spills on some targets.
-BACKWARD_WARPS = (*BOTH_WARPS[:4], (131072, 16, 1), (math.inf, 32, 1))
+    from softmax_fused._tiles import Tile
 
 
 def steps(rows: _layout.Rows, tile: Tile, strides: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
     """Return a tile kernel's ROWS, CLASSES and WHOLE."""
-    limit = WHOLE[all(stride[-1] == 1 for stride in strides)]
-    whole = rows.classes <= limit
-    return tile.rows, 1 << (rows.classes - 1).bit_length() if whole else tile.classes, whole
+    adjacent = all(stride[-1] == 1 for stride in strides)
+    whole = rows.classes <= (_tiles.tables.contiguous_class_block if adjacent else _tiles.tables.whole_strided_classes)
+    return tile.rows, _tiles.power_of_2(rows.classes) if whole else tile.classes, whole
 
 
 def as_first(first: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -46,7 +38,7 @@ def forward(input: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
     out = torch.empty_like(input, dtype=dtype)
     rows = _layout.along(dim, input, out)
     input_strides, out_strides = rows.strides
-    tile, programs = plan(rows, input.itemsize, BOTH_WARPS, *rows.strides)
+    tile, programs = plan(rows, input.itemsize, _tiles.tables.two_pass, *rows.strides)
     acc = accumulator(torch.promote_types(input.dtype, dtype))
     if tile.lanes:
         kernel: Any = softmax_long_forward
@@ -67,7 +59,7 @@ def backward(upstream: Tensor, out: Tensor, dim: int, dtype: torch.dtype, log: b
     grad = torch.empty_like(out, dtype=dtype)
     rows = _layout.along(dim, out, upstream, grad)
     out_strides, upstream_strides, grad_strides = rows.strides
-    tile, programs = plan(rows, out.itemsize, BACKWARD_WARPS, *rows.strides)
+    tile, programs = plan(rows, out.itemsize, _tiles.tables.softmax_backward, *rows.strides)
     acc = accumulator(torch.promote_types(out.dtype, dtype))
     if tile.lanes:
         kernel: Any = softmax_long_backward

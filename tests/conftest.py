@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import softmax_fused.functional
+from softmax_fused import _tiles
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -137,8 +138,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_GPU:
         pytest.skip("the kernels run compiled on this machine's GPU instead")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(softmax_fused._launch, "PROGRAMS", 8)  # rows are split in two or more, not in hundreds
-    softmax_fused._launch.choose_tile.cache_clear()
+    _tiles.choose_tile.cache_clear()
+    few = _tiles.tables._replace(target_programs=8)  # rows are split in two or more, not in hundreds
+    monkeypatch.setattr(_tiles, "tables", few)
     monkeypatch.setattr(InterpretedFunction, "__call__", call_helper)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_for_numpy)
 

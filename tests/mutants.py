@@ -83,7 +83,7 @@ MUTANTS = {
     "mean gradient not divided": Mutant(KERNEL, "g = g / tl.load(denominator_ptr)", "g = g"),
     "long mean gradient not divided": Mutant(LONG, "upstream = upstream / tl.load(denominator_ptr)", "upstream = upstream"),
     "gradient in forward not divided": Mutant(KERNEL, "return 1.0 / denominator", "return denominator * 0.0 + 1.0"),
-    "gradient in forward divided by a part": Mutant(KERNEL, "denominator = tl.sum(tl.load(weights_ptr + tl.arange(0, 128)), axis=0)", "denominator = tl.load(weights_ptr)"),
+    "gradient in forward divided by a part": Mutant(KERNEL, "denominator = tl.sum(tl.load(weights_ptr + tl.arange(0, WEIGHT_PARTS)), axis=0)", "denominator = tl.load(weights_ptr)"),
     "gradient in forward never corrected": Mutant(KERNEL, "live &= g != 1.0", "live &= g == 2.0"),
     "long gradient in forward never corrected": Mutant(LONG, "wanted = upstream != 1.0", "wanted = upstream == 2.0"),
     "gradient in forward given away twice": Mutant("softmax_fused/_autograd.py", "grad, ctx.ready = ctx.ready, None", "grad = ctx.ready"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from softmax_fused import _launch, cross_entropy, cross_entropy_rows, log_softmax, softmax
+from softmax_fused import _launch, _tiles, cross_entropy, cross_entropy_rows, log_softmax, softmax
 from softmax_fused._layout import merge_rows
 from tests.cases import make_indices, make_logits
 from tests.conftest import Place
@@ -33,32 +33,32 @@ def test_merge_rows(shape: tuple, strides: list, sizes: tuple, merged: list) -> 
 def test_tiles_are_powers_of_two_that_fit_registers(
     classes: int, sizes: tuple[int, ...], adjacent: bool, itemsize: int
 ) -> None:
-    tile = _launch.choose_tile(classes, sizes, adjacent, itemsize)
+    tile = _tiles.choose_tile(classes, sizes, adjacent, itemsize)
     for number in (tile.rows, tile.classes, tile.warps):
         assert number > 0
         assert number & (number - 1) == 0
-    assert tile.rows * tile.classes / (tile.warps * _launch.WARP) <= 32  # elements a thread
+    assert tile.rows * tile.classes / (tile.warps * _tiles.WARP) <= 32  # elements a thread
     assert tile.classes < 2 * classes
     assert tile.rows < 2 * sizes[-1]
 
 
-@pytest.mark.parametrize("table", [_launch.FORWARD_WARPS, _launch.BOTH_WARPS], ids=["forward", "both"])
+@pytest.mark.parametrize("table", [_tiles.tables.one_pass, _tiles.tables.two_pass], ids=["forward", "both"])
 @pytest.mark.parametrize("classes", [129, 1000, 4096, 32_000, 50_257, 128_256, 2**31])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_long_rows_go_in_whole_vectors(table: tuple, classes: int, itemsize: int) -> None:
-    tile = _launch.long_tile(classes, itemsize, table)
+    tile = _tiles.long_tile(classes, itemsize, table)
     assert tile.vector * itemsize == 16
-    assert tile.lanes == tile.warps * _launch.WARP <= 1024
+    assert tile.lanes == tile.warps * _tiles.WARP <= 1024
     assert tile.classes % (tile.lanes * tile.vector) == 0
     assert tile.classes // tile.lanes <= 16  # elements a thread
 
 
 def test_few_long_rows_are_split() -> None:
-    assert _launch.split_rows(8192, 128_256, 2048) == 1
-    assert _launch.split_rows(512, 128_256, 2048) == 1
-    assert _launch.split_rows(64, 128_256, 2048) == 8
-    assert _launch.split_rows(1, 128_256, 2048) == 31  # two steps a program at least
-    assert _launch.split_rows(1, 1000, 256) == 1
+    assert _tiles.split_rows(8192, 128_256, 2048) == 1
+    assert _tiles.split_rows(512, 128_256, 2048) == 1
+    assert _tiles.split_rows(64, 128_256, 2048) == 8
+    assert _tiles.split_rows(1, 128_256, 2048) == 31  # two steps a program at least
+    assert _tiles.split_rows(1, 1000, 256) == 1
 
 
 def test_floats_reach_kernels_in_double_precision() -> None:
@@ -99,7 +99,7 @@ def test_at_most_two_launches_forward_and_one_backward(
     second: str | None,
     reduction: str,
 ) -> None:
-    monkeypatch.setattr(_launch, "PROGRAMS", 8)
+    monkeypatch.setattr(_tiles, "tables", _tiles.tables._replace(target_programs=8))
     logits, target = make_logits(shape, torch.float32, kernels.device), make_indices(shape, kernels.device)
     reduced = [second] if second and (reduction != "none" or second == "cross_entropy_combine") else []
     loss = cross_entropy(logits, target, reduction=reduction, backend="triton")

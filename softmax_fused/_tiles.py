@@ -1,0 +1,130 @@
+"""How much one program takes at a time: every tile size of the kernels, in one table that a benchmark can override."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Tile(NamedTuple):
+    """What one program takes at a time: `rows` rows, their classes in blocks of `classes`.
+
+    A long row has a program of its own (or several, see `split_rows`): `lanes` threads take `vector` neighbouring
+    classes each, as many times as a block needs. Tiles of several rows have no lanes.
+    """
+
+    rows: int
+    classes: int
+    warps: int
+    lanes: int = 0
+    vector: int = 0
+
+
+class LongTile(NamedTuple):
+    """The tile for rows of up to `row_bytes`: so many warps, and so many vectors of 16 bytes a thread in a block."""
+
+    row_bytes: float
+    warps: int
+    vectors: int
+
+
+class Tables(NamedTuple):
+    """The tile sizes that depend on the GPU, which `override` replaces."""
+
+    # Two vectors hide the latency, and the running maximum costs one EX2 for both; short rows take one. Few threads a
+    # row: short masked heads and tails.
+    one_pass: tuple[LongTile, ...] = (
+        LongTile(4096, 1, 1),
+        LongTile(8192, 1, 2),
+        LongTile(32768, 2, 2),
+        LongTile(math.inf, 4, 2),
+    )
+    # Loss and gradient in one launch read a row twice, the second time from the L2 cache: the longer the rows, the
+    # fewer may be under way at once, so the more threads work on each: beyond 128 KiB at most two rows an SM.
+    two_pass: tuple[LongTile, ...] = (
+        LongTile(4096, 1, 1),
+        LongTile(8192, 1, 2),
+        LongTile(32768, 4, 2),
+        LongTile(65536, 8, 2),
+        LongTile(131072, 16, 2),
+        LongTile(math.inf, 32, 2),
+    )
+    # The gradient of softmax reads two tensors twice: as many threads a row as in two passes over one, but one vector
+    # each in the longest rows, where a second costs spills on some targets.
+    softmax_backward: tuple[LongTile, ...] = (
+        LongTile(4096, 1, 1),
+        LongTile(8192, 1, 2),
+        LongTile(32768, 4, 2),
+        LongTile(65536, 8, 2),
+        LongTile(131072, 16, 1),
+        LongTile(math.inf, 32, 1),
+    )
+    long_row_classes: int = 128  # rows of more classes are long: a warp has enough to do with one
+    contiguous_class_block: int = 16  # classes a block in shorter rows, one row a thread: 10 classes are one block
+    strided_class_block: int = (
+        4  # where classes lie apart in memory, a vector of pixels a thread: registers for 4 of each
+    )
+    whole_strided_classes: int = 8  # the most classes that lie apart and stay in registers from the load to the store
+    target_programs: int = 512  # these keep every SM of the largest GPUs busy: below, tiles shrink and rows are split
+    single_program_rows: int = 256  # rows that one program takes at once, so that loss and reduction are one launch
+    weight_programs: int = 128  # programs that sum a mean's denominator, each a part
+    row_block: int = 128  # rows a program, of kernels that read a few numbers a row
+
+
+tables = Tables()
+WARP = 64 if torch.version.hip else 32
+VECTOR_BYTES = 16  # the widest load
+
+
+def power_of_2(least: int) -> int:
+    """Return the power of 2 from `least` on; Triton's own function costs a microsecond."""
+    return 1 << (least - 1).bit_length()
+
+
+@contextlib.contextmanager
+def override(**sizes: Any) -> Iterator[None]:
+    """Use other tile sizes, named as in `Tables`, within the block."""
+    global tables
+    before, tables = tables, tables._replace(**sizes)
+    choose_tile.cache_clear()
+    try:
+        yield
+    finally:
+        tables = before
+        choose_tile.cache_clear()
+
+
+@functools.lru_cache(1024)
+def long_tile(classes: int, itemsize: int, table: tuple[LongTile, ...]) -> Tile:
+    """Return the tile for one long row."""
+    warps, vectors = next(entry[1:] for entry in table if classes * itemsize <= entry.row_bytes)
+    warps = min(warps, 16) if itemsize == 8 else warps  # 32 warps leave a thread 64 registers: float64 needs more
+    vector = VECTOR_BYTES // itemsize
+    return Tile(1, vectors * vector * WARP * warps, warps, WARP * warps, vector)
+
+
+@functools.lru_cache(1024)
+def choose_tile(classes: int, sizes: tuple[int, ...], classes_adjacent: bool, itemsize: int) -> Tile:
+    """Return the tile for rows of `sizes` (outer..., inner), not long ones."""
+    rows, inner = math.prod(sizes), sizes[-1]
+    block = tables.contiguous_class_block if classes_adjacent else tables.strided_class_block
+    block = min(block, power_of_2(classes))
+    if classes_adjacent and rows == inner <= tables.single_program_rows and classes <= block:
+        return Tile(power_of_2(rows), block, max(1, power_of_2(rows) // WARP))
+    width = WARP if classes_adjacent else WARP * VECTOR_BYTES // itemsize
+    warps = 4
+    while warps > 1 and (rows < tables.target_programs * width * warps or inner < width * warps):
+        warps //= 2
+    return Tile(min(power_of_2(inner), width * warps), block, warps)
+
+
+def split_rows(rows: int, classes: int, block: int) -> int:
+    """Return over how many programs to split each long row: more than one where rows are few and blocks many."""
+    return max(1, min(tables.target_programs // rows, classes // (2 * block)))
