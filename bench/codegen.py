@@ -30,6 +30,7 @@ from bench.machine_code import Loop, fused_reductions, inspect
 from bench.record import write_json
 from softmax_fused import _launch, _launch_row_outputs, _launch_slices, _launch_softmax
 from softmax_fused._autograd import make_spec
+from softmax_fused._tiles import VECTOR_BYTES
 from softmax_fused.row_outputs import RowSpec
 
 TARGETS = {
@@ -162,48 +163,63 @@ def make_slice_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
     _launch_slices.gradient(loss, logits, target, None, saved, spec, logits)
 
 
-def useful(case: Case, constants: dict[str, Any]) -> float:
-    """Share of a tile's elements that exist: rows of few classes are padded to a power of two, or to whole steps."""
-    if "LANES" in constants or "CLASSES" not in constants:
-        return 1.0
-    classes, step = case.shape[1], constants["CLASSES"]
-    return classes / (math.ceil(classes / step) * step)
+MODES = {
+    "cross_entropy_forward": "forward",
+    "cross_entropy_backward": "backward",
+    "row_outputs_forward": "forward",
+    "row_outputs_backward": "backward",
+    "softmax_forward": "forward",
+    "softmax_backward": "backward",
+}
 
 
-def per_element(loops: list[Loop], count: str, elements: list[float]) -> float:
-    return sum(getattr(loop, count) / size for loop, size in zip(loops, elements, strict=True))
+def pass_of(kernel: str, arguments: dict[str, Any]) -> str | None:
+    """Return what a kernel does to the logits, None where it does not go over them."""
+    if kernel == "cross_entropy_forward" and arguments["tensors"].grad is not None:
+        return "both"
+    return MODES.get(kernel)
+
+
+def elements_of(loop: Loop, case: Case, arguments: dict[str, Any], warps: int) -> float:
+    """Return how many logits a thread takes in a turn: of a long row as many as it loads in whole vectors."""
+    if arguments["VECTOR"] and not arguments["WHOLE"]:
+        tensors = 2 if case.kind in MORE_PASSES and arguments["KIND"] not in ("softmax", "log") else 1
+        return (loop.widths.count(128) - loop.stores) / tensors * arguments["VECTOR"]
+    classes = arguments["CLASSES"]
+    block = classes * (1 if arguments["VECTOR"] else arguments["LANES"]) / (32 * warps)
+    return block * case.shape[1] / (math.ceil(case.shape[1] / classes) * classes)  # the rest is padding
 
 
 def describe(
-    case: Case, dtype: str, kernel: str, compiled: Any, constants: dict[str, Any], warps: int
+    case: Case, dtype: str, kernel: str, compiled: Any, arguments: dict[str, Any], warps: int
 ) -> dict[str, Any]:
     """Count one kernel's machine code."""
     code = inspect(compiled.asm["cubin"])
-    fused = fused_reductions(compiled.asm["ptx"])
     itemsize = getattr(torch, dtype).itemsize
-    mode = next((mode for mode in PASSES if kernel.endswith(mode)), None)
-    loops = code.element_loops()
-    if mode is None:
-        loops = []  # nothing there goes over the logits
-    softmax = "softmax" in case.kind
-    reads = 2 if softmax and mode == "backward" else 1
-    plain = case.kind not in ("probabilities", "weighted probabilities", "weights and smoothing", SLICES[1])
-    tile = constants.get("ROWS", 1) * constants.get("CLASSES", 0) / (32 * warps)
-    share = useful(case, constants)
-    elements = [(loop.load_bits / 8 / itemsize / reads if plain else tile) * share for loop in loops]
     record: dict[str, Any] = {
         "registers": code.registers,
         "stack_bytes": code.stack,
         "local_accesses": code.local_accesses,
-        "fused_reductions": fused,
-        "barriers_in_loops": sum(loop.barriers for loop in loops),
+        "fused_reductions": fused_reductions(compiled.asm["ptx"]),
+    }
+    mode = pass_of(kernel, arguments)
+    if mode is None:
+        return record
+    # a row that stays in registers goes through no loop: the whole kernel counts, with what a row costs once
+    loops = [code.straight] if arguments["WHOLE"] else code.element_loops()
+    record |= {
+        "mode": mode,
+        "whole": arguments["WHOLE"],
         "bulk_access_bits": min((bits for loop in loops for bits in loop.widths), default=None),
+        "barriers_in_loops": 0 if arguments["WHOLE"] else sum(loop.barriers for loop in loops),
     }
     for name in ("instructions", "ex2", "shuffles"):
-        record[f"{name}_per_element"] = round(per_element(loops, name, elements), 3) if loops else None
-    if loops:
-        record["mode"] = mode
-    if loops and dtype != "float64":  # its arithmetic has units of its own, half as many or fewer
+        record[f"{name}_per_element"] = round(
+            sum(getattr(loop, name) / elements_of(loop, case, arguments, warps) for loop in loops), 3
+        )
+    vectors = arguments["CLASSES"] // max(1, arguments["VECTOR"] * arguments["LANES"])
+    record["in_flight_bytes"] = bytes_in_flight(code.registers, warps, vectors) if arguments["VECTOR"] else None
+    if dtype != "float64":  # its arithmetic has units of its own, half as many or fewer
         logits = math.prod(case.shape)
         microseconds = {
             "bytes": (PASSES[mode] + (case.kind in MORE_PASSES)) * itemsize * logits / BYTES_PER_US,
@@ -213,6 +229,13 @@ def describe(
         bound = max(microseconds, key=lambda limit: microseconds[limit])
         record |= {"predicted_us": round(microseconds[bound], 2), "bound": bound}
     return record
+
+
+def bytes_in_flight(registers: int, warps: int, vectors: int) -> int:
+    """Return the bytes of loads that an SM of sm_90 has under way: 64 K registers, 64 warps, 32 programs."""
+    allocated = -(-registers // 8) * 8 * 32 * warps
+    programs = min(65536 // allocated, 64 // warps, 32)
+    return programs * warps * 32 * vectors * VECTOR_BYTES
 
 
 def compile_calls(target: str, dtype: str, cases: list[Case]) -> list[dict[str, Any]]:
@@ -238,12 +261,12 @@ def compile_only(
 ) -> None:
     """Stand in for a launch."""
     compiled = kernel.warmup(*args, grid=(programs,), num_warps=warps, **_launch.OPTIONS)
-    constants = {name: args[i] for i, name in enumerate(kernel.arg_names) if name.isupper() and not callable(args[i])}
+    arguments = dict(zip(kernel.arg_names, args, strict=True))
     name = kernel.fn.__name__
     record: dict[str, Any] = {"kernel": name, "target": target, "dtype": dtype, "classes": case.shape[1]}
     record |= {"shape": case.shape, "kind": case.kind, "programs": programs, "warps": warps}
     if "cubin" in compiled.asm:
-        record |= describe(case, dtype, name, compiled, constants, warps)
+        record |= describe(case, dtype, name, compiled, arguments, warps)
     records.append(record | {"outputs": sorted(compiled.asm)})
 
 
@@ -254,7 +277,7 @@ def line(record: dict[str, Any]) -> str:
         return f"{head} compiled"
     counts = (
         f"{record['registers']:3} reg {record['stack_bytes']:3} stack"
-        if record["instructions_per_element"] is None
+        if "mode" not in record
         else f"{record['registers']:3} reg {record['stack_bytes']:3} stack  {record['instructions_per_element']:6.2f} "
         f"instr {record['ex2_per_element']:5.2f} EX2 an element, {record['bulk_access_bits']} bits"
     )

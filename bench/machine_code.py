@@ -41,6 +41,7 @@ class Code(NamedTuple):
     stack: int
     local_accesses: int
     loops: list[Loop]
+    straight: Loop  # the whole kernel, but for its loops
 
     def element_loops(self) -> list[Loop]:
         """Return the loops that an element of the logits passes: one that reads, one that reads and writes, or both.
@@ -54,7 +55,7 @@ class Code(NamedTuple):
             group = [loop for loop in self.loops if loop.load_bits and bool(loop.stores) is wanted]
             group = [loop for loop in group if loop.ex2 or not exponentials]
             if group:
-                found.append(max(group, key=lambda loop: (loop.narrowest, loop.load_bits, loop.instructions)))
+                found.append(max(group, key=lambda loop: (loop.narrowest, loop.load_bits, -loop.instructions)))
         return found
 
 
@@ -86,13 +87,19 @@ def count(body: list[str]) -> Loop:
     )
 
 
-def inner_loops(lines: list[tuple[int, str]]) -> list[Loop]:
-    """Find backward branches whose body holds no other."""
+def loop_spans(lines: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """Find backward branches: the addresses of the first and the last instruction of each loop."""
     spans = []
     for address, text in lines:
         jump = re.search(r"\bBRA(?:\.U)?\s+(?:\S+,\s+)?(?:`\(\S+\)|0x([0-9a-f]+))", text)
         if jump and jump[1] and int(jump[1], 16) < address:
             spans.append((int(jump[1], 16), address))
+    return spans
+
+
+def inner_loops(lines: list[tuple[int, str]]) -> list[Loop]:
+    """Count the loops that hold no other."""
+    spans = loop_spans(lines)
     inner = [
         span
         for span in spans
@@ -178,4 +185,7 @@ def inspect(cubin: bytes) -> Code:
         sass = run("--dump-sass", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
     lines = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)]
-    return Code(registers, stack, len(re.findall(r"\b(?:LDL|STL)\b", sass)), inner_loops(lines))
+    spans = loop_spans(lines)
+    outside = [text for address, text in lines if not any(start <= address <= end for start, end in spans)]
+    straight = count([text for text in outside if text.split()[0] != "NOP"])
+    return Code(registers, stack, len(re.findall(r"\b(?:LDL|STL)\b", sass)), inner_loops(lines), straight)

@@ -1,81 +1,87 @@
 """Cross-entropy of logits against class indices or class probabilities, with weights and label smoothing.
 
-a = w * ((1 - e) t + keep * e / C),  A = sum(a),  m = max z,  s = sum exp(z - m)
-loss = A * log s - <a, z - m>,       d loss / d z = g * (A * softmax(z) - a)
+a = w * ((1 - e) t + valid * e / C),  A = sum(a),  m = max z,  s = sum exp(z - m)
+loss = A * log s - <a, z - m>,        d loss / d z = g * (A * softmax(z) - a)
 
-m and log s are kept apart: their sum would lose digits when |z| is large. 0 * (-inf) in <a, z - m> is 0. The true
+m and log s are kept apart: their sum would lose digits when |z| is large. 0 * (-inf) in <a, z - m> is 0. The target
 class stays out of s until the end: where it is the maximum, log s = log1p(the others), and confident rows keep all
-their digits. TARGET is index_target or probability_target; weight, smoothing and outputs are None where not wanted.
-
-Here a program takes several rows: those of few classes whole, those whose classes lie apart in memory a few classes at
-a time. long_rows.py has the same three kernels for long rows.
+their digits. Its logit is taken from the blocks as they pass, and its log p is saved for backward: no element is read
+a second time while its gradient may be written over it.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .rows import (
-    absorb,
-    class_weight,
-    convert,
-    expm1,
-    exponential,
-    index_target,
-    load_tile,
-    log1p,
-    lowest,
-    rounded_product,
-    row_offsets,
-    row_tile,
-    smoothing_terms,
+from .math import convert, expm1, exponential, log1p, lowest
+from .online import (
+    broadcast_lanes,
+    broadcast_rows,
+    fresh_state,
+    lane_sum,
+    merge_partials,
+    online_softmax_update,
+    shift_dot,
 )
+from .reduce import mean_factor, reduce_losses
+from .rows import count_rows, load_whole, locate_rows, map_rows, program_rows, reduce_rows, value_offsets
+from .targets import class_weight, denominator_share, read_labels, smoothed_target, smoothing_terms
+
+
+class LossTensors(NamedTuple):
+    """The tensors with a class dimension, as the host passes them; the gradient is None where it is not wanted."""
+
+    logits: Any
+    target: Any
+    grad: Any
+
+
+class Saved(NamedTuple):
+    """What the loss saved for its gradient, as the host passes it."""
+
+    stats_ptr: Any
+    denominator_ptr: Any
 
 
 @triton.jit
-def spread(t, keep, on, off, weight_ptr, c, exists, DENSE: tl.constexpr, SUMMED: tl.constexpr, ACC: tl.constexpr):
-    """Return the block of a = w * ((1 - e) t + keep * e / C) without the labelled class's t; 0 outside the classes.
-
-    SUMMED: the caller adds up a row's a, which may lie across lanes.
-    """
-    a = (keep * off)[None, :]
-    if weight_ptr is None:
-        a = tl.where(exists[:, None], a, 0.0)
-    if DENSE:
-        a += on * t
-    if weight_ptr is not None:
-        w = class_weight(weight_ptr, c, exists, ACC)[:, None]  # 0 outside the classes
-        a = rounded_product(a, w) if SUMMED else a * w
-    return a
+def update_loss_state(state, block, context, target, KIND: tl.constexpr, ACC: tl.constexpr):
+    """Take a block into m, s, sum a and <a, z - m> of each lane, the target class left out; the last is its logit."""
+    m, s, total, dot, target_logit = state
+    z, t, c, class_mask = block
+    label, valid, confidence, smoothing_per_class, KEEP = context
+    others = z
+    if KIND != "probabilities" and (
+        len(z.shape) == 2 or z.shape[2] == 1
+    ):  # no block of a long row has the target class
+        is_target = c == broadcast_rows(label, z)
+        others = tl.where(is_target, float("-inf"), z)
+        if KEEP:
+            target_logit += lane_sum(tl.where(is_target, z, 0.0))
+    m_new, s = online_softmax_update(m, s, z, others)
+    if KIND == "probabilities" or target.smoothing is not None:
+        a = smoothed_target(
+            t, broadcast_rows(valid, z), confidence, smoothing_per_class, target, c, class_mask, True, KIND, ACC
+        )  # fmt: skip
+        dot = shift_dot(dot, total, m - m_new)
+        dot += lane_sum(tl.where(a == 0.0, 0.0, a * (z - broadcast_lanes(m_new, z))))
+        total += lane_sum(a)
+    return m_new, s, total, dot, target_logit
 
 
 @triton.jit
-def row_weight(label, keep, weight_ptr, ACC: tl.constexpr):
-    """Return each row's share of the mean's denominator."""
-    w_true = class_weight(weight_ptr, label, label >= 0, ACC)
-    return tl.where(label >= 0, w_true, tl.where(keep == 1.0, 1.0, 0.0))
-
-
-@triton.jit
-def mean_share(
-    weights_ptr, weight, live, rows,
-    DENSE: tl.constexpr, REDUCTION: tl.constexpr, ACC: tl.constexpr, WEIGHT_PARTS: tl.constexpr,
-):  # fmt: skip
-    """Return what one row's gradient is multiplied by before anything is known of the other programs' losses.
-
-    For a mean, 1 / denominator: the rows' number, or the weights' sum, in WEIGHT_PARTS parts from
-    cross_entropy_weights or, in a lone program, its own.
-    """
-    if REDUCTION != "mean":
-        denominator = tl.full((), 1.0, ACC)
-    elif DENSE:
-        denominator = rows.to(ACC)
+def merge_lanes(state, label, logits, base, rows, KEPT: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr):
+    """Return the state of each row from that of the lanes; the target class's logit is -inf where there is none."""
+    m, s, total, dot, target_logit = state
+    if VECTOR > 0:
+        m, s, total, dot = merge_partials(m[None, :], s[None, :], total[None, :], dot[None, :])
+        target_logit = tl.sum(target_logit, axis=0) + tl.zeros((1,), ACC)
+    if KEPT:
+        target_logit = tl.where(label >= 0, target_logit, float("-inf"))
     else:
-        if weights_ptr is None:
-            denominator = tl.sum(tl.where(live, weight, 0.0), axis=0)
-        else:
-            denominator = tl.sum(tl.load(weights_ptr + tl.arange(0, WEIGHT_PARTS)), axis=0).to(ACC)
-        denominator = tl.where(denominator == 0.0, float("nan"), denominator)
-    return 1.0 / denominator
+        address = logits.ptr + base + label.to(tl.int64) * logits.strides[len(rows.sizes)]
+        target_logit = tl.load(address, mask=label >= 0, other=float("-inf")).to(ACC)
+    return m, s, total, dot, target_logit
 
 
 @triton.jit
@@ -92,311 +98,238 @@ def row_loss(log_s, total, dot, WEIGHTED: tl.constexpr):
 
 
 @triton.jit
-def join_true(s, total, dot, z_true, a_true, keep, WEIGHTED: tl.constexpr):
-    """Join the labelled class, z_true less m, to the others' s, sum a and <a, z - m>: the row's log s, A and loss."""
-    e_true = exponential(z_true)
-    log_s = tl.where(e_true == 1.0, log1p(s), tl.log(s + e_true))
-    total = (total + a_true) * keep
-    loss = row_loss(log_s, total, dot + tl.where(a_true == 0.0, 0.0, a_true * z_true), WEIGHTED)
-    return log_s, total, tl.where(keep != 0.0, loss, 0.0)
+def add_target_class(s, total, dot, z_target, a_target, valid, WEIGHTED: tl.constexpr):
+    """Add the target class, of logit z_target less m, to the others' s, sum a and <a, z - m>.
 
-
-@triton.jit
-def close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC: tl.constexpr):
-    """Join the labelled class, of logit z_true (-inf where there is none), to the others' m, s, sum a and <a, z - m>.
-
-    Returns the whole row's m, log s, A, loss, and share of the mean's denominator.
+    Returns the row's log s, A and loss.
     """
-    labelled = label >= 0
-    w_true = class_weight(weight_ptr, label, labelled, ACC)
-    a_true = tl.where(labelled, on * w_true, 0.0)
-    shift = tl.maximum(m, z_true)
-    dot += tl.where(total == 0.0, 0.0, total * (m - shift))
-    s = s * exponential(m - shift)
-    log_s, total, loss = join_true(s, total, dot, z_true - shift, a_true, keep, weight_ptr is not None)
-    return shift, log_s, total, loss, row_weight(label, keep, weight_ptr, ACC)
+    e_target = exponential(z_target)
+    log_s = tl.where(e_target == 1.0, log1p(s), tl.log(s + e_target))
+    total = (total + a_target) * valid
+    loss = row_loss(log_s, total, dot + tl.where(a_target == 0.0, 0.0, a_target * z_target), WEIGHTED)
+    return log_s, total, tl.where(valid != 0.0, loss, 0.0)
 
 
 @triton.jit
-def finish(loss_ptr, denominator_ptr, loss, weight):
-    """Store the reduced loss; for the mean also its denominator, NaN where the weights sum to 0, as torch has it."""
-    if denominator_ptr is not None:
-        weight = tl.where(weight == 0.0, float("nan"), weight)
-        loss = loss / weight
-        tl.store(denominator_ptr, convert(weight, denominator_ptr.dtype.element_ty))
-    tl.store(loss_ptr, convert(loss, loss_ptr.dtype.element_ty))
+def finalize_rows(state, label, valid, confidence, target, ACC: tl.constexpr):
+    """Return the whole row's m, log s, A, loss, and log p of the target class, from the state of the other classes."""
+    m, s, total, dot, target_logit = state
+    has_label = label >= 0
+    a_target = tl.where(has_label, confidence * class_weight(target, label, has_label, ACC), 0.0)
+    row_max = tl.maximum(m, target_logit)
+    dot = shift_dot(dot, total, m - row_max)
+    s = s * exponential(m - row_max)
+    z_target = target_logit - row_max
+    log_s, total, loss = add_target_class(s, total, dot, z_target, a_target, valid, target.weight_ptr is not None)
+    return row_max, log_s, total, loss, z_target - log_s
 
 
 @triton.jit
-def reduce_sums(loss_ptr, denominator_ptr, sums_ptr, programs, BLOCK: tl.constexpr):
-    """Add up (2, programs) partial sums in a fixed order, in float64: means of 10**6 rows stay exact."""
-    loss = tl.zeros((BLOCK,), tl.float64)
-    weight = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, programs, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        there = i < programs
-        loss += tl.load(sums_ptr + i, mask=there, other=0.0, cache_modifier=".cg").to(tl.float64)
-        weight += tl.load(sums_ptr + programs + i, mask=there, other=0.0, cache_modifier=".cg").to(tl.float64)
-    finish(loss_ptr, denominator_ptr, tl.sum(loss, axis=0), tl.sum(weight, axis=0))
-
-
-@triton.jit
-def cross_entropy_reduce(loss_ptr, denominator_ptr, sums_ptr, programs, BLOCK: tl.constexpr):
-    """Reduce the loss in a second launch, of one program."""
-    reduce_sums(loss_ptr, denominator_ptr, sums_ptr, programs, BLOCK)
-
-
-@triton.jit
-def store_rows(
-    loss_ptr, stats_ptr, sums_ptr, ticket_ptr, denominator_ptr, number, live, shift, log_s, total, loss, weight,
-    SAVED: tl.constexpr, REDUCTION: tl.constexpr,
+def store_losses(
+    out, row_index, row_mask, count, row_max, log_s, total, log_p, loss, weight,
+    SAVES_TOTAL: tl.constexpr, REDUCTION: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Store what a program knows of its rows: (m, log s[, A]) each, and their losses, or the losses' sum.
-
-    Sums go to sums_ptr (2, programs), for a second launch to add up or, with a ticket, for the last program to get
-    here; a lone program has no sums_ptr and is done.
-    """
-    if stats_ptr is not None:
-        tl.store(stats_ptr + number * SAVED, shift, mask=live)
-        tl.store(stats_ptr + number * SAVED + 1, log_s, mask=live)
-        if SAVED == 3:
-            tl.store(stats_ptr + number * SAVED + 2, total, mask=live)
+    """Store per-row statistics, and per-row losses or this program's part of their sum."""
+    if out.stats_ptr is not None:
+        stats_ptr = out.stats_ptr + row_index
+        tl.store(stats_ptr, row_max, mask=row_mask)
+        tl.store(stats_ptr + count, log_s, mask=row_mask)
+        if KIND != "probabilities":
+            tl.store(stats_ptr + 2 * count, log_p, mask=row_mask)
+            stats_ptr += count
+        if SAVES_TOTAL:
+            tl.store(stats_ptr + 2 * count, total, mask=row_mask)
     if REDUCTION == "none":
-        tl.store(loss_ptr + number, convert(loss, loss_ptr.dtype.element_ty), mask=live)
+        tl.store(out.loss_ptr + row_index, convert(loss, out.loss_ptr.dtype.element_ty), mask=row_mask)
     else:
-        loss_sum = tl.sum(tl.where(live, loss, 0.0), axis=0)
-        weight_sum = tl.sum(tl.where(live, weight, 0.0), axis=0)
-        if sums_ptr is None:
-            finish(loss_ptr, denominator_ptr, loss_sum, weight_sum)
-        else:
-            tl.store(sums_ptr + tl.program_id(0), loss_sum)
-            tl.store(sums_ptr + tl.num_programs(0) + tl.program_id(0), weight_sum)
-            if ticket_ptr is not None:
-                tl.debug_barrier()
-                if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-                    reduce_sums(loss_ptr, denominator_ptr, sums_ptr, tl.num_programs(0), 256)
+        reduce_losses(out, loss, weight, row_mask)
 
 
 @triton.jit
-def true_gradient(z_true, shift, log_s, total, g, label, on, off, weight_ptr, ACC: tl.constexpr):
-    """Return the labelled class's g * (A * (p - 1) + A - a), with p - 1 = expm1(log p) for its digits near p = 1.
+def target_gradient(log_p, total, g, label, confidence, smoothing_per_class, target, ACC: tl.constexpr):
+    """Return the target class's g * (A * (p - 1) + A - a), with p - 1 = expm1(log p) for its digits near p = 1.
 
     Where another class's weight makes A infinite, that is inf - inf, and A * p - a is right.
     """
-    a_true = (on + off) * class_weight(weight_ptr, label, label >= 0, ACC)
-    log_p = (z_true - shift) - log_s
-    grad = total * expm1(log_p) + (total - a_true)
-    if weight_ptr is not None:
-        grad = tl.where(tl.abs(total) == float("inf"), total * exponential(log_p) - a_true, grad)
+    a_target = (confidence + smoothing_per_class) * class_weight(target, label, label >= 0, ACC)
+    grad = total * expm1(log_p) + (total - a_target)
+    if target.weight_ptr is not None:
+        grad = tl.where(tl.abs(total) == float("inf"), total * exponential(log_p) - a_target, grad)
     return g * grad
 
 
 @triton.jit
-def tile_statistics(
-    z_ptr, z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes, ignore_index, on, off,
-    SPREAD: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+def gradient_context(
+    row_max, log_s, total, log_p, g, label, valid, confidence, smoothing_per_class, target, ACC: tl.constexpr
 ):  # fmt: skip
-    """Return m, s, sum a and <a, z - m> of each row of a tile, without the labelled class in s and a."""
-    m = lowest(ROWS, ACC)
-    s = tl.zeros((ROWS,), ACC)
-    total = tl.zeros((ROWS,), ACC)
-    dot = tl.zeros((ROWS,), ACC)
-    for start in range(0, classes, CLASSES):
-        c = start + tl.arange(0, CLASSES)
-        exists = c < classes
-        inside = exists[:, None] & live[None, :]
-        z = load_tile(z_ptr, z_rows[None, :] + c.to(tl.int64)[:, None] * z_step, inside).to(ACC)
-        a = z
-        if SPREAD:
-            t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
-            a = spread(t, keep, on, off, weight_ptr, c, exists, target_ptr.dtype.element_ty.is_floating(), True, ACC)
-        others = tl.where(c[:, None] == label[None, :], float("-inf"), z)
-        m, s, total, dot = absorb(z, others, a, m, s, total, dot, SPREAD)
-    return m, s, total, dot
+    """Return what `loss_gradient` needs of each row; an ignored row's factors are 0, whatever its logits."""
+    at_target = target_gradient(log_p, total, g, label, confidence, smoothing_per_class, target, ACC)
+    scale = tl.where(valid == 0.0, 0.0, g * total * tl.exp(-log_s))
+    g = tl.where(valid == 0.0, 0.0, g)
+    return row_max, scale, g, at_target, label, valid, confidence, smoothing_per_class
 
 
 @triton.jit
-def tile_gradient(
-    grad_ptr, out_rows, out_step, z_ptr, z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr,
-    shift, log_s, total, g, label, keep, live, classes, ignore_index, on, off,
-    SPREAD: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, CLASSES: tl.constexpr,
-):  # fmt: skip
-    """Write g * (A * exp(z - m - log s) - a) of each row of a tile."""
-    z_true = tl.load(z_ptr + z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=0.0).to(ACC)
-    g_true = true_gradient(z_true, shift, log_s, total, g, label, on, off, weight_ptr, ACC)
-    scale = g * total * tl.exp(-log_s)
-    tl.debug_barrier()  # the gradient may be written over the logits: every thread has z_true
-    for start in range(0, classes, CLASSES):
-        c = start + tl.arange(0, CLASSES)
-        exists = c < classes
-        inside = exists[:, None] & live[None, :]
-        steps = c.to(tl.int64)[:, None]
-        z = load_tile(z_ptr, z_rows[None, :] + steps * z_step, inside).to(ACC)
-        grad = scale[None, :] * exponential(z - shift[None, :])
-        if SPREAD:
-            t = TARGET(target_ptr, t_rows, c, inside, live, classes, ignore_index, t_step, ACC)[2]
-            dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()
-            grad -= g[None, :] * spread(t, keep, on, off, weight_ptr, c, exists, dense, False, ACC)
-        grad = tl.where(c[:, None] == label[None, :], g_true[None, :], grad)
-        grad = tl.where(keep[None, :] == 0.0, 0.0, grad)
-        tl.store(out_rows[None, :] + steps * out_step, convert(grad, grad_ptr.dtype.element_ty), mask=inside)
+def loss_gradient(block, context, target, KIND: tl.constexpr, ACC: tl.constexpr):
+    """Return g * (A * exp(z - m - log s) - a) of a block."""
+    z, t, c, class_mask = block
+    row_max, scale, g, at_target, label, valid, confidence, smoothing_per_class = context
+    grad = broadcast_rows(scale, z) * exponential(z - broadcast_rows(row_max, z))
+    if KIND == "probabilities" or target.smoothing is not None:
+        a = smoothed_target(
+            t, broadcast_rows(valid, z), confidence, smoothing_per_class, target, c, class_mask, False, KIND, ACC
+        )  # fmt: skip
+        grad -= broadcast_rows(g, z) * a
+    if KIND != "probabilities" and (len(z.shape) == 2 or z.shape[2] == 1):
+        grad = tl.where(c == broadcast_rows(label, z), broadcast_rows(at_target, z), grad)
+    if len(z.shape) == 2:
+        grad = tl.where(broadcast_rows(valid, z) == 0.0, 0.0, grad)  # a tile's ignored rows have been read
+    return grad
+
+
+@triton.jit
+def store_partials(partials_ptr, state, row_index, row_mask, rows, target, KIND: tl.constexpr):
+    """Store m, s and the target class's logit[, sum a, <a, z - m>] of a program's rows, or its part of a row."""
+    m, s, total, dot, target_logit = state
+    step = count_rows(rows) * rows.parts
+    partials_ptr += row_index * rows.parts + tl.program_id(0) % rows.parts
+    tl.store(partials_ptr, m, mask=row_mask)
+    tl.store(partials_ptr + step, s, mask=row_mask)
+    tl.store(partials_ptr + 2 * step, target_logit, mask=row_mask)
+    if KIND == "probabilities" or target.smoothing is not None:
+        tl.store(partials_ptr + 3 * step, total, mask=row_mask)
+        tl.store(partials_ptr + 4 * step, dot, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_forward(
-    loss_ptr, stats_ptr, sums_ptr, denominator_ptr, logits_ptr, target_ptr, weight_ptr,
-    sizes, logits_strides, target_strides, classes, ignore_index, smoothing,
-    TARGET: tl.constexpr, REDUCTION: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    out, tensors, rows, ignore_index,
+    KIND: tl.constexpr, REDUCTION: tl.constexpr, ACC: tl.constexpr, WEIGHT_PARTS: tl.constexpr,
+    WHOLE: tl.constexpr, CLASSES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Loss of each row (rows,) for "none", else their sum or mean; saves (m, log s[, A]) of each, A unless it is keep.
+    """Loss of each row (rows,) for "none", else their sum or mean; statistics of each row for backward.
 
-    Bytes: logits and dense targets once, 8 or 12 a row saved.
+    With tensors.grad also the gradient for an upstream gradient of 1. With out.partials_ptr the state of parts of rows,
+    and nothing else.
+    Bytes: logits and dense targets once, with the gradient a second time from a cache unless WHOLE; gradient written
+    once; 12 or 16 a row saved.
     """
-    outer, row, live, number = row_tile(tl.program_id(0), sizes, ROWS)
-    z_rows = row_offsets(outer, row, sizes, logits_strides)
-    t_rows = row_offsets(outer, row, sizes, target_strides)
-    z_step = logits_strides[len(sizes)]
-    t_step = target_strides[len(sizes)]
-    on, off = smoothing_terms(smoothing, classes, ACC)
-    first = (tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]
-    label, keep, _ = TARGET(target_ptr, t_rows, tl.arange(0, CLASSES), first, live, classes, ignore_index, t_step, ACC)
-    dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()  # else t is the label alone
-    m, s, total, dot = tile_statistics(
-        logits_ptr, z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes, ignore_index,
-        on, off, dense or smoothing is not None, TARGET, ACC, ROWS, CLASSES,
+    DENSE: tl.constexpr = KIND == "probabilities"
+    target = tensors.target
+    outer, row, row_mask, row_index = program_rows(rows, tl.program_id(0), LANES, VECTOR)
+    confidence, smoothing_per_class = smoothing_terms(target, rows.classes, ACC)
+    label, valid = read_labels(target, outer, row, row_mask, rows, ignore_index, KIND, ACC)
+    places = locate_rows(tensors, outer, row, row_mask, label, valid != 0.0, rows, DENSE, CLASSES, VECTOR)
+    # a tile's gradient may be written over logits that another thread has yet to read
+    KEEP: tl.constexpr = VECTOR > 0 or tensors.grad is not None
+    context = (label, valid, confidence, smoothing_per_class, KEEP)
+    FIRST_PASS: tl.constexpr = "" if tensors.grad is None else "evict_last"
+    whole = load_whole(tensors, rows, places, float("-inf"), DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR)
+    state = reduce_rows(
+        update_loss_state, fresh_state(LANES, ACC), context, whole, tensors, rows, places, KIND, DENSE, FIRST_PASS, ACC,
+        WHOLE, CLASSES, LANES, VECTOR,
     )  # fmt: skip
-    z_true = tl.load(logits_ptr + z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=float("-inf")).to(ACC)
-    shift, log_s, total, loss, weight = close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC)
-    store_rows(
-        loss_ptr, stats_ptr, sums_ptr, None, denominator_ptr, number, live, shift, log_s, total, loss, weight,
-        3 if dense or weight_ptr is not None else 2, REDUCTION,
-    )  # fmt: skip
+    state = merge_lanes(state, label, tensors.logits, places[0], rows, KEEP, VECTOR, ACC)
+    if out.partials_ptr is not None:
+        store_partials(out.partials_ptr, state, row_index, row_mask, rows, target, KIND)
+    else:
+        row_max, log_s, total, loss, log_p = finalize_rows(state, label, valid, confidence, target, ACC)
+        weight = denominator_share(label, valid, target, ACC)
+        if tensors.grad is not None:
+            g = mean_factor(out, weight, row_mask, rows, REDUCTION, KIND, WEIGHT_PARTS, ACC) + valid * 0.0
+            context = gradient_context(
+                row_max, log_s, total, log_p, g, label, valid, confidence, smoothing_per_class, target, ACC
+            )  # fmt: skip
+            map_rows(
+                loss_gradient, context, whole, tensors, rows, places, KIND, DENSE, "evict_first", ACC,
+                WHOLE, CLASSES, LANES, VECTOR,
+            )  # fmt: skip
+        store_losses(
+            out, row_index, row_mask, count_rows(rows), row_max, log_s, total, log_p, loss, weight,
+            DENSE or target.weight_ptr is not None, REDUCTION, KIND,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
-def cross_entropy_statistics(
-    parts_ptr, logits_ptr, target_ptr, weight_ptr, sizes, logits_strides, target_strides, classes, rows, ignore_index,
-    smoothing, TARGET: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+def cross_entropy_combine(
+    out, target, rows, ignore_index,
+    KIND: tl.constexpr, REDUCTION: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """m, s, sum a and <a, z - m> of each row of a slice of the classes, (4, rows), without the labelled class.
-
-    Bytes: logits and dense targets once, 8 or 16 a row.
-    """
-    outer, row, live, number = row_tile(tl.program_id(0), sizes, ROWS)
-    z_rows = row_offsets(outer, row, sizes, logits_strides)
-    t_rows = row_offsets(outer, row, sizes, target_strides)
-    t_step = target_strides[len(sizes)]
-    on, off = smoothing_terms(smoothing, classes, ACC)
-    first = (tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]
-    label, keep, _ = TARGET(target_ptr, t_rows, tl.arange(0, CLASSES), first, live, classes, ignore_index, t_step, ACC)
-    dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()
-    spreads: tl.constexpr = dense or smoothing is not None
-    m, s, total, dot = tile_statistics(
-        logits_ptr, z_rows, logits_strides[len(sizes)], target_ptr, t_rows, t_step, weight_ptr, label, keep, live,
-        classes, ignore_index, on, off, spreads, TARGET, ACC, ROWS, CLASSES,
+    """Merge the parts of rows that cross_entropy_forward split, all in one program, and reduce the loss."""
+    inner = rows.sizes[len(rows.sizes) - 1]
+    count = count_rows(rows)
+    row_index = tl.arange(0, ROWS).to(tl.int64)
+    row_mask = row_index < count
+    confidence, _ = smoothing_terms(target, rows.classes, ACC)
+    label, valid = read_labels(
+        target, row_index // inner, row_index % inner, row_mask, rows, ignore_index, KIND, ACC
     )  # fmt: skip
-    place = parts_ptr + number
-    tl.store(place, m, mask=live)
-    tl.store(place + rows, s, mask=live)
-    if spreads:
-        tl.store(place + 2 * rows, total, mask=live)
-        tl.store(place + 3 * rows, dot, mask=live)
+    mask = row_mask[:, None] & (tl.arange(0, PARTS) < rows.parts)[None, :]
+    partials_ptr = out.partials_ptr + row_index[:, None] * rows.parts + tl.arange(0, PARTS)[None, :]
+    step = count * rows.parts
+    m = tl.where(mask, tl.load(partials_ptr, mask=mask, other=0.0), lowest(1, ACC))
+    s = tl.load(partials_ptr + step, mask=mask, other=0.0)
+    target_logit = tl.load(out.partials_ptr + 2 * step + row_index * rows.parts, mask=row_mask, other=0.0)
+    total = tl.zeros((ROWS, PARTS), ACC)
+    dot = tl.zeros((ROWS, PARTS), ACC)
+    if KIND == "probabilities" or target.smoothing is not None:
+        total = tl.load(partials_ptr + 3 * step, mask=mask, other=0.0)
+        dot = tl.load(partials_ptr + 4 * step, mask=mask, other=0.0)
+    m, s, total, dot = merge_partials(m, s, total, dot)
+    state = (m, s, total, dot, target_logit)
+    row_max, log_s, total, loss, log_p = finalize_rows(state, label, valid, confidence, target, ACC)
+    store_losses(
+        out, row_index, row_mask, count, row_max, log_s, total, log_p, loss,
+        denominator_share(label, valid, target, ACC),
+        KIND == "probabilities" or target.weight_ptr is not None, REDUCTION, KIND,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_statistics(stats_ptr, row_index, row_mask, count, valid, HAS_TOTAL: tl.constexpr, KIND: tl.constexpr):
+    """Return m, log s, A and log p of the target class of each row, as `store_losses` stored them."""
+    stats_ptr += row_index
+    row_max = tl.load(stats_ptr, mask=row_mask, other=0.0)
+    log_s = tl.load(stats_ptr + count, mask=row_mask, other=0.0)
+    log_p = log_s
+    if KIND != "probabilities":
+        log_p = tl.load(stats_ptr + 2 * count, mask=row_mask, other=0.0)
+        stats_ptr += count
+    total = valid
+    if HAS_TOTAL:
+        total = tl.load(stats_ptr + 2 * count, mask=row_mask, other=0.0)
+    return row_max, log_s, total, log_p
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_backward(
-    grad_ptr, stats_ptr, upstream_ptr, denominator_ptr, logits_ptr, target_ptr, weight_ptr,
-    sizes, grad_strides, upstream_strides, logits_strides, target_strides, classes, ignore_index, smoothing,
-    GIVEN: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    saved, upstream, tensors, rows, ignore_index,
+    GRAD_PRECOMPUTED: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr, WHOLE: tl.constexpr,
+    CLASSES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the logits from the saved row statistics: g * (A * exp(z - m - log s) - a).
 
-    GIVEN: grad_ptr holds the gradient for an upstream gradient of 1 already; rows where it is 1 are left as they are.
-    Bytes: logits read once, gradient written once, dense targets read once, 8 or 12 a row of statistics.
+    GRAD_PRECOMPUTED: tensors.grad holds the gradient for an upstream gradient of 1 already; rows where it is 1 are left
+    as they are. Bytes: logits read once, gradient written once, dense targets read once, 12 or 16 a row of statistics.
     """
-    outer, row, live, number = row_tile(tl.program_id(0), sizes, ROWS)
-    g = tl.load(upstream_ptr + row_offsets(outer, row, sizes, upstream_strides), mask=live, other=0.0).to(ACC)
-    if GIVEN:
-        live &= g != 1.0
-    z_rows = row_offsets(outer, row, sizes, logits_strides)
-    t_rows = row_offsets(outer, row, sizes, target_strides)
-    out_rows = grad_ptr + row_offsets(outer, row, sizes, grad_strides)
-    z_step = logits_strides[len(sizes)]
-    t_step = target_strides[len(sizes)]
-    on, off = smoothing_terms(smoothing, classes, ACC)
-    first = (tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]
-    label, keep, _ = TARGET(target_ptr, t_rows, tl.arange(0, CLASSES), first, live, classes, ignore_index, t_step, ACC)
-    dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()
-    saved: tl.constexpr = 3 if dense or weight_ptr is not None else 2
-    shift = tl.load(stats_ptr + number * saved, mask=live, other=0.0)
-    log_s = tl.load(stats_ptr + number * saved + 1, mask=live, other=0.0)
-    total = keep
-    if saved == 3:
-        total = tl.load(stats_ptr + number * saved + 2, mask=live, other=0.0)
-    if denominator_ptr is not None:
-        g = g / tl.load(denominator_ptr)
-    tile_gradient(
-        grad_ptr, out_rows, grad_strides[len(sizes)], logits_ptr, z_rows, z_step, target_ptr, t_rows, t_step,
-        weight_ptr, shift, log_s, total, g, label, keep, live, classes, ignore_index, on, off,
-        dense or smoothing is not None, TARGET, ACC, CLASSES,
+    DENSE: tl.constexpr = KIND == "probabilities"
+    target = tensors.target
+    outer, row, row_mask, row_index = program_rows(rows, tl.program_id(0), LANES, VECTOR)
+    g = tl.load(upstream.ptr + value_offsets(outer, row, rows, upstream.strides), mask=row_mask, other=0.0).to(ACC)
+    if GRAD_PRECOMPUTED:
+        row_mask = row_mask & (g != 1.0)
+    if saved.denominator_ptr is not None:
+        g = g / tl.load(saved.denominator_ptr)
+    confidence, smoothing_per_class = smoothing_terms(target, rows.classes, ACC)
+    label, valid = read_labels(target, outer, row, row_mask, rows, ignore_index, KIND, ACC)
+    places = locate_rows(tensors, outer, row, row_mask, label, valid != 0.0, rows, DENSE, CLASSES, VECTOR)
+    row_max, log_s, total, log_p = load_statistics(
+        saved.stats_ptr, row_index, row_mask, count_rows(rows), valid, DENSE or target.weight_ptr is not None, KIND
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["ignore_index"])
-def cross_entropy_weights(
-    weights_ptr, ticket_ptr, target_ptr, weight_ptr, sizes, target_strides, classes, ignore_index,
-    ACC: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Sum of the true classes' weights over every num_programs-th tile of rows: parts of a mean's denominator."""
-    tiles = tl.cdiv(sizes[len(sizes) - 1], ROWS)
-    for i in tl.static_range(len(sizes) - 1):
-        tiles *= sizes[i]
-    weights = tl.zeros((ROWS,), tl.float64)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        outer, row, live, _ = row_tile(tile, sizes, ROWS)
-        rows = row_offsets(outer, row, sizes, target_strides)
-        label, keep, _ = index_target(target_ptr, rows, rows, live, live, classes, ignore_index, 0, ACC)
-        weights += tl.where(live, row_weight(label, keep, weight_ptr, ACC), 0.0).to(tl.float64)
-    tl.store(weights_ptr + tl.program_id(0), tl.sum(weights, axis=0))
-    if tl.program_id(0) == 0:
-        tl.store(ticket_ptr, 0)
-
-
-@triton.jit(do_not_specialize=["ignore_index"])
-def cross_entropy_both(
-    loss_ptr, grad_ptr, stats_ptr, sums_ptr, ticket_ptr, weights_ptr, denominator_ptr,
-    logits_ptr, target_ptr, weight_ptr,
-    sizes, grad_strides, logits_strides, target_strides, classes, ignore_index, smoothing, rows,
-    TARGET: tl.constexpr, REDUCTION: tl.constexpr, ACC: tl.constexpr, WEIGHT_PARTS: tl.constexpr, ROWS: tl.constexpr,
-    CLASSES: tl.constexpr,
-):  # fmt: skip
-    """Loss as cross_entropy_forward, and the gradient for an upstream gradient of 1, in one launch.
-
-    Bytes: logits read once, the second time from a cache; gradient written once; dense targets likewise.
-    """
-    outer, row, live, number = row_tile(tl.program_id(0), sizes, ROWS)
-    z_rows = row_offsets(outer, row, sizes, logits_strides)
-    t_rows = row_offsets(outer, row, sizes, target_strides)
-    out_rows = grad_ptr + row_offsets(outer, row, sizes, grad_strides)
-    z_step = logits_strides[len(sizes)]
-    t_step = target_strides[len(sizes)]
-    on, off = smoothing_terms(smoothing, classes, ACC)
-    first = (tl.arange(0, CLASSES) < classes)[:, None] & live[None, :]
-    label, keep, _ = TARGET(target_ptr, t_rows, tl.arange(0, CLASSES), first, live, classes, ignore_index, t_step, ACC)
-    dense: tl.constexpr = target_ptr.dtype.element_ty.is_floating()
-    m, s, total, dot = tile_statistics(
-        logits_ptr, z_rows, z_step, target_ptr, t_rows, t_step, weight_ptr, label, keep, live, classes, ignore_index,
-        on, off, dense or smoothing is not None, TARGET, ACC, ROWS, CLASSES,
+    context = gradient_context(
+        row_max, log_s, total, log_p, g, label, valid, confidence, smoothing_per_class, target, ACC
     )  # fmt: skip
-    z_true = tl.load(logits_ptr + z_rows + label.to(tl.int64) * z_step, mask=label >= 0, other=float("-inf")).to(ACC)
-    shift, log_s, total, loss, weight = close_rows(m, s, total, dot, z_true, label, keep, on, weight_ptr, ACC)
-    g = mean_share(weights_ptr, weight, live, rows, dense, REDUCTION, ACC, WEIGHT_PARTS)
-    tile_gradient(
-        grad_ptr, out_rows, grad_strides[len(sizes)], logits_ptr, z_rows, z_step, target_ptr, t_rows, t_step,
-        weight_ptr, shift, log_s, total, g + tl.zeros((ROWS,), ACC), label, keep, live, classes, ignore_index, on, off,
-        dense or smoothing is not None, TARGET, ACC, CLASSES,
-    )  # fmt: skip
-    store_rows(
-        loss_ptr, stats_ptr, sums_ptr, ticket_ptr, denominator_ptr, number, live, shift, log_s, total, loss, weight,
-        3 if dense or weight_ptr is not None else 2, REDUCTION,
+    whole = load_whole(tensors, rows, places, float("-inf"), DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR)
+    map_rows(
+        loss_gradient, context, whole, tensors, rows, places, KIND, DENSE, "", ACC, WHOLE, CLASSES, LANES, VECTOR
     )  # fmt: skip

@@ -1,223 +1,388 @@
-"""What every row-wise kernel needs: where a tile of rows lies, what its target is, and logarithms that lose no digits.
+"""Where rows lie in memory, and how a program goes over them.
 
 Rows are the logits' dimensions without the class dimension, merged where memory allows: sizes = (outer..., inner). A
-tile is up to ROWS neighbours along the inner dimension; the outer dimensions, of any number, are decoded once a program
-from the tile's number. A tensor is a pointer and a tuple of strides (outer..., inner, class), so every
-layout is read where it lies.
+tensor is a pointer and a tuple of strides (outer..., inner, class), so every layout is read where it lies.
 
-Legend: z logits, t target row, w class weights, e label smoothing, C classes, keep 1 or 0 (ignored) or NaN (no class).
+Two kinds of programs, told apart by VECTOR:
+
+VECTOR == 0, a tile: LANES rows, neighbours along the inner dimension, their classes in blocks of (CLASSES, LANES).
+VECTOR > 0, a long row or a part of one, whose classes are adjacent: blocks of (REPEATS, LANES, VECTOR), CLASSES in all,
+    where each lane has VECTOR adjacent classes, 16 bytes, at every repeat. Positions count from the 16-byte boundary at
+    or before the row's first element: position j holds class j - head_offset. Vectors that the row fills go through
+    blocks; what is left, the beginning and the end of a row that is not aligned and the vector of the target class, is
+    the row's edge, an element a lane: no other element is compared with anything.
+
+WHOLE: the first block holds all classes, and stays in registers from the first pass to the second.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from .math import convert
+
+
+class RowLayout(NamedTuple):
+    """The rows of a call, as the host passes them."""
+
+    sizes: Any  # (outer..., inner)
+    classes: Any
+    parts: Any  # programs that share a long row
+
+
+class Strided(NamedTuple):
+    """A tensor, as the host passes it; its strides are None where it lies in memory as the first tensor does."""
+
+    ptr: Any
+    strides: Any
+
 
 @triton.jit
-def row_tile(tile, sizes, ROWS: tl.constexpr):
-    """Return a tile's outer index, its rows along the inner dimension, which of them exist, and their numbers."""
-    inner = sizes[len(sizes) - 1]
-    tiles = tl.cdiv(inner, ROWS)
-    outer = tile // tiles
-    row = (tile % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    return outer, row, row < inner, outer.to(tl.int64) * inner + row
+def count_rows(rows):
+    """Return the number of rows."""
+    count = tl.full((), 1, tl.int64)
+    for i in tl.static_range(len(rows.sizes)):
+        count *= rows.sizes[i]
+    return count
 
 
 @triton.jit
-def row_offsets(outer, row, sizes, strides):
+def program_rows(rows, program, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Return a program's rows: their outer index, their inner indices, which of them exist, and their numbers.
+
+    The inner index of a long row is a scalar; the last two are vectors of one row.
+    """
+    inner = rows.sizes[len(rows.sizes) - 1]
+    if VECTOR == 0:
+        tiles = tl.cdiv(inner, LANES)
+        outer = program // tiles
+        row = (program % tiles).to(tl.int64) * LANES + tl.arange(0, LANES)
+        row_mask = row < inner
+        row_index = outer.to(tl.int64) * inner + row
+    else:
+        number = program // rows.parts
+        outer = number // inner
+        row = (number % inner).to(tl.int64)
+        row_mask = tl.full((1,), True, tl.int1)
+        row_index = number.to(tl.int64) + tl.arange(0, 1)
+    return outer, row, row_mask, row_index
+
+
+@triton.jit
+def row_offsets(outer, row, rows, strides):
     """Return the offset of each row's first element, in 64 bits: N * C above 2**31 is ordinary."""
-    offset = row * strides[len(sizes) - 1]
-    for i in tl.static_range(len(sizes) - 2, -1, -1):
-        offset += (outer % sizes[i]).to(tl.int64) * strides[i]
-        outer = outer // sizes[i]
+    offset = row * strides[len(rows.sizes) - 1]
+    for i in tl.static_range(len(rows.sizes) - 2, -1, -1):
+        offset += (outer % rows.sizes[i]).to(tl.int64) * strides[i]
+        outer = outer // rows.sizes[i]
     return offset
 
 
 @triton.jit
-def load_tile(ptr, offsets, inside):
-    """Load a (classes, rows) block of logits, where classes are adjacent so that a thread has a row's.
+def value_offsets(outer, row, rows, strides):
+    """Return the offset of each row's value in a tensor without the class dimension, (rows,) for a long row, too."""
+    offset = row_offsets(outer, row, rows, strides)
+    if len(offset.shape) == 0:
+        offset += tl.arange(0, 1)
+    return offset
 
-    A list of addresses without shape is dealt out to the threads one by one, rows before classes. Left to see that
-    classes are adjacent, the compiler would give a row to several threads that exchange their shares and each do all of
-    the work on rows. The loads' sectors come through the L1 cache; stores, not treated so, are rearranged. Four classes
-    or fewer a step are left alone: there rows are adjacent, or next to it.
+
+@triton.jit
+def row_segment(offset, row_mask, target_class, read, rows, CLASSES: tl.constexpr, VECTOR: tl.constexpr):
+    """Return what a program goes over; `offset` is of the first tensor.
+
+    A tile: the first and the last class, and which rows exist. A long row, as positions of vectors: where the program's
+    part begins and stops, where the vectors end that the row fills, and the one of the target class; then head_offset,
+    whether the program has the row's edge, and whether the row is read: an ignored one is not. Without its row a
+    program has nothing.
     """
-    CLASSES: tl.constexpr = offsets.shape[0]
-    ROWS: tl.constexpr = offsets.shape[1]
-    if CLASSES > 4:
-        flat = tl.reshape(offsets, (CLASSES * ROWS,))
-        z = tl.load(ptr + flat, mask=tl.reshape(inside, (CLASSES * ROWS,)), other=float("-inf"))
-        z = tl.reshape(z, (CLASSES, ROWS))
+    if VECTOR == 0:
+        segment = (0, rows.classes, row_mask)
     else:
-        z = tl.load(ptr + offsets, mask=inside, other=float("-inf"))
+        head_offset = offset.to(tl.int32) & (VECTOR - 1)
+        wanted = tl.max(row_mask.to(tl.int32), axis=0) != 0
+        label = tl.max(target_class, axis=0)
+        labelled = tl.where(label >= 0, (head_offset + label) // VECTOR * VECTOR, -VECTOR)
+        first = tl.where(head_offset > 0, VECTOR, 0)
+        last = tl.where(wanted, (head_offset + rows.classes) // VECTOR * VECTOR, first)
+        size = tl.cdiv(tl.cdiv(last - first, CLASSES), rows.parts) * CLASSES
+        part = tl.program_id(0) % rows.parts
+        begin = tl.minimum(first + part * size, last)
+        stop = tl.minimum(begin + size, last)
+        is_read = tl.max(read.to(tl.int32), axis=0) != 0
+        segment = (begin, stop, last, labelled, head_offset, wanted & (part == 0), is_read)
+    return segment
+
+
+@triton.jit
+def stretch(part, segment, CLASSES: tl.constexpr):
+    """Return the bounds of one of two stretches: filled blocks from low to high, masked ones from high to end.
+
+    The first ends with the block of the target class, if the program has it, the second with the program's part.
+    """
+    begin, stop, _, labelled, _, _, read = segment
+    filled = tl.where(read, begin + (stop - begin) // CLASSES * CLASSES, begin)
+    found = (labelled >= begin) & (labelled < filled)
+    middle = tl.where(found, begin + (labelled - begin) // CLASSES * CLASSES, filled)
+    rest = tl.where(found, middle + CLASSES, stop)
+    low = tl.where(part == 0, begin, rest)
+    high = tl.where(part == 0, middle, tl.where(found, filled, rest))
+    return low, high, tl.where(part == 0, rest, stop)
+
+
+@triton.jit
+def base_offset(tensor, first_base, outer, row, rows):
+    """Return where a tensor's rows begin: at class 0, or as the first tensor's where it lies as that does."""
+    base = first_base
+    if tensor.strides is not None:
+        base = row_offsets(outer, row, rows, tensor.strides)
+    return base
+
+
+@triton.jit
+def locate_rows(
+    tensors, outer, row, row_mask, target_class, read, rows, PAIRED: tl.constexpr, CLASSES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Return where the rows of the three tensors begin, and the segment that the program goes over."""
+    offset = row_offsets(outer, row, rows, tensors[0].strides)
+    segment = row_segment(offset, row_mask, target_class, read, rows, CLASSES, VECTOR)
+    base = offset
+    if VECTOR > 0:
+        base = offset // VECTOR * VECTOR
+    second_base = base
+    if PAIRED:
+        second_base = base_offset(tensors[1], base, outer, row, rows)
+    out_base = base
+    if tensors[2] is not None:
+        out_base = base_offset(tensors[2], base, outer, row, rows)
+    return base, second_base, out_base, segment
+
+
+@triton.jit
+def addresses(tensor, base, j, c, rows):
+    """Return the addresses of a block: of the classes c or, where it lies as the first tensor does, of positions j."""
+    if tensor.strides is None:
+        address = tensor.ptr + base + j
+    elif len(c.shape) == 3:
+        address = tensor.ptr + base + c.to(tl.int64) * tensor.strides[len(rows.sizes)]
+    else:
+        address = tensor.ptr + base[None, :] + c.to(tl.int64) * tensor.strides[len(rows.sizes)]
+    return address
+
+
+@triton.jit
+def block_places(start, segment, rows, CLASSES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Return a block's positions and classes, which classes exist, and which elements."""
+    if VECTOR == 0:
+        j = (start + tl.arange(0, CLASSES))[:, None]
+        c = j
+        class_mask = c < rows.classes
+        mask = class_mask & segment[2][None, :]
+    else:
+        REPEATS: tl.constexpr = CLASSES // (LANES * VECTOR)
+        vector = start + (tl.arange(0, REPEATS)[:, None] * LANES + tl.arange(0, LANES)[None, :]) * VECTOR
+        filled = (vector < segment[2]) & (vector != segment[3])
+        j = vector[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
+        c = j - segment[4]
+        class_mask = tl.broadcast_to(filled[:, :, None], (REPEATS, LANES, VECTOR))
+        mask = class_mask
+    return j, c, class_mask, mask
+
+
+@triton.jit
+def edge_places(segment, rows, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Return positions, classes and mask of a long row's edge: the vectors it does not fill, and the target class's."""
+    _, _, last, labelled, head_offset, has_edge, _ = segment
+    lane = tl.arange(0, LANES)
+    piece = lane // VECTOR
+    vector = tl.where(piece == 0, 0, tl.where(piece == 1, labelled, last))
+    first = tl.where(head_offset > 0, VECTOR, 0)
+    mask = tl.where(piece == 1, (vector >= first) & (vector < last), (piece == 2) | ((piece == 0) & (head_offset > 0)))
+    j = vector + lane % VECTOR
+    c = j - head_offset
+    mask = mask & (c >= 0) & (c < rows.classes) & has_edge
+    c = tl.where(mask, c, -2)  # no class: not even a row's that has none
+    return j[None, :, None], c[None, :, None], mask[None, :, None]
+
+
+@triton.jit
+def load_tile(address, mask, OTHER: tl.constexpr, CLASSES: tl.constexpr, LANES: tl.constexpr):
+    """Load a block of a tile.
+
+    Where classes are adjacent: flattening the addresses makes Triton assign one row to each thread; with the 2-D shape
+    it vectorises along classes, and every reduction of a row needs shuffles. The loads' sectors come through the L1
+    cache; stores, not treated so, are rearranged. Blocks of four classes or fewer are left alone: there rows are
+    adjacent, or next to it.
+    """
+    if CLASSES > 4:
+        flat = tl.reshape(address, (CLASSES * LANES,))
+        z = tl.load(flat, mask=tl.reshape(mask, (CLASSES * LANES,)), other=OTHER)
+        z = tl.reshape(z, (CLASSES, LANES))
+    else:
+        z = tl.load(address, mask=mask, other=OTHER)
     return z
 
 
 @triton.jit
-def index_target(target_ptr, rows, c, inside, live, classes, ignore_index, class_stride, ACC: tl.constexpr):
-    """Class indices: the label (-1 where there is none), keep, and a t that nobody reads: it is the label alone.
+def load_vectors(address, mask, OTHER: tl.constexpr, EVICT: tl.constexpr, FILLED: tl.constexpr):
+    """Load a block of a long row: without a mask where it is FILLED."""
+    if FILLED:
+        z = tl.load(address, eviction_policy=EVICT)
+    else:
+        z = tl.load(address, mask=mask, other=OTHER, eviction_policy=EVICT)
+    return z
 
-    An index outside [0, C) that is not ignored makes keep NaN, hence that row's loss and gradient; nothing is read
-    there.
+
+@triton.jit
+def load_block(
+    start, tensors, rows, places, OTHER: tl.constexpr, PAIRED: tl.constexpr, EVICT: tl.constexpr, ACC: tl.constexpr,
+    FILLED: tl.constexpr, CLASSES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Load a block of the first tensor, OTHER where it has no elements, and of the second where PAIRED.
+
+    Returns both (a placeholder for what is not PAIRED), the block's classes, and which of them exist and are read.
     """
-    label = tl.load(target_ptr + rows, mask=live, other=-1).to(tl.int64)
-    known = (label >= 0) & (label < classes)
-    keep = tl.where(label == ignore_index, 0.0, tl.where(known, 1.0, float("nan"))).to(ACC)
-    return tl.where(keep == 1.0, label, -1).to(tl.int32), keep, keep
+    first, second, _ = tensors
+    base, second_base, _, segment = places
+    j, c, class_mask, mask = block_places(start, segment, rows, CLASSES, LANES, VECTOR)
+    if VECTOR == 0:
+        z = load_tile(addresses(first, base, j, c, rows), mask, OTHER, CLASSES, LANES).to(ACC)
+        t = z
+        if PAIRED:
+            t = load_tile(addresses(second, second_base, j, c, rows), mask, 0.0, CLASSES, LANES).to(ACC)
+    else:
+        class_mask = mask & segment[6]
+        z = load_vectors(first.ptr + base + j, class_mask, OTHER, EVICT, FILLED).to(ACC)
+        t = z
+        if PAIRED:
+            t = load_vectors(addresses(second, second_base, j, c, rows), class_mask, 0.0, EVICT, FILLED).to(ACC)
+        if FILLED:
+            class_mask = tl.full(z.shape, True, tl.int1)
+    return z, t, c, class_mask
 
 
 @triton.jit
-def slice_target(target_ptr, rows, c, inside, live, classes, ignore_index, class_stride, ACC: tl.constexpr):
-    """As index_target, where `classes` are a slice: ignore_index is (ignore_index, the first class, the number of all).
+def load_edge(
+    tensors, rows, places, OTHER: tl.constexpr, PAIRED: tl.constexpr, ACC: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """As `load_block`, of a long row's edge, an element a lane."""
+    first, second, _ = tensors
+    base, second_base, _, segment = places
+    j, c, mask = edge_places(segment, rows, LANES, VECTOR)
+    mask = mask & segment[6]
+    z = tl.load(first.ptr + base + j, mask=mask, other=OTHER).to(ACC)
+    t = z
+    if PAIRED:
+        t = tl.load(addresses(second, second_base, j, c, rows), mask=mask, other=0.0).to(ACC)
+    return z, t, c, mask
 
-    The label is relative to the slice, and -1 where another holds it.
+
+@triton.jit
+def load_whole(
+    tensors, rows, places, OTHER: tl.constexpr, PAIRED: tl.constexpr, ACC: tl.constexpr, WHOLE: tl.constexpr,
+    CLASSES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Return what stays in registers from pass to pass: the only block where it is WHOLE, else nothing."""
+    block = 0
+    if WHOLE:
+        block = load_block(places[3][0], tensors, rows, places, OTHER, PAIRED, "", ACC, False, CLASSES, LANES, VECTOR)
+    return block
+
+
+@triton.jit
+def reduce_rows(
+    BODY: tl.constexpr, state, context, whole, tensors, rows, places, KIND: tl.constexpr, PAIRED: tl.constexpr,
+    EVICT: tl.constexpr, ACC: tl.constexpr, WHOLE: tl.constexpr, CLASSES: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Take the program's rows into the state, block by block, and return it.
+
+    BODY(state, block, context, second tensor, KIND, ACC) returns the state after a block.
     """
-    label = tl.load(target_ptr + rows, mask=live, other=-1).to(tl.int64)
-    known = (label >= 0) & (label < ignore_index[2])
-    keep = tl.where(label == ignore_index[0], 0.0, tl.where(known, 1.0, float("nan"))).to(ACC)
-    here = label - ignore_index[1]
-    found = (keep == 1.0) & (here >= 0) & (here < classes)
-    return tl.where(found, here, -1).to(tl.int32), keep, keep
+    OTHER: tl.constexpr = 0.0 if KIND == "gradient" or KIND == "log gradient" else float("-inf")
+    segment = places[3]
+    if VECTOR > 0:
+        edge = load_edge(tensors, rows, places, OTHER, PAIRED, ACC, LANES, VECTOR)
+        state = BODY(state, edge, context, tensors[1], KIND, ACC)
+    if WHOLE:
+        state = BODY(state, whole, context, tensors[1], KIND, ACC)
+    elif VECTOR == 0:
+        for start in range(0, rows.classes, CLASSES):
+            block = load_block(start, tensors, rows, places, OTHER, PAIRED, EVICT, ACC, False, CLASSES, LANES, VECTOR)
+            state = BODY(state, block, context, tensors[1], KIND, ACC)
+    else:
+        for part in range(2):
+            low, high, end = stretch(part, segment, CLASSES)
+            for start in range(low, high, CLASSES):
+                block = load_block(
+                    start, tensors, rows, places, OTHER, PAIRED, EVICT, ACC, True, CLASSES, LANES, VECTOR
+                )  # fmt: skip
+                state = BODY(state, block, context, tensors[1], KIND, ACC)
+            for start in range(high, tl.where(segment[6], end, high), CLASSES):
+                block = load_block(
+                    start, tensors, rows, places, OTHER, PAIRED, EVICT, ACC, False, CLASSES, LANES, VECTOR
+                )  # fmt: skip
+                state = BODY(state, block, context, tensors[1], KIND, ACC)
+    return state
 
 
 @triton.jit
-def probability_target(target_ptr, rows, c, inside, live, classes, ignore_index, class_stride, ACC: tl.constexpr):
-    """Class probabilities: no label, every row kept, and the block of t."""
-    t = tl.load(target_ptr + c.to(tl.int64)[:, None] * class_stride + rows[None, :], mask=inside, other=0.0)
-    return tl.full(rows.shape, -1, tl.int32), tl.where(live, 1.0, 0.0).to(ACC), t.to(ACC)
+def store_block(
+    y, start, out, rows, places, EVICT: tl.constexpr, FILLED: tl.constexpr,
+    CLASSES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Store a block of the output: without a mask where it is FILLED."""
+    j, c, _, mask = block_places(start, places[3], rows, CLASSES, LANES, VECTOR)
+    y = convert(y, out.ptr.dtype.element_ty)
+    if FILLED:
+        tl.store(addresses(out, places[2], j, c, rows), y, eviction_policy=EVICT)
+    else:
+        tl.store(addresses(out, places[2], j, c, rows), y, mask=mask, eviction_policy=EVICT)
 
 
 @triton.jit
-def class_weight(weight_ptr, c, exists, ACC: tl.constexpr):
-    """Return w at the classes c, or 1 where there are no weights."""
-    w = tl.full(c.shape, 1.0, ACC)
-    if weight_ptr is not None:
-        w = tl.load(weight_ptr + c, mask=exists, other=0.0).to(ACC)
-    return w
+def map_rows(
+    BODY: tl.constexpr, context, whole, tensors, rows, places, KIND: tl.constexpr, PAIRED: tl.constexpr,
+    EVICT: tl.constexpr, ACC: tl.constexpr, WHOLE: tl.constexpr, CLASSES: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Write BODY(block, context, second tensor, KIND, ACC) for every block of the program's rows, and the edge.
 
-
-@triton.jit
-def smoothing_terms(smoothing, classes, ACC: tl.constexpr):
-    """Return 1 - e and e / C; e comes as two float32 (high and low part), so that float64 kernels get all its bits.
-
-    A third part is C, where `classes` are a slice.
+    Long rows go from their end to their beginning: what was read last is still in the L2 cache, even where the rows
+    under way do not fit into it.
     """
-    e = tl.full((), 0.0, ACC)
-    if smoothing is not None:
-        e += tl.full((), smoothing[0], ACC) + tl.full((), smoothing[1], ACC)
-        if len(smoothing) == 3:
-            classes = smoothing[2]
-    return 1.0 - e, e / tl.full((), classes, ACC)
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for x >= 0, accurate relative to itself: 2 atanh(x / (2 + x)) by its series up to 1/2."""
-    w = x / (2.0 + x)
-    w2 = w * w
-    series = w2 * 0.0
-    for i in tl.static_range(12, -1, -1):
-        series = series * w2 + 1.0 / (2 * i + 1)
-    return tl.where(x <= 0.5, 2.0 * w * series, tl.log(1.0 + x))
-
-
-@triton.jit
-def expm1(x):
-    """exp(x) - 1 for x <= 0, accurate relative to itself: the Taylor series down to -0.7."""
-    series = x * 0.0 + 1.0
-    for i in tl.static_range(17, 1, -1):
-        series = 1.0 + x * series * (1.0 / i)
-    return tl.where(x >= -0.7, x * series, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def exponential(x):
-    """exp(x): in float32 one multiplication and one EX2, subnormal results flushed to 0; float64 in full precision."""
-    if x.dtype == tl.float64:
-        y = tl.exp(x)
+    OTHER: tl.constexpr = 0.0 if KIND == "gradient" or KIND == "log gradient" else float("-inf")
+    out = tensors[2]
+    segment = places[3]
+    if WHOLE:
+        y = BODY(whole, context, tensors[1], KIND, ACC)
+        store_block(y, segment[0], out, rows, places, EVICT, False, CLASSES, LANES, VECTOR)
+    elif VECTOR == 0:
+        for start in range(0, rows.classes, CLASSES):
+            block = load_block(start, tensors, rows, places, OTHER, PAIRED, EVICT, ACC, False, CLASSES, LANES, VECTOR)
+            y = BODY(block, context, tensors[1], KIND, ACC)
+            store_block(y, start, out, rows, places, EVICT, False, CLASSES, LANES, VECTOR)
     else:
-        y = tl.exp2(x * 1.4426950408889634)
-    return y
-
-
-@triton.jit
-def rounded_product(x, y):
-    """Return x * y for a sum over lanes.
-
-    Lanes add their neighbour's term to their own. The compiler fuses a plain product into that addition, but cannot
-    fuse the product that came from the neighbour: one term exact, one rounded, and two lanes that should hold the same
-    sum differ in its last bits. A product that is already a fused multiply-add is not fused again, and costs the same.
-    """
-    return tl.fma(x, y, 0.0)
-
-
-@triton.jit
-def convert(x, DTYPE: tl.constexpr):
-    """Return x as DTYPE, to bfloat16 by way of float32: Triton's interpreter has no other way from float64."""
-    if DTYPE == tl.bfloat16:
-        x = x.to(tl.float32)
-    return x.to(DTYPE)
-
-
-@triton.jit
-def lowest(SIZE: tl.constexpr, ACC: tl.constexpr):
-    """Return a vector of the lowest finite number, where a running maximum starts."""
-    if ACC == tl.float64:
-        m = tl.full((SIZE,), -1.7976931348623157e308, ACC)
-    else:
-        m = tl.full((SIZE,), -3.4028234663852886e38, ACC)
-    return m
-
-
-@triton.jit
-def lane_max(z):
-    """Maximum over a lane's share of a block: (share, lanes), or (repeats, lanes, share) that one thread holds."""
-    if len(z.shape) == 3:
-        y = tl.max(tl.max(z, axis=2), axis=0)
-    else:
-        y = tl.max(z, axis=0)
-    return y
-
-
-@triton.jit
-def lane_min(x):
-    """Minimum over a lane's share of a block."""
-    if len(x.shape) == 3:
-        y = tl.min(tl.min(x, axis=2), axis=0)
-    else:
-        y = tl.min(x, axis=0)
-    return y
-
-
-@triton.jit
-def lane_sum(z):
-    """Sum over a lane's share of a block."""
-    if len(z.shape) == 3:
-        y = tl.sum(tl.sum(z, axis=2), axis=0)
-    else:
-        y = tl.sum(z, axis=0)
-    return y
-
-
-@triton.jit
-def along(x, z):
-    """A value a lane, shaped to broadcast against the block z."""
-    if len(z.shape) == 3:
-        y = x[None, :, None]
-    else:
-        y = x[None, :]
-    return y
-
-
-@triton.jit
-def absorb(z, others, a, m, s, total, dot, SPREAD: tl.constexpr):
-    """Add a block to the running maximum m of z, s of `others` and, with SPREAD, to sum a and <a, z - m>.
-
-    m starts at the lowest finite number: a block of -inf needs no test, exp(-inf - m) is 0.
-    """
-    m_new = tl.maximum(m, lane_max(z))
-    s = s * exponential(m - m_new) + lane_sum(exponential(others - along(m_new, others)))
-    if SPREAD:
-        dot += tl.where(total == 0.0, 0.0, total * (m - m_new))
-        dot += lane_sum(tl.where(a == 0.0, 0.0, a * (z - along(m_new, z))))
-        total += lane_sum(a)
-    return m_new, s, total, dot
+        for part in range(2):
+            low, high, end = stretch(1 - part, segment, CLASSES)
+            for start in range(high, end, CLASSES):
+                block = load_block(
+                    start, tensors, rows, places, OTHER, PAIRED, EVICT, ACC, False, CLASSES, LANES, VECTOR
+                )  # fmt: skip
+                y = BODY(block, context, tensors[1], KIND, ACC)
+                store_block(y, start, out, rows, places, EVICT, False, CLASSES, LANES, VECTOR)
+            for at in range(low, high, CLASSES):
+                start = low + high - CLASSES - at
+                block = load_block(
+                    start, tensors, rows, places, OTHER, PAIRED, EVICT, ACC, True, CLASSES, LANES, VECTOR
+                )  # fmt: skip
+                y = BODY(block, context, tensors[1], KIND, ACC)
+                store_block(y, start, out, rows, places, EVICT, True, CLASSES, LANES, VECTOR)
+    if VECTOR > 0:
+        j, c, mask = edge_places(segment, rows, LANES, VECTOR)
+        edge = load_edge(tensors, rows, places, OTHER, PAIRED, ACC, LANES, VECTOR)
+        y = BODY(edge, context, tensors[1], KIND, ACC)
+        tl.store(addresses(out, places[2], j, c, rows), convert(y, out.ptr.dtype.element_ty), mask=mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import struct
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -15,19 +15,15 @@ from softmax_fused import _tiles
 from softmax_fused._layout import Rows, describe
 from softmax_fused._tiles import Tile, choose_tile, long_tile, power_of_2, split_rows
 from softmax_fused.kernels.cross_entropy import (
+    LossTensors,
+    Saved,
     cross_entropy_backward,
-    cross_entropy_both,
-    cross_entropy_forward,
-    cross_entropy_reduce,
-    cross_entropy_weights,
-)
-from softmax_fused.kernels.long_rows import (
     cross_entropy_combine,
-    cross_entropy_long_backward,
-    cross_entropy_long_both,
-    cross_entropy_long_forward,
+    cross_entropy_forward,
 )
-from softmax_fused.kernels.rows import index_target, probability_target, slice_target
+from softmax_fused.kernels.reduce import LossOutputs, cross_entropy_reduce, cross_entropy_weights
+from softmax_fused.kernels.rows import RowLayout, Strided
+from softmax_fused.kernels.targets import Target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,17 +47,29 @@ def launch(kernel: Any, programs: int, warps: int, device: torch.device, *args: 
         kernel[(programs,)](*args, num_warps=warps, **OPTIONS)
 
 
-def plan(rows: Rows, itemsize: int, table: tuple[LongTile, ...], *strides: tuple[int, ...]) -> tuple[Tile, int]:
+def plan(
+    rows: Rows,
+    itemsize: int,
+    table: tuple[LongTile, ...],
+    *strides: tuple[int, ...],
+    streams: int = 1,
+    crowded: bool = False,
+) -> tuple[Tile, int]:
     """Return the tile and the number of programs, before long rows are split.
 
     `strides` are those of the logits and, where it is written, of the gradient: it may lie otherwise, when the logits
-    share memory.
+    share memory. `streams` and `crowded` as in `long_tile`.
     """
     adjacent = rows.classes == 1 or all(stride[-1] == 1 for stride in strides)
     if adjacent and rows.classes > _tiles.tables.long_row_classes:
-        return long_tile(rows.classes, itemsize, table), math.prod(rows.sizes)
+        return long_tile(rows.classes, itemsize, table, streams, crowded), math.prod(rows.sizes)
     tile = choose_tile(rows.classes, rows.sizes, adjacent, itemsize)
     return tile, math.prod(rows.sizes[:-1]) * -(-rows.sizes[-1] // tile.rows)
+
+
+def load_of(weight: Tensor | None, spec: Spec) -> dict[str, Any]:
+    """Return how many rows the loss reads at once, and whether weights of all classes take registers."""
+    return {"streams": 1 if spec.indices else 2, "crowded": weight is not None and smooths(spec)}
 
 
 def accumulator(dtype: torch.dtype) -> Any:
@@ -69,10 +77,11 @@ def accumulator(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype is torch.float64 else tl.float32
 
 
-def constants(spec: Spec) -> tuple[Any, Any]:
-    """Return the target helper and the accumulation type."""
-    helper = probability_target if not spec.indices else slice_target if spec.classes else index_target
-    return helper, accumulator(spec.acc)
+def kind(spec: Spec) -> str:
+    """Return what the kernels call this kind of target."""
+    if not spec.indices:
+        return "probabilities"
+    return "slice indices" if spec.classes else "indices"
 
 
 def packed(weight: Tensor | None) -> Tensor | None:
@@ -100,30 +109,17 @@ def ignored(spec: Spec) -> int | tuple[int, int, int]:
 
 
 def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:
-    """Return the shapes of what `loss` saves: (m, log s[, A]) of each row, and the denominator of a mean."""
+    """Return the shapes of what `loss` saves: (m, log s[, log p][, A]) of each row, and the denominator of a mean."""
     rows = logits.numel() // logits.shape[min(logits.ndim - 1, 1)]
-    stats = (rows, 2 if spec.indices and weight is None else 3)
+    stats = (3 if not spec.indices or weight is None else 4, rows)
     return [stats, (1,)] if spec.reduction == "mean" else [stats]
 
 
-class Outputs(NamedTuple):
-    """What a loss kernel fills, None where nobody asks for it."""
-
-    loss: Tensor
-    stats: Tensor | None
-    sums: Tensor | None
-    denominator: Tensor | None
-
-    def saved(self) -> list[Tensor]:
-        """Return what `gradient` needs."""
-        return [tensor for tensor in (self.stats, self.denominator) if tensor is not None]
-
-
-def outputs(logits: Tensor, weight: Tensor | None, spec: Spec, programs: int, save: bool) -> Outputs:
+def outputs(logits: Tensor, weight: Tensor | None, spec: Spec, programs: int, save: bool) -> LossOutputs:
     """Allocate; partial sums only where several programs compute a mean or a sum."""
     reduced = spec.reduction != "none"
     row_shape = () if reduced or logits.ndim == 1 else (logits.shape[0], *logits.shape[2:])
-    return Outputs(
+    return LossOutputs(
         logits.new_empty(row_shape, dtype=spec.dtype),
         logits.new_empty(saved_shapes(logits, weight, spec)[0], dtype=spec.acc) if save else None,
         logits.new_empty((2, programs), dtype=spec.acc) if reduced and programs > 1 else None,
@@ -131,39 +127,53 @@ def outputs(logits: Tensor, weight: Tensor | None, spec: Spec, programs: int, sa
     )
 
 
+def saved(out: LossOutputs) -> list[Tensor]:
+    """Return what `gradient` needs."""
+    return [tensor for tensor in (out.stats_ptr, out.denominator_ptr) if tensor is not None]
+
+
+def as_first(first: tuple[int, ...], strides: tuple[int, ...], tile: Tile) -> tuple[int, ...] | None:
+    """Return strides, or None where they are the first tensor's and rows are long: the kernel then knows it."""
+    return None if strides == first and tile.lanes else strides
+
+
+def target_of(
+    target: Tensor, weight: Tensor | None, spec: Spec, strides: tuple[int, ...], first: tuple[int, ...], tile: Tile
+) -> Target:
+    """Return the target as kernels get it."""
+    return Target(target, as_first(first, strides, tile), packed(weight), smoothing(spec))
+
+
 def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save: bool) -> tuple[Tensor, list[Tensor]]:
     """Compute the loss; with `save` also what `gradient` needs: row statistics, and the denominator of a mean."""
     rows = describe(logits, target)
-    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, rows.strides[0])
+    logits_strides, target_strides = rows.strides
+    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, logits_strides, **load_of(weight, spec))
     parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
     out = outputs(logits, weight, spec, 1 if parts > 1 else programs, save)
-    helper, acc = constants(spec)
-    weight = packed(weight)
-    inputs = (logits, target, weight, rows.sizes, *rows.strides, rows.classes)
-    options = (spec.ignore_index, split(spec.label_smoothing), helper, spec.reduction, acc)
-    device = logits.device
-    if not tile.lanes:
+    target_layout = target_of(target, weight, spec, target_strides, logits_strides, tile)
+    tensors = LossTensors(Strided(logits, logits_strides), target_layout, None)
+    layout = RowLayout(rows.sizes, rows.classes, parts)
+    constants = (spec.ignore_index, kind(spec), spec.reduction, accumulator(spec.acc))
+    if parts > 1:
+        out = out._replace(partials_ptr=logits.new_empty((5 if smooths(spec) else 3, programs, parts), dtype=spec.acc))
+    launch(
+        cross_entropy_forward, programs * parts, tile.warps, logits.device,
+        out, tensors, layout, *constants, _tiles.tables.weight_programs, *tile.constants(),
+    )  # fmt: skip
+    if parts > 1:
         launch(
-            cross_entropy_forward, programs, tile.warps, device,
-            out.loss, out.stats, out.sums, out.denominator, *inputs, *options, tile.rows, tile.classes,
+            cross_entropy_combine, 1, 4, logits.device,
+            out, target_layout, layout, *constants, power_of_2(programs), power_of_2(parts),
         )  # fmt: skip
-    else:
-        pieces = logits.new_empty((4, programs, parts), dtype=spec.acc) if parts > 1 else None
-        launch(
-            cross_entropy_long_forward, programs * parts, tile.warps, device,
-            out.loss, out.stats, out.sums, out.denominator, pieces, *inputs, parts, *options,
-            tile.classes, tile.lanes, tile.vector,
-        )  # fmt: skip
-        if pieces is not None:
-            launch(
-                cross_entropy_combine, 1, 4, device,
-                out.loss, out.stats, out.denominator, pieces, *inputs, parts, *options,
-                power_of_2(programs), power_of_2(parts),
-            )  # fmt: skip
-    if out.sums is not None:
-        block = min(1024, power_of_2(programs))
-        launch(cross_entropy_reduce, 1, 4, device, out.loss, out.denominator, out.sums, programs, block)
-    return out.loss, out.saved()
+    if out.sums_ptr is not None:
+        launch(cross_entropy_reduce, 1, 4, logits.device, out, programs, min(1024, power_of_2(programs)))
+    return out.loss_ptr, saved(out)
+
+
+def smooths(spec: Spec) -> bool:
+    """Whether classes other than the target class have a share of the target."""
+    return not spec.indices or spec.label_smoothing > 0
 
 
 def gradient(
@@ -212,22 +222,20 @@ def fill_gradient(
         upstream = upstream.expand((*logits.shape[: min(logits.ndim - 1, 1)], *logits.shape[2:]))
     rows = describe(logits, target, grad, upstream)
     logits_strides, target_strides, grad_strides, upstream_strides = rows.strides
-    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, logits_strides, grad_strides)
-    helper, acc = constants(spec)
-    tensors = (grad, stats, upstream, denominator, logits, target, packed(weight), rows.sizes)
-    options = (ignored(spec), smoothing(spec), wanted == "not one", helper, acc)
-    if not tile.lanes:
-        launch(
-            cross_entropy_backward, programs, tile.warps, logits.device,
-            *tensors, grad_strides, upstream_strides, logits_strides, target_strides,
-            rows.classes, *options, tile.rows, tile.classes,
-        )  # fmt: skip
-        return grad
-    parts = split_rows(programs, rows.classes, tile.classes)
+    tile, programs = plan(
+        rows, logits.itemsize, _tiles.tables.one_pass, logits_strides, grad_strides, **load_of(weight, spec)
+    )
+    parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
+    tensors = LossTensors(
+        Strided(logits, logits_strides),
+        target_of(target, weight, spec, target_strides, logits_strides, tile),
+        Strided(grad, as_first(logits_strides, grad_strides, tile)),
+    )
     launch(
-        cross_entropy_long_backward, programs * parts, tile.warps, logits.device,
-        *tensors, None if grad_strides == logits_strides else grad_strides, upstream_strides, logits_strides,
-        target_strides, rows.classes, parts, *options, tile.classes, tile.lanes, tile.vector,
+        cross_entropy_backward, programs * parts, tile.warps, logits.device,
+        Saved(stats, denominator), Strided(upstream, upstream_strides), tensors,
+        RowLayout(rows.sizes, rows.classes, parts), ignored(spec), wanted == "not one", kind(spec),
+        accumulator(spec.acc), *tile.constants(),
     )  # fmt: skip
     return grad
 
@@ -241,38 +249,32 @@ def loss_and_gradient(
     splitting them over programs, as `loss` does, is faster.
     """
     rows = describe(logits, target)
-    tile, programs = plan(rows, logits.itemsize, _tiles.tables.two_pass, rows.strides[0])
+    load = load_of(weight, spec)
+    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, rows.strides[0], **load)
     if tile.lanes and split_rows(programs, rows.classes, tile.classes) > 1:
         return *loss(logits, target, weight, spec, save=True), None
     grad = torch.empty_like(logits) if grad is None else grad
     rows = describe(logits, target, grad)
     logits_strides, target_strides, grad_strides = rows.strides
-    tile, programs = plan(rows, logits.itemsize, _tiles.tables.two_pass, logits_strides, grad_strides)
+    tile, programs = plan(rows, logits.itemsize, _tiles.tables.two_pass, logits_strides, grad_strides, **load)
     out = outputs(logits, weight, spec, programs, True)
-    helper, acc = constants(spec)
-    options = (spec.ignore_index, split(spec.label_smoothing))
-    weight, ticket, weights = packed(weight), None, None
-    if out.sums is not None:
-        ticket = logits.new_empty((1,), dtype=torch.int32)
+    target_layout = target_of(target, weight, spec, target_strides, logits_strides, tile)
+    layout = RowLayout(rows.sizes, rows.classes, 1)
+    acc, weight_programs = accumulator(spec.acc), _tiles.tables.weight_programs
+    if out.sums_ptr is not None:
+        out = out._replace(ticket_ptr=logits.new_empty((1,), dtype=torch.int32))
         if spec.reduction == "mean" and spec.indices:
-            programs_of_weights = _tiles.tables.weight_programs
-            weights = logits.new_empty((programs_of_weights,), dtype=torch.float64)
+            out = out._replace(weights_ptr=logits.new_empty((weight_programs,), dtype=torch.float64))
             launch(
-                cross_entropy_weights, programs_of_weights, 4, logits.device,
-                weights, ticket, target, weight, rows.sizes, target_strides, rows.classes, spec.ignore_index, acc, 1024,
+                cross_entropy_weights, weight_programs, 4, logits.device,
+                out, target_layout, layout, spec.ignore_index, acc, 1024,
             )  # fmt: skip
         else:
-            ticket.zero_()
-    if tile.lanes:
-        kernel: Any = cross_entropy_long_both
-        steps: tuple[int, ...] = (tile.classes, tile.lanes, tile.vector)
-        out_strides = None if grad_strides == logits_strides else grad_strides
-    else:
-        kernel, steps, out_strides = cross_entropy_both, (tile.rows, tile.classes), grad_strides
+            out.ticket_ptr.zero_()
+    grad_layout = Strided(grad, as_first(logits_strides, grad_strides, tile))
     launch(
-        kernel, programs, tile.warps, logits.device,
-        out.loss, grad, out.stats, out.sums, ticket, weights, out.denominator, logits, target, weight,
-        rows.sizes, out_strides, logits_strides, target_strides, rows.classes, *options, math.prod(rows.sizes),
-        helper, spec.reduction, acc, _tiles.tables.weight_programs, *steps,
+        cross_entropy_forward, programs, tile.warps, logits.device,
+        out, LossTensors(Strided(logits, logits_strides), target_layout, grad_layout), layout,
+        spec.ignore_index, kind(spec), spec.reduction, acc, weight_programs, *tile.constants(),
     )  # fmt: skip
-    return out.loss, out.saved(), grad
+    return out.loss_ptr, saved(out), grad

@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from softmax_fused import _launch, _tiles
-from softmax_fused._launch import constants, packed, plan, split
+from softmax_fused._launch import accumulator, as_first, kind, load_of, packed, plan, split
 from softmax_fused._layout import describe
-from softmax_fused.kernels.long_row_outputs import row_outputs_long_backward, row_outputs_long_forward
-from softmax_fused.kernels.row_outputs import row_outputs_backward, row_outputs_forward
+from softmax_fused.kernels.cross_entropy import LossTensors
+from softmax_fused.kernels.row_outputs import (
+    RowPointers,
+    RowTarget,
+    RowUpstream,
+    row_outputs_backward,
+    row_outputs_forward,
+)
+from softmax_fused.kernels.rows import RowLayout, Strided
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,24 +37,28 @@ def parts(value: float) -> tuple[float, float]:
     return split(value) or (0.0, 0.0)
 
 
+def target_of(target: Tensor, weight: Tensor | None, options: RowSpec, strides: tuple[int, ...] | None) -> RowTarget:
+    """Return the target and what is done to the logits, as kernels get them."""
+    return RowTarget(target, strides, packed(weight), split(options.spec.label_smoothing), *transform(options))
+
+
 def forward(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec, save: bool
 ) -> tuple[RowOutputs, Tensor | None]:
     """Compute the outputs asked for and, with `save`, what `gradient` needs."""
     rows = describe(logits, target)
-    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, rows.strides[0])
-    helper, acc = constants(options.spec)
+    logits_strides, target_strides = rows.strides
+    load = load_of(weight, options.spec)
+    load["crowded"] |= "entropy" in options.outputs
+    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, logits_strides, **load)
     out = options.allocate(logits)
-    stats = logits.new_empty((logits.numel() // rows.classes, 4), dtype=options.spec.acc) if save else None
-    if tile.lanes:
-        kernel: Any = row_outputs_long_forward
-        shape: tuple[int, ...] = (tile.classes, tile.lanes, tile.vector)
-    else:
-        kernel, shape = row_outputs_forward, (tile.rows, tile.classes)
+    stats = logits.new_empty((5, logits.numel() // rows.classes), dtype=options.spec.acc) if save else None
+    target_layout = target_of(target, weight, options, as_first(logits_strides, target_strides, tile))
     _launch.launch(
-        kernel, programs, tile.warps, logits.device,
-        *out, stats, logits, target, packed(weight), rows.sizes, *rows.strides, rows.classes,
-        options.spec.ignore_index, split(options.spec.label_smoothing), *transform(options), helper, acc, *shape,
+        row_outputs_forward, programs, tile.warps, logits.device,
+        RowPointers(*out, stats), LossTensors(Strided(logits, logits_strides), target_layout, None),
+        RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, kind(options.spec),
+        accumulator(options.spec.acc), *tile.constants(),
     )  # fmt: skip
     return out, stats
 
@@ -61,19 +72,16 @@ def gradient(
     rows = describe(logits, target, grad, *given)
     logits_strides, target_strides, grad_strides, *some = rows.strides
     upstream_strides = iter(some)
-    strides = [None if g is None else next(upstream_strides) for g in upstream]
-    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, logits_strides, grad_strides)
-    helper, acc = constants(options.spec)
-    if tile.lanes:
-        kernel: Any = row_outputs_long_backward
-        shape: tuple[int, ...] = (tile.classes, tile.lanes, tile.vector)
-        out_strides = None if grad_strides == logits_strides else grad_strides
-    else:
-        kernel, shape, out_strides = row_outputs_backward, (tile.rows, tile.classes), grad_strides
+    load = load_of(weight, options.spec)
+    load["crowded"] |= upstream[2] is not None
+    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, logits_strides, grad_strides, **load)
+    target_layout = target_of(target, weight, options, as_first(logits_strides, target_strides, tile))
+    grad_layout = Strided(grad, as_first(logits_strides, grad_strides, tile))
     _launch.launch(
-        kernel, programs, tile.warps, logits.device,
-        grad, stats, *upstream, logits, target, packed(weight), rows.sizes, out_strides, *strides, logits_strides,
-        target_strides, rows.classes, options.spec.ignore_index, split(options.spec.label_smoothing),
-        *transform(options), helper, acc, *shape,
+        row_outputs_backward, programs, tile.warps, logits.device,
+        stats, RowUpstream(*[None if g is None else Strided(g, next(upstream_strides)) for g in upstream]),
+        LossTensors(Strided(logits, logits_strides), target_layout, grad_layout),
+        RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, kind(options.spec),
+        accumulator(options.spec.acc), *tile.constants(),
     )  # fmt: skip
     return grad

@@ -6,13 +6,26 @@ import math
 from typing import TYPE_CHECKING
 
 from softmax_fused import _launch, _tiles, _torch_slices
-from softmax_fused._launch import Outputs, constants, ignored, packed, plan, smoothing
+from softmax_fused._launch import (
+    accumulator,
+    ignored,
+    kind,
+    load_of,
+    packed,
+    plan,
+    saved,
+    smoothing,
+    smooths,
+    target_of,
+)
 from softmax_fused._layout import describe
 from softmax_fused._tiles import split_rows
-from softmax_fused._torch_slices import row_shape, spreads
-from softmax_fused.kernels.cross_entropy import cross_entropy_reduce, cross_entropy_statistics
-from softmax_fused.kernels.long_rows import cross_entropy_long_forward
-from softmax_fused.kernels.slices import cross_entropy_close, cross_entropy_terms
+from softmax_fused._torch_slices import row_shape
+from softmax_fused.kernels.cross_entropy import LossTensors, cross_entropy_forward
+from softmax_fused.kernels.reduce import LossOutputs, cross_entropy_reduce
+from softmax_fused.kernels.rows import RowLayout, Strided
+from softmax_fused.kernels.targets import Target
+from softmax_fused.kernels.vocab_parallel import cross_entropy_from_terms, cross_entropy_terms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,60 +39,57 @@ def prepare(logits: Tensor, target: Tensor, spec: Spec) -> Tensor:  # noqa: ARG0
 
 
 def statistics(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
-    """Return m, s and, where a is more than the true class's, its sum and <a, z - m>, of each row of the slice."""
+    """Return m, s and the target class's logit of each row of the slice.
+
+    Where other classes have a share of the target, sum a and <a, z - m> follow.
+    """
     if not logits.numel():
         return _torch_slices.statistics(logits, target, weight, spec)
     rows = describe(logits, target)
-    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, rows.strides[0])
+    logits_strides, target_strides = rows.strides
+    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, logits_strides, **load_of(weight, spec))
     number = math.prod(rows.sizes)
     parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
-    out = logits.new_empty((4 if spreads(spec) else 2, number, parts), dtype=spec.acc)
-    helper, acc = constants(spec)
-    inputs = (logits, target, packed(weight), rows.sizes, *rows.strides, rows.classes)
-    options = (ignored(spec), smoothing(spec), helper)
-    if tile.lanes:
-        _launch.launch(
-            cross_entropy_long_forward, programs * parts, tile.warps, logits.device,
-            None, None, None, None, out, *inputs, parts, *options, "none", acc, tile.classes, tile.lanes, tile.vector,
-        )  # fmt: skip
-    else:
-        _launch.launch(
-            cross_entropy_statistics, programs, tile.warps, logits.device,
-            out, *inputs, number, *options, acc, tile.rows, tile.classes,
-        )  # fmt: skip
-    return joined(out) if parts > 1 else out.squeeze(2)
+    out = logits.new_empty((5 if smooths(spec) else 3, number, parts), dtype=spec.acc)
+    target_layout = target_of(target, weight, spec, target_strides, logits_strides, tile)
+    _launch.launch(
+        cross_entropy_forward, programs * parts, tile.warps, logits.device,
+        LossOutputs(partials_ptr=out), LossTensors(Strided(logits, logits_strides), target_layout, None),
+        RowLayout(rows.sizes, rows.classes, parts), ignored(spec), kind(spec), "none", accumulator(spec.acc),
+        _tiles.tables.weight_programs, *tile.constants(),
+    )  # fmt: skip
+    return merge(out) if parts > 1 else out.squeeze(2)
 
 
-def joined(pieces: Tensor) -> Tensor:
-    """Bring the parts of rows together, (kinds, rows, parts)."""
-    m = pieces[0].amax(1, keepdim=True)
-    delta = pieces[0] - m
-    out = pieces.new_empty(pieces.shape[:2])
-    out[0], out[1] = m.squeeze(1), (pieces[1] * delta.exp()).sum(1)
-    if len(pieces) == 4:
-        out[2] = pieces[2].sum(1)
-        out[3] = (pieces[3] + (pieces[2] * delta).masked_fill_(pieces[2] == 0, 0)).sum(1)
+def merge(partials: Tensor) -> Tensor:
+    """Merge the parts of rows, (kinds, rows, parts)."""
+    m = partials[0].amax(1, keepdim=True)
+    delta = partials[0] - m
+    out = partials.new_empty(partials.shape[:2])
+    out[0], out[1], out[2] = m.squeeze(1), (partials[1] * delta.exp()).sum(1), partials[2].sum(1)
+    if len(partials) == 5:
+        total, dot = partials[3:]
+        out[3] = total.sum(1)
+        out[4] = (dot + (total * delta).masked_fill_(total == 0, 0)).sum(1)
     return out
 
 
-def by_row(target: Tensor, spec: Spec) -> Tensor:
-    """Return class indices one after another; of class probabilities the kernels want the type alone."""
-    return target.contiguous() if spec.indices else target
+def row_target(target: Tensor, weight: Tensor | None, spec: Spec) -> Target:
+    """Return class indices one after another; of class probabilities the kernels want nothing more."""
+    return Target(target.contiguous() if spec.indices else None, (1, 0), packed(weight), smoothing(spec))
 
 
 def terms(parts: Tensor, m: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
     """Return what is summed over ranks, from the slice's statistics and the m of all slices."""
     if not logits.numel():
         return _torch_slices.terms(parts, m, logits, target, weight, spec)
-    rows = describe(logits)
     number, block = len(m), _tiles.tables.row_block
-    kinds = (3 if spreads(spec) else 1) + (0 if not spec.indices else 1 if weight is None else 2)
+    kinds = (3 if smooths(spec) else 1) + (0 if not spec.indices else 1 if weight is None else 2)
     out = m.new_empty((kinds, number))
-    helper, acc = constants(spec)
     _launch.launch(
         cross_entropy_terms, -(-number // block), 4, logits.device,
-        out, parts, m, logits, by_row(target, spec), packed(weight), rows.sizes, rows.strides[0], rows.classes, number,
-        ignored(spec), spreads(spec), helper, acc, block,
+        out, parts, m, row_target(target, weight, spec), RowLayout((number,), logits.shape[1], 1),
+        ignored(spec), smooths(spec), kind(spec), accumulator(spec.acc), block,
     )  # fmt: skip
     return out
 
@@ -93,21 +103,20 @@ def close(
         return _torch_slices.close(sums, m, logits, target, weight, spec)
     programs = -(-number // block)
     reduced = spec.reduction != "none"
-    out = Outputs(
+    out = LossOutputs(
         m.new_empty(() if reduced else row_shape(logits), dtype=spec.dtype),
-        m.new_empty((number, 2 if spec.indices and weight is None else 3)),
+        m.new_empty((3 if not spec.indices or weight is None else 4, number)),
         m.new_empty((2, programs)) if reduced and programs > 1 else None,
         m.new_empty((1,)) if spec.reduction == "mean" else None,
     )
-    helper, acc = constants(spec)
     _launch.launch(
-        cross_entropy_close, programs, 4, logits.device,
-        out.loss, out.stats, out.sums, out.denominator, sums, m, by_row(target, spec), spec.classes, number,
-        ignored(spec), smoothing(spec), spreads(spec), weight is not None, helper, spec.reduction, acc, block,
+        cross_entropy_from_terms, programs, 4, logits.device,
+        out, sums, m, row_target(target, None, spec), RowLayout((number,), spec.classes, 1),
+        ignored(spec), smooths(spec), weight is not None, kind(spec), spec.reduction, accumulator(spec.acc), block,
     )  # fmt: skip
-    if out.sums is not None:
-        _launch.launch(cross_entropy_reduce, 1, 4, logits.device, out.loss, out.denominator, out.sums, programs, 256)
-    return out.loss, out.saved()
+    if out.sums_ptr is not None:
+        _launch.launch(cross_entropy_reduce, 1, 4, logits.device, out, programs, 256)
+    return out.loss_ptr, saved(out)
 
 
 gradient = _launch.gradient

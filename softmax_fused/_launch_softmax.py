@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from softmax_fused import _launch, _layout, _tiles
-from softmax_fused._launch import accumulator, plan
-from softmax_fused.kernels.softmax import (
-    softmax_backward,
-    softmax_forward,
-    softmax_long_backward,
-    softmax_long_forward,
-)
+from softmax_fused._launch import accumulator, as_first, plan
+from softmax_fused.kernels.rows import RowLayout, Strided
+from softmax_fused.kernels.softmax import SoftmaxTensors, softmax_backward, softmax_forward
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,16 +17,11 @@ if TYPE_CHECKING:
     from softmax_fused._tiles import Tile
 
 
-def steps(rows: _layout.Rows, tile: Tile, strides: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
-    """Return a tile kernel's ROWS, CLASSES and WHOLE."""
-    adjacent = all(stride[-1] == 1 for stride in strides)
-    whole = rows.classes <= (_tiles.tables.contiguous_class_block if adjacent else _tiles.tables.whole_strided_classes)
-    return tile.rows, _tiles.power_of_2(rows.classes) if whole else tile.classes, whole
-
-
-def as_first(first: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return strides, or None where they are the first tensor's: the kernel then knows that it lies alike."""
-    return None if strides == first else strides
+def widen(tile: Tile, rows: _layout.Rows) -> Tile:
+    """Return the tile with all classes in one block where they are few, or the tile itself."""
+    if tile.lanes or rows.classes > _tiles.tables.whole_strided_classes:
+        return tile
+    return tile._replace(classes=_tiles.power_of_2(rows.classes), whole=True)
 
 
 def forward(input: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
@@ -39,17 +30,12 @@ def forward(input: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
     rows = _layout.along(dim, input, out)
     input_strides, out_strides = rows.strides
     tile, programs = plan(rows, input.itemsize, _tiles.tables.two_pass, *rows.strides)
-    acc = accumulator(torch.promote_types(input.dtype, dtype))
-    if tile.lanes:
-        kernel: Any = softmax_long_forward
-        shape: tuple[int, ...] = (tile.classes, tile.lanes, tile.vector)
-        strides: tuple[Any, ...] = (as_first(input_strides, out_strides), input_strides)
-    else:
-        kernel, shape = softmax_forward, steps(rows, tile, rows.strides)
-        strides = (out_strides, input_strides)
+    tile = widen(tile, rows)
     _launch.launch(
-        kernel, programs, tile.warps, input.device,
-        out, input, rows.sizes, *strides, rows.classes, log, acc, *shape,
+        softmax_forward, programs, tile.warps, input.device,
+        SoftmaxTensors(Strided(input, input_strides), None, Strided(out, as_first(input_strides, out_strides, tile))),
+        RowLayout(rows.sizes, rows.classes, 1), "log" if log else "softmax",
+        accumulator(torch.promote_types(input.dtype, dtype)), *tile.constants(),
     )  # fmt: skip
     return out
 
@@ -59,17 +45,16 @@ def backward(upstream: Tensor, out: Tensor, dim: int, dtype: torch.dtype, log: b
     grad = torch.empty_like(out, dtype=dtype)
     rows = _layout.along(dim, out, upstream, grad)
     out_strides, upstream_strides, grad_strides = rows.strides
-    tile, programs = plan(rows, out.itemsize, _tiles.tables.softmax_backward, *rows.strides)
-    acc = accumulator(torch.promote_types(out.dtype, dtype))
-    if tile.lanes:
-        kernel: Any = softmax_long_backward
-        shape: tuple[int, ...] = (tile.classes, tile.lanes, tile.vector)
-        strides: tuple[Any, ...] = (as_first(out_strides, grad_strides), as_first(out_strides, upstream_strides))
-    else:
-        kernel, shape = softmax_backward, steps(rows, tile, rows.strides)
-        strides = (grad_strides, upstream_strides)
+    tile, programs = plan(rows, out.itemsize, _tiles.tables.two_pass, *rows.strides, streams=2)
+    tile = widen(tile, rows)
     _launch.launch(
-        kernel, programs, tile.warps, out.device,
-        grad, upstream, out, rows.sizes, *strides, out_strides, rows.classes, log, acc, *shape,
+        softmax_backward, programs, tile.warps, out.device,
+        SoftmaxTensors(
+            Strided(out, out_strides),
+            Strided(upstream, as_first(out_strides, upstream_strides, tile)),
+            Strided(grad, as_first(out_strides, grad_strides, tile)),
+        ),
+        RowLayout(rows.sizes, rows.classes, 1), "log gradient" if log else "gradient",
+        accumulator(torch.promote_types(out.dtype, dtype)), *tile.constants(),
     )  # fmt: skip
     return grad

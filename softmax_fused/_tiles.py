@@ -17,7 +17,7 @@ class Tile(NamedTuple):
     """What one program takes at a time: `rows` rows, their classes in blocks of `classes`.
 
     A long row has a program of its own (or several, see `split_rows`): `lanes` threads take `vector` neighbouring
-    classes each, as many times as a block needs. Tiles of several rows have no lanes.
+    classes each, as many times as a block needs. Tiles of several rows have no lanes. `whole`: a block holds a row.
     """
 
     rows: int
@@ -25,6 +25,11 @@ class Tile(NamedTuple):
     warps: int
     lanes: int = 0
     vector: int = 0
+    whole: bool = False
+
+    def constants(self) -> tuple[bool, int, int, int]:
+        """Return WHOLE, CLASSES, LANES and VECTOR of a kernel."""
+        return self.whole, self.classes, self.lanes or self.rows, self.vector
 
 
 class LongTile(NamedTuple):
@@ -38,39 +43,32 @@ class LongTile(NamedTuple):
 class Tables(NamedTuple):
     """The tile sizes that depend on the GPU, which `override` replaces."""
 
-    # Two vectors hide the latency, and the running maximum costs one EX2 for both; short rows take one. Few threads a
-    # row: short masked heads and tails.
+    # Four vectors a thread keep 40 KB and more under way on every SM, what HBM needs; the running maximum costs one EX2
+    # for all of them.
     one_pass: tuple[LongTile, ...] = (
-        LongTile(4096, 1, 1),
-        LongTile(8192, 1, 2),
-        LongTile(32768, 2, 2),
-        LongTile(math.inf, 4, 2),
+        LongTile(4096, 1, 2),
+        LongTile(8192, 1, 4),
+        LongTile(32768, 2, 4),
+        LongTile(math.inf, 4, 4),
     )
-    # Loss and gradient in one launch read a row twice, the second time from the L2 cache: the longer the rows, the
-    # fewer may be under way at once, so the more threads work on each: beyond 128 KiB at most two rows an SM.
+    # Loss and gradient in one launch read a row twice, the second time from the L2 cache: the longer the rows, the more
+    # threads work on each, so that those under way take at most 256 KB an SM, 34 of the 50 MB of an H100. A row of more
+    # has an SM to itself.
     two_pass: tuple[LongTile, ...] = (
-        LongTile(4096, 1, 1),
-        LongTile(8192, 1, 2),
-        LongTile(32768, 4, 2),
-        LongTile(65536, 8, 2),
-        LongTile(131072, 16, 2),
-        LongTile(math.inf, 32, 2),
-    )
-    # The gradient of softmax reads two tensors twice: as many threads a row as in two passes over one, but one vector
-    # each in the longest rows, where a second costs spills on some targets.
-    softmax_backward: tuple[LongTile, ...] = (
-        LongTile(4096, 1, 1),
-        LongTile(8192, 1, 2),
-        LongTile(32768, 4, 2),
-        LongTile(65536, 8, 2),
-        LongTile(131072, 16, 1),
-        LongTile(math.inf, 32, 1),
+        LongTile(4096, 1, 2),
+        LongTile(8192, 1, 4),
+        LongTile(16384, 2, 4),
+        LongTile(32768, 4, 4),
+        LongTile(65536, 8, 4),
+        LongTile(math.inf, 32, 4),
     )
     long_row_classes: int = 128  # rows of more classes are long: a warp has enough to do with one
     contiguous_class_block: int = 16  # classes a block in shorter rows, one row a thread: 10 classes are one block
     strided_class_block: int = (
         4  # where classes lie apart in memory, a vector of pixels a thread: registers for 4 of each
     )
+    whole_row_bytes: int = 32768  # long rows of up to so many bytes stay in registers, if they fill three quarters
+    whole_row_lane_classes: int = 32  # so many classes of such a row are a thread's
     whole_strided_classes: int = 8  # the most classes that lie apart and stay in registers from the load to the store
     target_programs: int = 512  # these keep every SM of the largest GPUs busy: below, tiles shrink and rows are split
     single_program_rows: int = 256  # rows that one program takes at once, so that loss and reduction are one launch
@@ -102,12 +100,21 @@ def override(**sizes: Any) -> Iterator[None]:
 
 
 @functools.lru_cache(1024)
-def long_tile(classes: int, itemsize: int, table: tuple[LongTile, ...]) -> Tile:
-    """Return the tile for one long row."""
-    warps, vectors = next(entry[1:] for entry in table if classes * itemsize <= entry.row_bytes)
-    warps = min(warps, 16) if itemsize == 8 else warps  # 32 warps leave a thread 64 registers: float64 needs more
+def long_tile(
+    classes: int, itemsize: int, table: tuple[LongTile, ...], streams: int = 1, crowded: bool = False
+) -> Tile:
+    """Return the tile for one long row; `streams` such rows are read at once.
+
+    `crowded`: what a kernel keeps of each class leaves registers for half as many.
+    """
     vector = VECTOR_BYTES // itemsize
-    return Tile(1, vectors * vector * WARP * warps, warps, WARP * warps, vector)
+    block = max(power_of_2(classes // vector), WARP) * vector
+    if block * itemsize <= tables.whole_row_bytes and 4 * classes >= 3 * block:
+        lanes = max(WARP, block * max(streams, 1 + crowded) // tables.whole_row_lane_classes)
+        return Tile(1, block, lanes // WARP, lanes, vector, True)
+    warps, vectors = next(entry[1:] for entry in table if classes * itemsize * streams <= entry.row_bytes)
+    warps = min(warps, 16) if itemsize == 8 else warps  # 32 warps leave a thread 64 registers: float64 needs more
+    return Tile(1, max(1, vectors // (1 + crowded)) * vector * WARP * warps, warps, WARP * warps, vector)
 
 
 @functools.lru_cache(1024)
@@ -117,12 +124,12 @@ def choose_tile(classes: int, sizes: tuple[int, ...], classes_adjacent: bool, it
     block = tables.contiguous_class_block if classes_adjacent else tables.strided_class_block
     block = min(block, power_of_2(classes))
     if classes_adjacent and rows == inner <= tables.single_program_rows and classes <= block:
-        return Tile(power_of_2(rows), block, max(1, power_of_2(rows) // WARP))
+        return Tile(power_of_2(rows), block, max(1, power_of_2(rows) // WARP), whole=classes <= block)
     width = WARP if classes_adjacent else WARP * VECTOR_BYTES // itemsize
     warps = 4
     while warps > 1 and (rows < tables.target_programs * width * warps or inner < width * warps):
         warps //= 2
-    return Tile(min(power_of_2(inner), width * warps), block, warps)
+    return Tile(min(power_of_2(inner), width * warps), block, warps, whole=classes <= block)
 
 
 def split_rows(rows: int, classes: int, block: int) -> int:

@@ -21,13 +21,10 @@ from bench.machine_code import Code, Loop, count, inner_loops
 ROOT = Path(__file__).parents[1]
 OUTPUT = {"sm_80": "cubin", "sm_90": "cubin", "sm_100": "cubin", "gfx942": "hsaco"}
 KERNELS = {
-    *(
-        f"cross_entropy_{name}"
-        for name in ("forward", "backward", "both", "reduce", "weights", "combine", "statistics", "terms", "close")
-    ),
-    *(f"cross_entropy_long_{name}" for name in ("forward", "backward", "both")),
-    *(f"softmax_{name}" for name in ("forward", "backward", "long_forward", "long_backward")),
-    *(f"row_outputs_{name}" for name in ("forward", "backward", "long_forward", "long_backward")),
+    *(f"cross_entropy_{name}" for name in ("forward", "backward", "reduce", "weights", "combine")),
+    "cross_entropy_terms",
+    "cross_entropy_from_terms",
+    *(f"{name}_{mode}" for name in ("softmax", "row_outputs") for mode in ("forward", "backward")),
 }
 
 # What is compiled: targets, dtypes and classes. sm_80 without the longest rows, whose code is as sm_90's and takes half
@@ -42,6 +39,10 @@ RUNS = {
 }
 
 
+# What the loads of an SM must have under way for HBM, bandwidth times latency: 18 KB on an H100, 38 KB on a B200.
+IN_FLIGHT = 38_000
+
+
 class Limits(NamedTuple):
     """For class indices without weights, by dtype and mode: instructions and EX2 of an element; bytes of stack."""
 
@@ -53,12 +54,12 @@ class Limits(NamedTuple):
 # when the kernels get better, never raised. With another Triton what exceeds the newest limits is reported.
 NEWEST = Limits(
     {
-        ("bfloat16", "forward"): (7.25, 1.07),
-        ("bfloat16", "backward"): (7.1, 1.0),
-        ("bfloat16", "both"): (14.6, 2.07),
-        ("float32", "forward"): (6.4, 1.13),
-        ("float32", "backward"): (5.8, 1.0),
-        ("float32", "both"): (12.9, 2.13),
+        ("bfloat16", "forward"): (7.0, 1.04),
+        ("bfloat16", "backward"): (6.8, 1.0),
+        ("bfloat16", "both"): (14.3, 2.04),
+        ("float32", "forward"): (6.0, 1.07),
+        ("float32", "backward"): (5.5, 1.0),
+        ("float32", "both"): (12.6, 2.07),
     },
     {"sm_100": 16},
 )
@@ -138,7 +139,7 @@ def test_long_rows_stay_within_limits(folder: Path) -> None:
     problems = []
     for record in loops:
         instructions, ex2 = elements[record["dtype"], record["mode"]]
-        assert record["kernel"] == f"cross_entropy_long_{record['mode']}"
+        assert record["kernel"] == f"cross_entropy_{'backward' if record['mode'] == 'backward' else 'forward'}"
         assert record["instructions_per_element"] > 0
         assert record["ex2_per_element"] >= 1
         assert record["predicted_us"] > 0
@@ -148,7 +149,7 @@ def test_long_rows_stay_within_limits(folder: Path) -> None:
             "bits": record["bulk_access_bits"] == 128,
             "shuffles": record["shuffles_per_element"] == 0,
             "barriers": record["barriers_in_loops"] == 0,
-            "registers": record["registers"] <= 40,
+            "bytes in flight": record["in_flight_bytes"] >= IN_FLIGHT,
         }
         problems += [f"{name}: {record}" for name, fine in within.items() if not fine]
     if "sm_90" not in limits().stack:

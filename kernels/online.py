@@ -1,0 +1,99 @@
+"""The online softmax: a running maximum m and sum s of each lane, updated block by block and merged at the end.
+
+A block is (classes, rows), where a lane has a row, or (repeats, lanes, vector), where all lanes share one row and each
+thread holds a lane's part. Values of a lane are (lanes,); values of a row are (rows,), one where lanes share it.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import exponential, lowest, rounded_product
+
+
+@triton.jit
+def lane_max(z):
+    """Maximum over a lane's part of a block."""
+    if len(z.shape) == 2:
+        y = tl.max(z, axis=0)
+    elif z.shape[2] == 1:
+        y = tl.reshape(z, (z.shape[1],))
+    else:
+        y = tl.max(tl.max(z, axis=2), axis=0)
+    return y
+
+
+@triton.jit
+def lane_min(x):
+    """Minimum over a lane's part of a block."""
+    if len(x.shape) == 2:
+        y = tl.min(x, axis=0)
+    elif x.shape[2] == 1:
+        y = tl.reshape(x, (x.shape[1],))
+    else:
+        y = tl.min(tl.min(x, axis=2), axis=0)
+    return y
+
+
+@triton.jit
+def lane_sum(z):
+    """Sum over a lane's part of a block."""
+    if len(z.shape) == 2:
+        y = tl.sum(z, axis=0)
+    elif z.shape[2] == 1:
+        y = tl.reshape(z, (z.shape[1],))
+    else:
+        y = tl.sum(tl.sum(z, axis=2), axis=0)
+    return y
+
+
+@triton.jit
+def broadcast_lanes(x, z):
+    """A value of each lane, shaped to broadcast against the block z."""
+    if len(z.shape) == 3:
+        y = x[None, :, None]
+    else:
+        y = x[None, :]
+    return y
+
+
+@triton.jit
+def broadcast_rows(x, z):
+    """A value of each row, shaped to broadcast against the block z."""
+    if len(z.shape) == 3:
+        y = tl.sum(x, axis=0)  # of one row
+    else:
+        y = x[None, :]
+    return y
+
+
+@triton.jit
+def fresh_state(LANES: tl.constexpr, ACC: tl.constexpr):
+    """Return the state of lanes that have seen nothing: m, s, sum a, <a, z - m>, and the target class's logit."""
+    zero = tl.zeros((LANES,), ACC)
+    return lowest(LANES, ACC), zero, zero, zero, zero
+
+
+@triton.jit
+def online_softmax_update(m, s, z, others):
+    """Add a block to the running maximum m of z and the running sum s of exp(others - m).
+
+    m starts at the lowest finite number: a block of -inf needs no test, exp(-inf - m) is 0.
+    """
+    m_new = tl.maximum(m, lane_max(z))
+    s = s * exponential(m - m_new) + lane_sum(exponential(others - broadcast_lanes(m_new, others)))
+    return m_new, s
+
+
+@triton.jit
+def shift_dot(dot, total, delta):
+    """Return <a, z - m> for a maximum that is higher by -delta; total is sum a. 0 * inf is 0."""
+    return dot + tl.where(total == 0.0, 0.0, total * delta)
+
+
+@triton.jit
+def merge_partials(m, s, total, dot):
+    """Merge m, s, sum a and <a, z - m> of the parts of rows, all (rows, parts)."""
+    row_max = tl.max(m, axis=1)
+    delta = m - row_max[:, None]
+    s = tl.sum(rounded_product(s, exponential(delta)), axis=1)
+    return row_max, s, tl.sum(total, axis=1), tl.sum(shift_dot(dot, total, delta), axis=1)
