@@ -28,9 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
 from bench.machine_code import Loop, fused_reductions, inspect
 from bench.record import write_json
-from softmax_fused import _launch, _launch_row_outputs, _launch_slices, _launch_softmax
-from softmax_fused._autograd import make_spec
-from softmax_fused.row_outputs import RowSpec
+from softmax_fused.backends.triton import launch as _launch
+from softmax_fused.backends.triton import row_outputs as _launch_row_outputs
+from softmax_fused.backends.triton import softmax as _launch_softmax
+from softmax_fused.backends.triton import vocab_parallel as _launch_slices
+from softmax_fused.functional.autograd import make_spec
+from softmax_fused.functional.rows import RowSpec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from softmax_fused._check import describe
+from softmax_fused._errors import describe
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.loss import _WeightedLoss
 
-from softmax_fused.activation import log_softmax, softmax
-from softmax_fused.functional import cross_entropy, torch_function
-from softmax_fused.linear import linear_cross_entropy
+from softmax_fused.functional.activation import log_softmax, softmax
+from softmax_fused.functional.linear import linear_cross_entropy
+from softmax_fused.functional.loss import cross_entropy, torch_function
 
 is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]  # public, but torch's stubs do not say so
 

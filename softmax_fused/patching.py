@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch.overrides import get_overridable_functions, handle_torch_function, has_torch_function_variadic
 
-from softmax_fused import _check, functional
-from softmax_fused.functional import torch_function
+from softmax_fused import _errors as _check
+from softmax_fused import functional
+from softmax_fused.functional.loss import torch_function
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import softmax_fused.functional
-from softmax_fused import _tiles
+from softmax_fused.backends.triton import tiles as _tiles
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -22,13 +22,13 @@ HAS_GPU = torch.cuda.is_available()
 # between the variable is unset, so that backend="auto" and child processes do what they do for users.
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-    import softmax_fused._launch
-    import softmax_fused._launch_row_outputs
-    import softmax_fused._launch_slices
-    import softmax_fused._launch_softmax
+    import softmax_fused.backends.triton.launch
+    import softmax_fused.backends.triton.row_outputs
+    import softmax_fused.backends.triton.softmax
+    import softmax_fused.backends.triton.vocab_parallel
 
     del os.environ["TRITON_INTERPRET"]
-    softmax_fused.functional.automatic("cpu")  # pins the decision
+    softmax_fused.functional.loss.automatic("cpu")  # pins the decision
 
 from triton.runtime import interpreter  # noqa: E402 - triton asks for the variable when imported
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from softmax_fused import _torch_path, cross_entropy, functional
+from softmax_fused import cross_entropy, functional
+from softmax_fused.backends.torch import cross_entropy as _torch_path
 from tests.conftest import HAS_GPU, installed
 
 
@@ -42,7 +43,7 @@ def test_import_needs_torch_alone() -> None:
         "sklearn",
         "typer",
         "rich",
-        "softmax_fused._launch",
+        "softmax_fused.backends.triton.launch",
     ):
         assert name not in loaded or name in run("import sys, torch; print(*sys.modules)").split()
 
@@ -109,7 +110,8 @@ def test_kernels_for_cpu_tensors_need_the_interpreter() -> None:
 @needs_interpreter
 def test_auto_means_kernels_under_the_interpreter() -> None:
     program = (
-        "import torch\nfrom softmax_fused import cross_entropy, _launch\n"
+        "import torch\nfrom softmax_fused import cross_entropy\n"
+        "from softmax_fused.backends.triton import launch as _launch\n"
         "launch, names = _launch.launch, []\n"
         "_launch.launch = lambda kernel, *rest: (names.append(kernel.fn.__name__), launch(kernel, *rest))\n"
         "logits = torch.zeros(3, 4, requires_grad=True)\n"
@@ -135,7 +137,7 @@ def test_auto_on_the_cpu_hands_small_inputs_to_torch(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_torch_path, "loss", lambda *args, **options: (calls.append(args), (None, []))[1])
     cross_entropy(torch.zeros(256, 10), torch.zeros(256, dtype=torch.long))
     assert not calls
-    rows = functional.HAND_OVER_FORWARD // (8 * 4)
+    rows = functional.loss.HAND_OVER_FORWARD // (8 * 4)
     cross_entropy(torch.zeros(rows, 8), torch.zeros(rows, dtype=torch.long))
     assert len(calls) == 1
     cross_entropy(torch.zeros(256, 10), torch.zeros(256, 10))

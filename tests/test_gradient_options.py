@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import softmax_fused
-from softmax_fused import CrossEntropyLoss, _launch, cross_entropy, functional
+from softmax_fused import CrossEntropyLoss, cross_entropy, functional
+from softmax_fused.backends.triton import launch as _launch
 from tests.cases import ULPS, crossed, make_indices, make_logits, make_probabilities, row_shape
 from tests.conftest import Place
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from softmax_fused import _launch, _tiles, cross_entropy, cross_entropy_rows, log_softmax, softmax
-from softmax_fused._layout import merge_rows
+from softmax_fused import cross_entropy, cross_entropy_rows, log_softmax, softmax
+from softmax_fused.backends.triton import launch as _launch
+from softmax_fused.backends.triton import tiles as _tiles
+from softmax_fused.backends.triton.layout import merge_rows
 from tests.cases import make_indices, make_logits
 from tests.conftest import Place
 

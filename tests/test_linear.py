@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softmax_fused import _linear, linear, linear_cross_entropy
+from softmax_fused import linear_cross_entropy
+from softmax_fused.functional import chunked_linear as _linear
+from softmax_fused.functional import linear
 from tests import reference
 from tests.cases import ULPS, crossed, make_indices, make_probabilities
 from tests.conftest import CPU, HAS_GPU, Place

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from softmax_fused import LinearCrossEntropyLoss, _linear, cross_entropy, linear_cross_entropy
+from softmax_fused import LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
+from softmax_fused.functional import chunked_linear as _linear
 from tests.cases import make_indices, make_probabilities
 from tests.conftest import CPU, Place
 from tests.test_errors import outcome

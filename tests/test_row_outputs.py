@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softmax_fused import RowOutputs, cross_entropy_rows
-from softmax_fused.row_outputs import FIELDS
+from softmax_fused.functional.rows import FIELDS
 from tests.cases import ULPS, make_indices, make_logits, make_probabilities
 from tests.conftest import INTERPRETER, Place
 
@@ -323,7 +323,7 @@ def test_torchs_errors_for_targets(place: Place) -> None:
 
 
 def test_chunks_of_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    from softmax_fused import _torch_rows
+    from softmax_fused.backends.torch import chunks as _torch_rows
 
     monkeypatch.setattr(_torch_rows, "CHUNK", 64)
     for shape in ((33, 10), (2, 5, 6, 7), (5, 100)):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softmax_fused import functional
-from softmax_fused._autograd import Spec, make_spec
-from softmax_fused._slices import slice_operations
+from softmax_fused.distributed.autograd import slice_operations
+from softmax_fused.functional.autograd import Spec, make_spec
 from tests import reference
 from tests.cases import crossed, make_probabilities
 from tests.conftest import CPU, Place
@@ -22,7 +22,7 @@ def brought_together(
     place: Place, logits: Tensor, target: Tensor, weight: Tensor | None, sizes: list[int], spec: Spec, upstream: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the loss as each slice has it, and the slice's gradient."""
-    module = slice_operations(functional.operations(place.backend, logits.device))
+    module = slice_operations(functional.loss.operations(place.backend, logits.device))
     slices = []
     for rank, size in enumerate(sizes):
         z = part_of(logits, sizes, rank, 1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import softmax_fused
-from softmax_fused import activation
+from softmax_fused.functional import activation
 from tests.cases import ULPS, make_logits
 from tests.conftest import INTERPRETER, Place
 

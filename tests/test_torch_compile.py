@@ -19,7 +19,6 @@ from softmax_fused import (
     LinearCrossEntropyLoss,
     LogSoftmax,
     Softmax,
-    _ops,
     cross_entropy,
     cross_entropy_rows,
     information,
@@ -27,6 +26,7 @@ from softmax_fused import (
     log_softmax,
     softmax,
 )
+from softmax_fused.functional import operators as _ops
 from tests.cases import make_indices, make_logits, make_probabilities
 from tests.conftest import Place
 

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softmax_fused import _torch_path, _torch_rows, cross_entropy
-from softmax_fused._autograd import Spec, make_spec
+from softmax_fused import cross_entropy
+from softmax_fused.backends.torch import chunks as _torch_rows
+from softmax_fused.backends.torch import cross_entropy as _torch_path
+from softmax_fused.functional.autograd import Spec, make_spec
 from tests import reference
 from tests.cases import ULPS, make_indices, make_logits, make_probabilities
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from softmax_fused import linear
+from softmax_fused.functional import linear
 from softmax_fused.training.errors import UsageError
 from softmax_fused.training.learner import build_learner, learner_for
 from softmax_fused.training.losses import build_loss

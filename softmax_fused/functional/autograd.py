@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from softmax_fused import _torch_path
+from softmax_fused.backends.torch import cross_entropy as _torch_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from softmax_fused import _check, _torch_path
-from softmax_fused._autograd import batched
-from softmax_fused.functional import operations, transformed
+from softmax_fused import _errors as _check
+from softmax_fused.backends.torch import cross_entropy as _torch_path
+from softmax_fused.functional.autograd import batched
+from softmax_fused.functional.loss import operations, transformed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ class Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
         """Compute the softmax, or its logarithm."""
-        from softmax_fused import _launch_softmax
+        from softmax_fused.backends.triton import softmax as _launch_softmax
 
         out = _launch_softmax.forward(input, dim, dtype, log)
         ctx.save_for_backward(out)
@@ -43,7 +44,7 @@ class Softmax(torch.autograd.Function):
         (out,) = ctx.saved_tensors
         if torch.is_grad_enabled() or batched(upstream):
             return differentiable_gradient(upstream, out, *ctx.options), None, None, None
-        from softmax_fused import _launch_softmax
+        from softmax_fused.backends.triton import softmax as _launch_softmax
 
         return _launch_softmax.backward(upstream, out, *ctx.options), None, None, None
 
@@ -79,7 +80,7 @@ def compute(input: Tensor, dim: int | None, dtype: torch.dtype | None, backend: 
     if input.requires_grad and torch.is_grad_enabled():
         differentiable: Tensor = Softmax.apply(input, dim % input.ndim, dtype, log)
         return differentiable
-    from softmax_fused import _launch_softmax
+    from softmax_fused.backends.triton import softmax as _launch_softmax
 
     return _launch_softmax.forward(input, dim % input.ndim, dtype, log)
 

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softmax_fused import _launch, _tiles
-from softmax_fused._launch import constants, packed, plan, split
-from softmax_fused._layout import describe
+from softmax_fused.backends.triton import launch as _launch
+from softmax_fused.backends.triton import tiles as _tiles
+from softmax_fused.backends.triton.launch import constants, packed, plan, split
+from softmax_fused.backends.triton.layout import describe
 from softmax_fused.kernels.long_row_outputs import row_outputs_long_backward, row_outputs_long_forward
 from softmax_fused.kernels.row_outputs import row_outputs_backward, row_outputs_forward
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softmax_fused.row_outputs import RowOutputs, RowSpec, Upstream
+    from softmax_fused.functional.rows import RowOutputs, RowSpec, Upstream
 
 
 def transform(options: RowSpec) -> tuple[Any, Any]:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from softmax_fused import _check
-from softmax_fused._autograd import make_spec
-from softmax_fused._exchange import REFUSALS, Arguments, exchange, fault
-from softmax_fused._slices import slice_cross_entropy
-from softmax_fused.functional import operations
+from softmax_fused import _errors as _check
+from softmax_fused.distributed.autograd import slice_cross_entropy
+from softmax_fused.distributed.exchange import REFUSALS, Arguments, exchange, fault
+from softmax_fused.functional.autograd import make_spec
+from softmax_fused.functional.loss import operations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,7 +94,7 @@ def cross_entropy(
     """
     given = Arguments(local_logits, target, weight, ignore_index, reduction, label_smoothing)
     if torch.compiler.is_compiling():
-        from softmax_fused import _untraced
+        from softmax_fused.distributed import untraced as _untraced
 
         untraced: Tensor = _untraced.compute(given, group, sizes, backend)
         return untraced

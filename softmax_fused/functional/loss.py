@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from softmax_fused import _check, _ops, _torch_path
-from softmax_fused._autograd import CrossEntropy, Operations, make_spec
+from softmax_fused import _errors as _check
+from softmax_fused.backends.torch import cross_entropy as _torch_path
+from softmax_fused.functional import operators as _ops
+from softmax_fused.functional.autograd import CrossEntropy, Operations, make_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +79,10 @@ def operations(backend: str, device: torch.device) -> Operations:
     if problem:
         raise RuntimeError(f"backend='triton' is not available. {problem}")
     # together, so that all kernels are interpreted, or none
-    from softmax_fused import _launch, _launch_row_outputs, _launch_slices, _launch_softmax  # noqa: F401
+    from softmax_fused.backends.triton import launch as _launch
+    from softmax_fused.backends.triton import row_outputs as _launch_row_outputs  # noqa: F401
+    from softmax_fused.backends.triton import softmax as _launch_softmax  # noqa: F401
+    from softmax_fused.backends.triton import vocab_parallel as _launch_slices  # noqa: F401
 
     if device.type == "cpu" and not _launch.INTERPRETED:
         raise RuntimeError(
@@ -213,7 +218,7 @@ def cross_entropy(
         arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
         placed: Tensor | None = None
         if _check.is_dtensor(input) and not transformed():
-            from softmax_fused import _dtensor
+            from softmax_fused.distributed import dtensor as _dtensor
 
             placed = _dtensor.cross_entropy(input, *arguments[1:], backend)
         return torch_cross_entropy(*arguments) if placed is None else placed
@@ -243,7 +248,7 @@ def compiled(
 
     Also torch's in an exported program, which is to be loaded without this library.
     """
-    from softmax_fused import _untraced
+    from softmax_fused.distributed import untraced as _untraced
 
     if (
         (backend == "auto" and input.device.type == "cpu" and target.ndim < input.ndim and weight is None)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmax_fused._autograd import Operations, make_spec
+from softmax_fused.functional.autograd import Operations, make_spec
 
 OPTIONS = "Tensor? weight, str reduction, SymInt ignore_index, float label_smoothing, ScalarType dtype, str backend"
 
 
 def implementation(backend: str, device: torch.device) -> Operations:
     """Return the module that computes; asked for when a graph runs, or is shaped."""
-    from softmax_fused.functional import operations
+    from softmax_fused.functional.loss import operations
 
     return operations(backend, device)
 

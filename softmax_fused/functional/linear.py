@@ -9,10 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from softmax_fused import _check, _linear_ops
-from softmax_fused._autograd import make_spec
-from softmax_fused._linear import Layer, LinearCrossEntropy, Plan, default_rows, product_dtype, reduce, sweep
-from softmax_fused.functional import HAND_OVER, automatic, cross_entropy, operations, transformed
+from softmax_fused import _errors as _check
+from softmax_fused.functional import linear_operators as _linear_ops
+from softmax_fused.functional.autograd import make_spec
+from softmax_fused.functional.chunked_linear import (
+    Layer,
+    LinearCrossEntropy,
+    Plan,
+    default_rows,
+    product_dtype,
+    reduce,
+    sweep,
+)
+from softmax_fused.functional.loss import HAND_OVER, automatic, cross_entropy, operations, transformed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,7 +155,7 @@ def few(input: Tensor, shape: tuple[int, ...]) -> bool:
 def watched() -> bool:
     """Whether something beyond autograd and torch.compile is watching: torch.func, tracing, torch.export."""
     if torch.compiler.is_compiling():
-        from softmax_fused import _untraced
+        from softmax_fused.distributed import untraced as _untraced
 
         return torch._C._are_functorch_transforms_active() or _untraced.exporting()
     return transformed()

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from softmax_fused import _check
+from softmax_fused import _errors as _check
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softmax_fused._autograd import Spec
+    from softmax_fused.functional.autograd import Spec
 
 
 def class_indices(target: Tensor, classes: int, spec: Spec) -> tuple[Tensor, Tensor | None]:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from softmax_fused import _check, _torch_path, _torch_row_outputs
-from softmax_fused._autograd import Spec, batched, make_spec
-from softmax_fused.functional import cross_entropy, operations, small_on_cpu, torch_cross_entropy, transformed
+from softmax_fused import _errors as _check
+from softmax_fused.backends.torch import cross_entropy as _torch_path
+from softmax_fused.backends.torch import row_outputs as _torch_row_outputs
+from softmax_fused.functional.autograd import Spec, batched, make_spec
+from softmax_fused.functional.loss import cross_entropy, operations, small_on_cpu, torch_cross_entropy, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -62,7 +64,7 @@ def implementation(backend: str, device: torch.device) -> Any:
     """Return the module that computes."""
     if operations(backend, device) is _torch_path:
         return _torch_row_outputs
-    from softmax_fused import _launch_row_outputs
+    from softmax_fused.backends.triton import row_outputs as _launch_row_outputs
 
     return _launch_row_outputs
 

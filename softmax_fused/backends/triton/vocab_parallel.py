@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from softmax_fused import _launch, _tiles, _torch_slices
-from softmax_fused._launch import Outputs, constants, ignored, packed, plan, smoothing
-from softmax_fused._layout import describe
-from softmax_fused._tiles import split_rows
-from softmax_fused._torch_slices import row_shape, spreads
+from softmax_fused.backends.torch import vocab_parallel as _torch_slices
+from softmax_fused.backends.torch.vocab_parallel import row_shape, spreads
+from softmax_fused.backends.triton import launch as _launch
+from softmax_fused.backends.triton import tiles as _tiles
+from softmax_fused.backends.triton.launch import Outputs, constants, ignored, packed, plan, smoothing
+from softmax_fused.backends.triton.layout import describe
+from softmax_fused.backends.triton.tiles import split_rows
 from softmax_fused.kernels.cross_entropy import cross_entropy_reduce, cross_entropy_statistics
 from softmax_fused.kernels.long_rows import cross_entropy_long_forward
 from softmax_fused.kernels.slices import cross_entropy_close, cross_entropy_terms
@@ -17,7 +19,7 @@ from softmax_fused.kernels.slices import cross_entropy_close, cross_entropy_term
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softmax_fused._autograd import Spec
+    from softmax_fused.functional.autograd import Spec
 
 
 def prepare(logits: Tensor, target: Tensor, spec: Spec) -> Tensor:  # noqa: ARG001

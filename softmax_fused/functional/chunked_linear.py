@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from softmax_fused import _torch_path
-from softmax_fused._autograd import Operations, Spec, batched
-from softmax_fused._torch_rows import pieces
+from softmax_fused.backends.torch import cross_entropy as _torch_path
+from softmax_fused.backends.torch.chunks import pieces
+from softmax_fused.functional.autograd import Operations, Spec, batched
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

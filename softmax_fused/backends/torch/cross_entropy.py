@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from softmax_fused._torch_rows import Workspace, log_softmax, with_classes
-from softmax_fused._torch_targets import Indices, Probabilities, class_indices, probability_share
+from softmax_fused.backends.torch.chunks import Workspace, log_softmax, with_classes
+from softmax_fused.backends.torch.targets import Indices, Probabilities, class_indices, probability_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from softmax_fused._autograd import Spec
+    from softmax_fused.functional.autograd import Spec
 
 
 def accumulated(weight: Tensor | None, ndim: int, spec: Spec) -> Tensor | None:

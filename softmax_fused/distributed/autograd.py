@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 
-from softmax_fused import _torch_path, _torch_slices
+from softmax_fused.backends.torch import cross_entropy as _torch_path
+from softmax_fused.backends.torch import vocab_parallel as _torch_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from softmax_fused._autograd import Operations, Spec
+    from softmax_fused.functional.autograd import Operations, Spec
 
 
 class SliceOperations(Protocol):
@@ -59,7 +60,7 @@ def slice_operations(operations: Operations) -> SliceOperations:
     """Return the module that computes for slices."""
     if operations is _torch_path:
         return _torch_slices
-    from softmax_fused import _launch_slices
+    from softmax_fused.backends.triton import vocab_parallel as _launch_slices
 
     return _launch_slices
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softmax_fused._autograd import make_spec
-from softmax_fused._linear import Layer, Plan, product_dtype, reduce, sweep, wide
-from softmax_fused._ops import implementation
+from softmax_fused.functional.autograd import make_spec
+from softmax_fused.functional.chunked_linear import Layer, Plan, product_dtype, reduce, sweep, wide
+from softmax_fused.functional.operators import implementation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

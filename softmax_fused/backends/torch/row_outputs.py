@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from softmax_fused import _torch_rows
-from softmax_fused._torch_path import arranged, share_of
-from softmax_fused._torch_path import differentiable_gradient as gradient_of_loss
-from softmax_fused._torch_rows import with_classes
+from softmax_fused.backends.torch import chunks as _torch_rows
+from softmax_fused.backends.torch.chunks import with_classes
+from softmax_fused.backends.torch.cross_entropy import arranged, share_of
+from softmax_fused.backends.torch.cross_entropy import differentiable_gradient as gradient_of_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softmax_fused.row_outputs import RowOutputs, RowSpec, Upstream
+    from softmax_fused.functional.rows import RowOutputs, RowSpec, Upstream
 
 
 def effective(z: Tensor, options: RowSpec) -> tuple[Tensor, Tensor | float]:

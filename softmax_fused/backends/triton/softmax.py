@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softmax_fused import _launch, _layout, _tiles
-from softmax_fused._launch import accumulator, plan
+from softmax_fused.backends.triton import launch as _launch
+from softmax_fused.backends.triton import layout as _layout
+from softmax_fused.backends.triton import tiles as _tiles
+from softmax_fused.backends.triton.launch import accumulator, plan
 from softmax_fused.kernels.softmax import (
     softmax_backward,
     softmax_forward,
@@ -18,7 +20,7 @@ from softmax_fused.kernels.softmax import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softmax_fused._tiles import Tile
+    from softmax_fused.backends.triton.tiles import Tile
 
 
 def steps(rows: _layout.Rows, tile: Tile, strides: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:

@@ -3,9 +3,9 @@
 import torch
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
-from softmax_fused import distributed
+from softmax_fused.distributed import vocab_parallel
 
-compute = torch.compiler.disable(distributed.compute)  # type: ignore[no-untyped-call]
+compute = torch.compiler.disable(vocab_parallel.compute)  # type: ignore[no-untyped-call]
 """The loss of divided logits: ranks that talk to one another, and read what the others said."""
 
 

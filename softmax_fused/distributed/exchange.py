@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from softmax_fused import _check
-from softmax_fused.functional import torch_cross_entropy
+from softmax_fused import _errors as _check
+from softmax_fused.functional.loss import torch_cross_entropy
 
 if TYPE_CHECKING:
     from torch import Tensor

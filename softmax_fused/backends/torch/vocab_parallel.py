@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from softmax_fused import _check
-from softmax_fused._torch_path import accumulated, arranged
-from softmax_fused._torch_rows import Workspace, with_classes
-from softmax_fused._torch_targets import probability_share, product
+from softmax_fused import _errors as _check
+from softmax_fused.backends.torch.chunks import Workspace, with_classes
+from softmax_fused.backends.torch.cross_entropy import accumulated, arranged
+from softmax_fused.backends.torch.targets import probability_share, product
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from softmax_fused._autograd import Spec
+    from softmax_fused.functional.autograd import Spec
 
 ELSEWHERE, IGNORED, UNKNOWN = -1, -2, -3
 """Labels of rows whose true class is not in the slice."""

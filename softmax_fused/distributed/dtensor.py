@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from softmax_fused import _check
-from softmax_fused._autograd import make_spec
-from softmax_fused._exchange import Arguments, fault, label_range
-from softmax_fused._slices import slice_cross_entropy
-from softmax_fused.functional import operations
+from softmax_fused import _errors as _check
+from softmax_fused.distributed.autograd import slice_cross_entropy
+from softmax_fused.distributed.exchange import Arguments, fault, label_range
+from softmax_fused.functional.autograd import make_spec
+from softmax_fused.functional.loss import operations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

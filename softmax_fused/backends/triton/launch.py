@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from softmax_fused import _tiles
-from softmax_fused._layout import Rows, describe
-from softmax_fused._tiles import Tile, choose_tile, long_tile, power_of_2, split_rows
+from softmax_fused.backends.triton import tiles as _tiles
+from softmax_fused.backends.triton.layout import Rows, describe
+from softmax_fused.backends.triton.tiles import Tile, choose_tile, long_tile, power_of_2, split_rows
 from softmax_fused.kernels.cross_entropy import (
     cross_entropy_backward,
     cross_entropy_both,
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from softmax_fused._autograd import Spec
-    from softmax_fused._tiles import LongTile
+    from softmax_fused.backends.triton.tiles import LongTile
+    from softmax_fused.functional.autograd import Spec
 
 INTERPRETED = not isinstance(cross_entropy_forward, triton.JITFunction)
 """Whether the kernels run through Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
