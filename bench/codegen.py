@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
 from bench.machine_code import Loop, fused_reductions, inspect
 from bench.record import write_json
+from softmax_fused._spec import RowSpec
+from softmax_fused.backends.torch.targets import make_spec
 from softmax_fused.backends.triton import launch as _launch
 from softmax_fused.backends.triton import row_outputs as _launch_row_outputs
 from softmax_fused.backends.triton import softmax as _launch_softmax
 from softmax_fused.backends.triton import vocab_parallel as _launch_slices
-from softmax_fused.functional.autograd import make_spec
-from softmax_fused.functional.rows import RowSpec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -161,7 +161,7 @@ def make_slice_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
     spec = spec._replace(classes=8 * case.shape[1], first=3 * case.shape[1])
     parts = _launch_slices.statistics(logits, target, None, spec)
     sums = _launch_slices.terms(parts, parts[0], logits, target, None, spec)
-    loss, saved = _launch_slices.close(sums, parts[0], logits, target, None, spec)
+    loss, saved = _launch_slices.finalize(sums, parts[0], logits, target, None, spec)
     _launch_slices.gradient(loss, logits, target, None, saved, spec, logits)
 
 

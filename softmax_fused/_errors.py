@@ -1,185 +1,25 @@
-"""What goes to the fused path, and what users are told when torch refuses their arguments.
+"""Every message a user sees.
 
-Errors are torch's own: a call that is not plainly right goes to `torch.nn.functional.cross_entropy`, which computes it
-or raises; `explain` then replaces the message by one that says what was expected and what came, never the type.
+An error that the library raises itself is made by a function here and raised where it is found. An error that torch
+raises keeps its type: `explain` replaces the message by one that says what was expected and what came.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
     from torch import Tensor
 
-TENSORS = (torch.Tensor, torch.nn.Parameter)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("auto", "triton", "torch")
+REFUSALS = (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""The types of the errors with which torch refuses a loss's arguments."""
+
 REDUCTIONS = ("mean", "sum", "none")
-
-
-def target_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of class indices and of class probabilities for an input's shape."""
-    return (*shape[:1], *shape[2:]) if len(shape) > 1 else (), shape
-
-
-def loss_dtype(input: Tensor, target: Tensor) -> torch.dtype:
-    """Return the type torch gives the loss: promoted with class probabilities, float32 for less under autocast."""
-    dtype = torch.promote_types(input.dtype, target.dtype) if target.ndim == input.ndim else input.dtype
-    if dtype is not torch.float64 and torch.is_autocast_enabled(input.device.type):
-        return torch.float32
-    return dtype
-
-
-def plain(input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any) -> bool:
-    """Whether the fused path covers these arguments; True only for what torch accepts too."""
-    return (
-        plain_logits(input)
-        and plain_target(input, target, ignore_index)
-        and plain_weight(input, target, weight)
-        and reduction in REDUCTIONS
-        and type(label_smoothing) in (float, int)
-        and label_smoothing <= 1
-    )
-
-
-def plain_logits(input: Any) -> bool:
-    """Whether `input` is an ordinary, non-empty tensor of logits on a CPU or GPU."""
-    return (
-        type(input) in TENSORS
-        and input.layout is torch.strided
-        and input.device.type in ("cuda", "cpu")
-        and input.dtype in FLOATS
-        and input.ndim > 0
-        and input.numel() > 0
-    )
-
-
-def plain_target(input: Tensor, target: Any, ignore_index: Any) -> bool:
-    """Whether `target` holds class indices, or class probabilities that need no gradient, for `input`."""
-    if type(target) not in TENSORS or target.device != input.device or type(ignore_index) is not int:
-        return False
-    indices, probabilities = target_shapes(input.shape)
-    if target.shape == probabilities:
-        return target.dtype in FLOATS and ignore_index < 0 and not target.requires_grad
-    right_type = target.dtype is torch.int64 or (target.dtype is torch.uint8 and input.ndim <= 2)
-    return right_type and target.shape == indices and -(2**63) <= ignore_index < 2**63
-
-
-def plain_weight(input: Tensor, target: Tensor, weight: Any) -> bool:
-    """Whether `weight` is absent, or one constant a class in the type of the logits or of the loss."""
-    if weight is None:
-        return True
-    return (
-        type(weight) in TENSORS
-        and weight.shape == (input.shape[min(input.ndim - 1, 1)],)
-        and weight.device == input.device
-        and weight.dtype in (input.dtype, loss_dtype(input, target))
-        and not (weight.requires_grad and torch.is_grad_enabled())
-    )
-
-
-def backend(name: str) -> None:
-    """Refuse a backend that does not exist.
-
-    Raises:
-        ValueError: If so.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch'; got {name!r}")
-
-
-def writable(input: Tensor) -> None:
-    """Refuse logits that no gradient may be written over.
-
-    Raises:
-        RuntimeError: If they are a leaf that requires grad, or several of their elements share memory.
-    """
-    owner = input if input._base is None else input._base
-    if owner.is_leaf and owner.requires_grad:
-        raise RuntimeError(
-            "inplace_backward must not overwrite a leaf tensor that requires grad, nor a view of one; got logits that "
-            "no operation made"
-        )
-    if torch._debug_has_internal_overlap(input) == 1:
-        raise RuntimeError(
-            "inplace_backward needs logits whose elements do not share memory; "
-            f"got strides {input.stride()} for shape {tuple(input.shape)}: call .contiguous() first"
-        )
-
-
-def subclasses(tensors: Iterable[Any]) -> bool:
-    """Whether there is a tensor among them that is more than a tensor."""
-    return any(isinstance(t, torch.Tensor) and type(t) not in TENSORS for t in tensors)
-
-
-def is_dtensor(value: Any) -> bool:
-    """Whether it is a DTensor, of which there is none before somebody imported its module."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
-
-
-def layer_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the type that a linear layer takes a tensor in: that of autocast where it is on."""
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device) and tensor.dtype is not torch.float64:
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
-
-
-def plain_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> bool:
-    """Whether the chunked path covers a linear layer's tensors."""
-    tensors = [tensor for tensor in (input, linear_weight, linear_bias) if tensor is not None]
-    return all(
-        plain_logits(tensor) and tensor.device == input.device and layer_dtype(tensor) == layer_dtype(input)
-        for tensor in tensors
-    )
-
-
-def logits_shape(input: Any, linear_weight: Any, linear_bias: Any) -> tuple[int, ...]:
-    """Return the shape of a linear layer's logits.
-
-    Raises:
-        TypeError: If an argument is no tensor.
-        RuntimeError: If the shapes do not fit one another.
-    """
-    named = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
-    for name, value in named.items():
-        if not isinstance(value, torch.Tensor) and not (name == "linear_bias" and value is None):
-            raise TypeError(f"{name} must be a tensor; got {describe(value)}")
-    if input.ndim not in (1, 2):
-        raise RuntimeError(f"input must have shape (D,) or (N, D): flatten other dimensions; got {describe(input)}")
-    if linear_weight.ndim < 2 or linear_weight.shape[-1] != input.shape[-1]:
-        raise RuntimeError(
-            f"linear_weight must have shape (C, D) or (C, d1, ..., dk, D) with D = {input.shape[-1]} for input of "
-            f"shape {tuple(input.shape)}; got {describe(linear_weight)}"
-        )
-    sizes = tuple(linear_weight.shape[:-1])
-    if linear_bias is not None and linear_bias.shape != sizes:
-        raise RuntimeError(
-            f"linear_bias must have shape {sizes} for linear_weight of shape {tuple(linear_weight.shape)}; got "
-            f"{describe(linear_bias)}"
-        )
-    if len(sizes) > 1 and input.ndim == 1:
-        raise RuntimeError(
-            f"input must have shape (N, {input.shape[-1]}) for linear_weight of shape {tuple(linear_weight.shape)}; "
-            f"got {describe(input)}"
-        )
-    return (*input.shape[:-1], *sizes)
-
-
-def chunk_rows(value: Any) -> None:
-    """Refuse what is no number of rows.
-
-    Raises:
-        ValueError: If it is neither a positive integer nor None.
-    """
-    if value is not None and not (type(value) is int and value > 0):
-        raise ValueError(f"chunk_rows must be a positive integer or None; got {value!r}")
+TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def describe(value: Any) -> str:
@@ -187,6 +27,72 @@ def describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names in quotes, the last two joined by "or"."""
+    *first, last = map(repr, names)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+# Backends and the options of the loss
+
+
+def unknown_backend(name: str, known: Iterable[str]) -> ValueError:
+    """No backend has this name."""
+    return ValueError(f"backend must be {listed(('auto', *known))}; got {name!r}")
+
+
+def unavailable_backend(name: str, problem: str) -> RuntimeError:
+    """The backend cannot be loaded on this machine."""
+    return RuntimeError(f"backend={name!r} is not available. {problem}")
+
+
+NO_TRITON = "Triton is not installed: pip install triton (Linux; on Windows triton-windows)"
+
+CPU_TENSORS_FOR_KERNELS = (
+    "backend='triton' needs tensors on a GPU; got CPU tensors. Move them with .to('cuda'), use backend='auto', "
+    "or set TRITON_INTERPRET=1 before the first call to run the kernels in Triton's interpreter"
+)
+
+
+def both_gradient_options() -> ValueError:
+    """Both options that say where the gradient is computed are on."""
+    return ValueError("grad_in_forward and inplace_backward exclude each other; got True for both")
+
+
+def leaf_overwritten() -> RuntimeError:
+    """The gradient would be written over a leaf of the graph."""
+    return RuntimeError(
+        "inplace_backward must not overwrite a leaf tensor that requires grad, nor a view of one; got logits that "
+        "no operation made"
+    )
+
+
+def shared_memory(input: Tensor) -> RuntimeError:
+    """Several elements of the logits, over which the gradient would be written, are one in memory."""
+    return RuntimeError(
+        "inplace_backward needs logits whose elements do not share memory; "
+        f"got strides {input.stride()} for shape {tuple(input.shape)}: call .contiguous() first"
+    )
+
+
+# Arguments of the loss that torch refuses
+
+
+def target_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of class indices and of class probabilities for an input's shape."""
+    return (*shape[:1], *shape[2:]) if len(shape) > 1 else (), shape
+
+
+def out_of_range(classes: int, ignore_index: Any, label: int) -> IndexError:
+    """A class index does not exist."""
+    return IndexError(unknown_class(classes, ignore_index, label))
+
+
+def unknown_class(classes: int, ignore_index: Any, label: int) -> str:
+    """Say which class index does not exist."""
+    return f"target must hold class indices from 0 to {classes - 1} or ignore_index ({ignore_index}); got {label}"
 
 
 def explain_input(input: Any) -> str | None:
@@ -198,8 +104,8 @@ def explain_input(input: Any) -> str | None:
     return None
 
 
-def explain_target(input: Tensor, target: Any, ignore_index: Any) -> str | None:
-    """Say what is wrong with the target."""
+def explain_target(input: Tensor, target: Any, ignore_index: Any, values: bool = True) -> str | None:
+    """Say what is wrong with the target, with `values` also with the class indices that it holds."""
     indices, probabilities = target_shapes(tuple(input.shape))
     expected = (
         f"target must have shape {indices} (class indices, int64) or {probabilities} (class probabilities, floating "
@@ -214,22 +120,17 @@ def explain_target(input: Tensor, target: Any, ignore_index: Any) -> str | None:
             return f"ignore_index must be negative with class probabilities, which ignore nothing; got {ignore_index}"
     elif target.dtype is not torch.int64:
         return f"{expected}; got {describe(target)}: convert class indices with target.long()"
-    elif readable(target) and target.numel():
+    elif values and is_readable(target) and target.numel():
         classes = input.shape[min(input.ndim - 1, 1)]
         wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
         if wrong.numel():
-            return out_of_range(classes, ignore_index, int(wrong[0]))
+            return unknown_class(classes, ignore_index, int(wrong[0]))
     return None
 
 
-def readable(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
     """Whether its values can be looked at: not those of a fake tensor, of a DTensor or under torch.func.vmap."""
     return type(tensor) in TENSORS and tensor.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
-
-
-def out_of_range(classes: int, ignore_index: Any, label: int) -> str:
-    """Say which class index does not exist."""
-    return f"target must hold class indices from 0 to {classes - 1} or ignore_index ({ignore_index}); got {label}"
 
 
 def explain_weight(input: Tensor, weight: Any) -> str | None:
@@ -256,6 +157,18 @@ def explain_options(ignore_index: Any, reduction: Any, label_smoothing: Any) -> 
     return None
 
 
+def explain_call(
+    input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any, values: bool = True
+) -> str | None:
+    """Say what is wrong with a loss's arguments, None where nothing is found."""
+    return (
+        explain_options(ignore_index, reduction, label_smoothing)
+        or explain_input(input)
+        or explain_target(input, target, ignore_index, values)
+        or explain_weight(input, weight)
+    )
+
+
 def explain(
     error: Exception, input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
 ) -> Exception:
@@ -264,12 +177,209 @@ def explain(
     It is torch's error itself where nothing is found, or where the arguments refuse to be looked at.
     """
     try:
-        message = (
-            explain_options(ignore_index, reduction, label_smoothing)
-            or explain_input(input)
-            or explain_target(input, target, ignore_index)
-            or explain_weight(input, weight)
-        )
+        message = explain_call(input, target, weight, ignore_index, reduction, label_smoothing)
         return error if message is None else type(error)(message)
     except Exception:  # tensor subclasses, nested tensors and transforms may raise at any question asked of them
         return error
+
+
+# Options of cross_entropy_rows
+
+
+def not_a_number(name: str, value: Any) -> TypeError:
+    """A scale or a cap is something else than a number."""
+    return TypeError(f"{name} must be a number; got {describe(value)}: multiply the logits by a tensor")
+
+
+def infinite_scale(value: float) -> ValueError:
+    """A scale is infinite or NaN."""
+    return ValueError(f"logit_scale must be finite; got {value!r}")
+
+
+def wrong_cap(value: float) -> ValueError:
+    """A cap bounds nothing."""
+    return ValueError(f"softcap must be a positive number or None; got {value!r}")
+
+
+def unknown_outputs(names: Any, known: Iterable[str]) -> ValueError:
+    """No output of rows has such a name, or none is named."""
+    return ValueError(f"outputs must name some of {', '.join(known)}; got {names!r}")
+
+
+def wrong_dtype(dtype: Any) -> ValueError:
+    """The outputs' type is none of floating point."""
+    return ValueError(f"dtype must be a floating point type or None; got {dtype!r}")
+
+
+# A linear layer and its loss
+
+
+def not_a_tensor(name: str, value: Any) -> TypeError:
+    """A tensor of the layer is something else."""
+    return TypeError(f"{name} must be a tensor; got {describe(value)}")
+
+
+def wrong_features(input: Tensor) -> RuntimeError:
+    """The layer's input has more dimensions than rows and features."""
+    return RuntimeError(f"input must have shape (D,) or (N, D): flatten other dimensions; got {describe(input)}")
+
+
+def wrong_layer_weight(input: Tensor, linear_weight: Tensor) -> RuntimeError:
+    """The layer's weight does not fit its input."""
+    return RuntimeError(
+        f"linear_weight must have shape (C, D) or (C, d1, ..., dk, D) with D = {input.shape[-1]} for input of "
+        f"shape {tuple(input.shape)}; got {describe(linear_weight)}"
+    )
+
+
+def wrong_layer_bias(linear_weight: Tensor, linear_bias: Tensor) -> RuntimeError:
+    """The layer's bias does not fit its weight."""
+    return RuntimeError(
+        f"linear_bias must have shape {tuple(linear_weight.shape[:-1])} for linear_weight of shape "
+        f"{tuple(linear_weight.shape)}; got {describe(linear_bias)}"
+    )
+
+
+def one_row_of_many(input: Tensor, linear_weight: Tensor) -> RuntimeError:
+    """A row without a batch dimension meets a weight whose rows of logits have several dimensions."""
+    return RuntimeError(
+        f"input must have shape (N, {input.shape[-1]}) for linear_weight of shape {tuple(linear_weight.shape)}; "
+        f"got {describe(input)}"
+    )
+
+
+def wrong_chunk(value: Any) -> ValueError:
+    """A chunk has no such number of rows."""
+    return ValueError(f"chunk_rows must be a positive integer or None; got {value!r}")
+
+
+def module_weight(classes: int, weight: Tensor) -> RuntimeError:
+    """The module's class weights are not one a class."""
+    return RuntimeError(f"weight must have shape ({classes},); got {tuple(weight.shape)}")
+
+
+def module_smoothing(label_smoothing: float) -> RuntimeError:
+    """The module's smoothing is no share."""
+    return RuntimeError(f"label_smoothing must be from 0 to 1; got {label_smoothing!r}")
+
+
+# Logits divided among ranks
+
+AGREED = {
+    "rows": "the logits' shape beside the classes",
+    "dtypes": "dtypes and whether there is a weight",
+    "options": "ignore_index, reduction and label_smoothing",
+    "target": "the class indices",
+}
+"""What must be the same on every rank, by its name in `distributed.exchange.CallSummary`."""
+
+
+def no_process_group() -> RuntimeError:
+    """There are no ranks."""
+    return RuntimeError("logits divided among ranks need torch.distributed.init_process_group(...) first")
+
+
+def not_in_group() -> RuntimeError:
+    """The process is none of the group's ranks."""
+    return RuntimeError("group must contain the calling rank; got a group without it")
+
+
+def wrong_sizes(sizes: Sequence[int], world: int, rank: int, own: int) -> ValueError:
+    """The sizes given are not those of the ranks' slices."""
+    return ValueError(
+        f"sizes must hold the number of classes of {world} ranks, {own} for rank {rank}; got {tuple(sizes)}"
+    )
+
+
+def unsupported_slice(logits: Any, target: Any, weight: Any) -> RuntimeError:
+    """Torch takes the arguments, but the loss of a slice of the classes does not."""
+    return RuntimeError(
+        "logits divided among ranks must be floating point tensors on a CPU or GPU; class probabilities and weights "
+        f"must not require a gradient; got {describe(logits)}, {describe(target)} and weight {describe(weight)}"
+    )
+
+
+def refused_elsewhere(ranks: Iterable[int]) -> RuntimeError:
+    """Other ranks' arguments are wrong."""
+    return RuntimeError(f"the arguments were refused on rank {', '.join(map(str, ranks))}: the error is raised there")
+
+
+def ranks_disagree(name: str, rank: int) -> ValueError:
+    """A rank's arguments do not fit those of the first; `name` is a key of AGREED."""
+    return ValueError(f"{AGREED[name]} must be the same on every rank; rank {rank} differs from rank 0")
+
+
+def no_classes() -> RuntimeError:
+    """All slices are empty."""
+    return RuntimeError("the ranks must hold at least one class together; got 0")
+
+
+def no_second_derivative() -> RuntimeError:
+    """The derivative of the gradient would need the other ranks."""
+    return RuntimeError("create_graph=True is not supported where logits are divided among ranks")
+
+
+def plain_target(placements: Sequence[Any]) -> ValueError:
+    """A target without placements may be whole, or a part already."""
+    return ValueError(
+        f"target must be a DTensor, placed as {tuple(placements)}, for logits whose rows are divided among ranks "
+        "and for class probabilities; got a plain tensor, which may be whole or a part"
+    )
+
+
+def uneven_shards(sizes: Sequence[int], rank: int, own: int) -> RuntimeError:
+    """A DTensor's classes are divided otherwise than Shard divides them."""
+    return RuntimeError(
+        f"a DTensor's ranks must hold {sizes} classes, as Shard divides them; rank {rank} has "
+        f"{own}: use softmax_fused.distributed.cross_entropy"
+    )
+
+
+# The patch of torch's name
+
+
+def undone() -> RuntimeError:
+    """The patch is over."""
+    return RuntimeError("this patch has been undone; call softmax_fused.patch() anew")
+
+
+def replaced(current: Any) -> str:
+    """Say that another library has taken torch's name."""
+    return f"torch.nn.functional.cross_entropy has been replaced by {current!r} since softmax_fused.patch(); "
+
+
+def replaced_before(current: Any) -> RuntimeError:
+    """Another library has taken torch's name, which is to be patched again."""
+    return RuntimeError(f"{replaced(current)}undo that first")
+
+
+def replaced_since(current: Any) -> str:
+    """Warn that torch's name is not put back."""
+    return f"{replaced(current)}it is left as it is"
+
+
+# Information theory
+
+
+def unknown_unit(unit: Any) -> ValueError:
+    """Information has no such unit."""
+    return ValueError(f"unit must be 'nats' or 'bits'; got {unit!r}")
+
+
+def no_distribution(name: str, value: Any, with_axis: bool) -> RuntimeError:
+    """The argument is no tensor of probabilities or logits."""
+    shape = " with an axis of outcomes" if with_axis else ""
+    return RuntimeError(f"{name} must be a floating point tensor{shape}; got {describe(value)}")
+
+
+def different_outcomes(names: Collection[str], shapes: Iterable[Sequence[int]], dim: int) -> RuntimeError:
+    """Two distributions are not over the same outcomes."""
+    return RuntimeError(
+        f"{' and '.join(names)} must have shapes that broadcast, with as many outcomes along dim {dim}; "
+        f"got {' and '.join(str(tuple(shape)) for shape in shapes)}"
+    )
+
+
+def no_such_axis(shape: Sequence[int], dim: int) -> IndexError:
+    """The distributions do not lie along such an axis."""
+    return IndexError(f"dim must be from {-len(shape)} to {len(shape) - 1} for shape {tuple(shape)}; got {dim}")

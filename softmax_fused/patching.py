@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch.overrides import get_overridable_functions, handle_torch_function, has_torch_function_variadic
 
-from softmax_fused import _errors as _check
-from softmax_fused import functional
-from softmax_fused.functional.loss import torch_function
+from softmax_fused import _errors, functional
+from softmax_fused._dispatch import check_backend
+from softmax_fused._errors import TENSORS
+from softmax_fused._fallback import torch_function
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,7 +70,7 @@ def replacement(
 
 def known_function(tensors: list[Tensor]) -> Callable[..., Tensor]:
     """Return what __torch_function__ is told: torch's function to types that bring one, the replacement to modes."""
-    return replacement if all(type(tensor) in _check.TENSORS for tensor in tensors) else torch_function
+    return replacement if all(type(tensor) in TENSORS for tensor in tensors) else torch_function
 
 
 class Patch:
@@ -87,7 +88,7 @@ class Patch:
 
     def __enter__(self) -> Patch:
         if self not in patches:
-            raise RuntimeError("this patch has been undone; call softmax_fused.patch() anew")
+            raise _errors.undone()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -111,12 +112,7 @@ def settle() -> None:
     elif not patches and current is replacement:
         F.cross_entropy = found
     elif not patches and current is not found:
-        warnings.warn(
-            f"torch.nn.functional.cross_entropy has been replaced by {current!r} since softmax_fused.patch(); it is "
-            "left as it is",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        warnings.warn(_errors.replaced_since(current), RuntimeWarning, stacklevel=3)
 
 
 def patch(*, backend: str = "auto", grad_in_forward: bool = False) -> Patch:
@@ -150,14 +146,11 @@ def patch(*, backend: str = "auto", grad_in_forward: bool = False) -> Patch:
         >>> everywhere = patch(backend="torch")
         >>> everywhere.undo()
     """
-    _check.backend(backend)
+    check_backend(backend)
     fill_tables()
     with lock:
         if patches and F.cross_entropy is not replacement:
-            raise RuntimeError(
-                f"torch.nn.functional.cross_entropy has been replaced by {F.cross_entropy!r} since "
-                "softmax_fused.patch(); undo that first"
-            )
+            raise _errors.replaced_before(F.cross_entropy)
         made = Patch({"backend": backend, "grad_in_forward": grad_in_forward})
         patches.append(made)
         settle()

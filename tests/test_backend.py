@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from softmax_fused import cross_entropy, functional
-from softmax_fused.backends.torch import cross_entropy as _torch_path
+from softmax_fused._dispatch import SMALL_CPU_BYTES
+from softmax_fused.backends.torch import cross_entropy as torch_loss
 from tests.conftest import HAS_GPU, installed
 
 
@@ -111,9 +112,9 @@ def test_kernels_for_cpu_tensors_need_the_interpreter() -> None:
 def test_auto_means_kernels_under_the_interpreter() -> None:
     program = (
         "import torch\nfrom softmax_fused import cross_entropy\n"
-        "from softmax_fused.backends.triton import launch as _launch\n"
-        "launch, names = _launch.launch, []\n"
-        "_launch.launch = lambda kernel, *rest: (names.append(kernel.fn.__name__), launch(kernel, *rest))\n"
+        "from softmax_fused.backends.triton import launch as module\n"
+        "launch, names = module.launch, []\n"
+        "module.launch = lambda kernel, *rest: (names.append(kernel.fn.__name__), launch(kernel, *rest))\n"
         "logits = torch.zeros(3, 4, requires_grad=True)\n"
         "cross_entropy(logits, torch.arange(3)).backward()\nprint(*names)"
     )
@@ -134,10 +135,10 @@ def test_all_kernels_are_interpreted_or_none() -> None:
 
 def test_auto_on_the_cpu_hands_small_inputs_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(_torch_path, "loss", lambda *args, **options: (calls.append(args), (None, []))[1])
+    monkeypatch.setattr(torch_loss, "loss", lambda *args, **options: (calls.append(args), (None, []))[1])
     cross_entropy(torch.zeros(256, 10), torch.zeros(256, dtype=torch.long))
     assert not calls
-    rows = functional.loss.HAND_OVER_FORWARD // (8 * 4)
+    rows = SMALL_CPU_BYTES // (8 * 4)
     cross_entropy(torch.zeros(rows, 8), torch.zeros(rows, dtype=torch.long))
     assert len(calls) == 1
     cross_entropy(torch.zeros(256, 10), torch.zeros(256, 10))

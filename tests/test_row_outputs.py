@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softmax_fused import RowOutputs, cross_entropy_rows
-from softmax_fused.functional.rows import FIELDS
+from softmax_fused.functional.rows import NAMES
 from tests.cases import ULPS, make_indices, make_logits, make_probabilities
 from tests.conftest import INTERPRETER, Place
 
@@ -50,7 +50,7 @@ def assert_right(
     z: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    outputs: tuple[str, ...] = FIELDS,
+    outputs: tuple[str, ...] = NAMES,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> None:
@@ -59,7 +59,7 @@ def assert_right(
     rows = cross_entropy_rows(z, target, weight, outputs=outputs, dtype=dtype, backend=place.backend, **options)
     leaf = z.detach().double().requires_grad_()
     truth = reference(leaf, target, weight, **options)
-    for name in FIELDS:
+    for name in NAMES:
         got, exact = getattr(rows, name), getattr(truth, name)
         if name not in outputs:
             assert got is None
@@ -93,7 +93,7 @@ def test_every_output(place: Place, shape: tuple[int, ...], dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize(
-    "outputs", [(name,) for name in FIELDS] + [("loss", "prediction"), ("logsumexp", "entropy")], ids=str
+    "outputs", [(name,) for name in NAMES] + [("loss", "prediction"), ("logsumexp", "entropy")], ids=str
 )
 @pytest.mark.parametrize("shape", [(7, 10), (2, 300)], ids=str)
 def test_any_outputs(place: Place, shape: tuple[int, ...], outputs: tuple[str, ...]) -> None:
@@ -323,9 +323,9 @@ def test_torchs_errors_for_targets(place: Place) -> None:
 
 
 def test_chunks_of_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    from softmax_fused.backends.torch import chunks as _torch_rows
+    from softmax_fused.backends.torch import chunks
 
-    monkeypatch.setattr(_torch_rows, "CHUNK", 64)
+    monkeypatch.setattr(chunks, "CHUNK", 64)
     for shape in ((33, 10), (2, 5, 6, 7), (5, 100)):
         z, target = make_logits(shape, torch.float32, "cpu"), make_indices(shape, "cpu")
         assert_right(Place("cpu", "torch"), z, target, softcap=4.0, label_smoothing=0.1)

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from softmax_fused import _errors as _check
-from softmax_fused.functional.loss import torch_cross_entropy
+from softmax_fused import _errors
+from softmax_fused._dispatch import supports_fused
+from softmax_fused._errors import AGREED, REFUSALS
+from softmax_fused._fallback import torch_cross_entropy
+from softmax_fused._spec import class_dim
+from softmax_fused.backends.torch.targets import kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-REFUSALS = (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 """The collective that fills one tensor with every rank's: torch 2.14 deprecates the older of its two names."""
@@ -31,7 +33,7 @@ class Arguments(NamedTuple):
     label_smoothing: float
 
 
-class Facts(NamedTuple):
+class CallSummary(NamedTuple):
     """What a rank says of its arguments; all but the first two must be the same everywhere."""
 
     fine: int
@@ -44,14 +46,6 @@ class Facts(NamedTuple):
     target: int
 
 
-AGREED = {
-    "rows": "the logits' shape beside the classes",
-    "dtypes": "dtypes and whether there is a weight",
-    "options": "ignore_index, reduction and label_smoothing",
-    "target": "the class indices",
-}
-
-
 def inhabited(value: Any) -> Any:
     """Return a tensor with no dimension of size 0, so that slices without classes are checked as others are."""
     if not isinstance(value, torch.Tensor) or value.numel():
@@ -59,22 +53,18 @@ def inhabited(value: Any) -> Any:
     return value.new_zeros(()).expand([max(1, size) for size in value.shape])
 
 
-def fault(it: Arguments) -> Exception | None:
+def validation_error(it: Arguments) -> Exception | None:
     """Return the error that one rank's arguments deserve, by itself: torch's type, a message that says what came."""
     logits, target, weight = (inhabited(value) for value in it[:3])
     if isinstance(target, torch.Tensor) and isinstance(logits, torch.Tensor) and target.ndim < logits.ndim:
         target = torch.zeros_like(target)  # labels are of all classes, and looked at later
-    if _check.plain(logits, target, weight, it.ignore_index, it.reduction, it.label_smoothing):
+    if supports_fused(logits, target, weight, it.ignore_index, it.reduction, it.label_smoothing):
         return None
     try:
         torch_cross_entropy(logits, target, weight, it.ignore_index, it.reduction, it.label_smoothing)
     except REFUSALS as error:
         return error
-    return RuntimeError(
-        "logits divided among ranks must be floating point tensors on a CPU or GPU; class probabilities and weights "
-        f"must not require a gradient; got {_check.describe(it.logits)}, {_check.describe(it.target)} and weight "
-        f"{_check.describe(it.weight)}"
-    )
+    return _errors.unsupported_slice(it.logits, it.target, it.weight)
 
 
 def digest(*values: Any) -> int:
@@ -88,35 +78,35 @@ def label_range(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     return torch.cat([label.flatten(), label.new_zeros(1)]).aminmax()
 
 
-def facts(it: Arguments) -> Facts:
+def summarize(it: Arguments) -> CallSummary:
     """Say what the other ranks must know of valid arguments."""
-    dim = min(it.logits.ndim - 1, 1)
-    indices = it.target.ndim < it.logits.ndim
+    dim = class_dim(it.logits.ndim)
+    has_labels = kind_of(it.logits, it.target).has_labels
     low = high = checksum = torch.zeros((), dtype=torch.int64)
-    if indices:
+    if has_labels:
         low, high = label_range(it.target, it.ignore_index)
         label = it.target.detach().flatten().long()
         checksum = (label * (2 * torch.arange(len(label), device=label.device) + 1)).sum()
-    return Facts(
+    return CallSummary(
         1,
         it.logits.shape[dim],
         int(low),
         int(high),
         digest(tuple(it.logits.shape[:dim]), tuple(it.logits.shape[dim + 1 :])),
-        digest(it.logits.dtype, it.target.dtype, indices, it.weight is None),
+        digest(it.logits.dtype, it.target.dtype, has_labels, it.weight is None),
         digest(it.ignore_index, it.reduction, float(it.label_smoothing)),
         int(checksum),
     )
 
 
-def gather(own: Facts, group: Any) -> list[Facts]:
-    """Return every rank's facts, by one all-gather of 64 bytes a rank."""
+def gather(own: CallSummary, group: Any) -> list[CallSummary]:
+    """Return every rank's summary, by one all-gather of 64 bytes a rank."""
     backend = dist.get_backend(group)
     alone = "nccl" in backend and "cpu" not in backend  # NCCL, without a backend for CPU tensors beside it
     mine = torch.tensor(own, device="cuda" if alone else "cpu")
     everyone = mine.new_empty(dist.get_world_size(group) * len(own))
     getattr(dist, ALL_GATHER)(everyone, mine, group=group)
-    return [Facts(*row) for row in everyone.view(-1, len(own)).tolist()]
+    return [CallSummary(*row) for row in everyone.view(-1, len(own)).tolist()]
 
 
 def exchange(it: Arguments, problem: Exception | None, group: Any) -> list[int]:
@@ -125,21 +115,21 @@ def exchange(it: Arguments, problem: Exception | None, group: Any) -> list[int]:
     Raises:
         Exception: On every rank, if the arguments of one are wrong or differ from another's.
     """
-    everyone = gather(facts(it) if problem is None else Facts(*[0] * len(Facts._fields)), group)
+    everyone = gather(summarize(it) if problem is None else CallSummary(*[0] * len(CallSummary._fields)), group)
     if problem is not None:
         raise problem
     bad = [rank for rank, found in enumerate(everyone) if not found.fine]
     if bad:
-        raise RuntimeError(f"the arguments were refused on rank {', '.join(map(str, bad))}: the error is raised there")
-    for name, meaning in AGREED.items():
+        raise _errors.refused_elsewhere(bad)
+    for name in AGREED:
         values = [getattr(found, name) for found in everyone]
         if len(set(values)) > 1:
             other = next(rank for rank, value in enumerate(values) if value != values[0])
-            raise ValueError(f"{meaning} must be the same on every rank; rank {other} differs from rank 0")
+            raise _errors.ranks_disagree(name, other)
     classes = sum(found.size for found in everyone)
     if not classes:
-        raise RuntimeError("the ranks must hold at least one class together; got 0")
+        raise _errors.no_classes()
     if it.logits.is_cpu and (everyone[0].low < 0 or everyone[0].high >= classes):
         wrong = everyone[0].low if everyone[0].low < 0 else everyone[0].high
-        raise IndexError(_check.out_of_range(classes, it.ignore_index, wrong))
+        raise _errors.out_of_range(classes, it.ignore_index, wrong)
     return [found.size for found in everyone]

@@ -1,83 +1,19 @@
-"""The torch.autograd.Function behind the loss, and what its two implementations are told."""
+"""The torch.autograd.Functions: what is saved, and which derivative comes back."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softmax_fused.backends.torch import cross_entropy as _torch_path
+from softmax_fused._row_outputs import OUTPUTS
+from softmax_fused.backends.torch import cross_entropy as torch_loss
+from softmax_fused.backends.torch import row_outputs as torch_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
-
-class Spec(NamedTuple):
-    """What a call asks for, beside its tensors."""
-
-    indices: bool  # class indices, not class probabilities
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-    dtype: torch.dtype  # of the loss
-    acc: torch.dtype  # arithmetic: float32, or float64 where a tensor is float64
-    classes: int = 0  # of all slices, where the logits are a slice of the classes
-    first: int = 0  # class of the slice
-
-
-def make_spec(
-    input: Tensor, target: Tensor, reduction: str, ignore_index: int, label_smoothing: float, dtype: torch.dtype
-) -> Spec:
-    """Tell class indices from probabilities by their rank; a negative or NaN smoothing is none, as in torch."""
-    acc = torch.float64 if dtype is torch.float64 else torch.float32
-    return Spec(target.ndim < input.ndim, reduction, ignore_index, max(0.0, label_smoothing), dtype, acc)
-
-
-class Operations(Protocol):
-    """What a backend provides; the modules `_launch` and `_torch_path` do."""
-
-    def loss(
-        self, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Compute the loss and, with `save`, what `gradient` needs."""
-
-    def saved_shapes(self, logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:
-        """Return the shapes of what `loss` saves."""
-
-    def gradient(
-        self,
-        upstream: Tensor,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        saved: Sequence[Tensor],
-        spec: Spec,
-        grad: Tensor | None = None,
-    ) -> Tensor:
-        """Compute the gradient of the logits, into `grad` where given, which may be the logits themselves."""
-
-    def loss_and_gradient(
-        self, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, grad: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Compute the loss, what `gradient` needs, and the gradient for an upstream gradient of 1, if that pays.
-
-        It is written to `grad` where given, which may be the logits themselves.
-        """
-
-    def unless_one(
-        self,
-        upstream: Tensor,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        saved: Sequence[Tensor],
-        spec: Spec,
-        grad: Tensor,
-    ) -> Tensor:
-        """Bring `grad`, the gradient for an upstream gradient of 1, to another, without asking the device."""
-
+    from softmax_fused._spec import CrossEntropyOperations, RowOutputsOperations, RowSpec, SoftmaxOperations, Spec
 
 BATCHED = tuple(torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorchBatched"))
 
@@ -91,22 +27,28 @@ def batched(tensor: Tensor) -> bool:
 class CrossEntropy(torch.autograd.Function):
     """Saves the logits and two or three numbers a row; the softmax is computed again in backward, never stored.
 
-    `when` says where the gradient comes from: "backward" computes it into a new tensor, "in place" over the logits, and
-    "forward" with the loss, for an upstream gradient of 1; backward then only corrects it where it is not 1.
+    `gradient_mode` says where the gradient comes from: "backward" computes it into a new tensor, "in place" over the
+    logits, and "forward" with the loss, for an upstream gradient of 1; backward then only rescales it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, operations: Operations, when: str
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        spec: Spec,
+        operations: CrossEntropyOperations,
+        gradient_mode: str,
     ) -> Tensor:
         """Compute the loss."""
-        ctx.ready = None
-        if when == "forward":
-            loss, saved, ctx.ready = operations.loss_and_gradient(logits, target, weight, spec)
+        ctx.precomputed_grad = None
+        if gradient_mode == "forward":
+            loss, saved, ctx.precomputed_grad = operations.loss_and_gradient(logits, target, weight, spec)
         else:
             loss, saved = operations.loss(logits, target, weight, spec, save=True)
         ctx.save_for_backward(logits, target, weight, *saved)
-        ctx.spec, ctx.operations, ctx.when = spec, operations, when
+        ctx.spec, ctx.operations, ctx.gradient_mode = spec, operations, gradient_mode
         return loss
 
     @staticmethod
@@ -115,13 +57,83 @@ class CrossEntropy(torch.autograd.Function):
         logits, target, weight, *saved = ctx.saved_tensors
         arguments = (upstream, logits, target, weight, saved, ctx.spec)
         if torch.is_grad_enabled() or batched(upstream):
-            grad = _torch_path.differentiable_gradient(upstream, logits, target, weight, ctx.spec)
-        elif ctx.when == "in place":
+            grad = torch_loss.differentiable_gradient(upstream, logits, target, weight, ctx.spec)
+        elif ctx.gradient_mode == "in place":
             grad = ctx.operations.gradient(*arguments, grad=logits.detach())
             torch.autograd.graph.increment_version(logits)  # whoever still wants the logits gets autograd's error
-        elif ctx.ready is not None:
-            grad, ctx.ready = ctx.ready, None  # given away once: a second backward computes its own
-            grad = ctx.operations.unless_one(*arguments, grad)
+        elif ctx.precomputed_grad is not None:
+            # given away once: a second backward computes its own
+            grad, ctx.precomputed_grad = ctx.precomputed_grad, None
+            grad = ctx.operations.rescale_gradient(*arguments, grad)
         else:
             grad = ctx.operations.gradient(*arguments)
         return grad, None, None, None, None, None
+
+
+class CrossEntropyRows(torch.autograd.Function):
+    """Saves the logits and four numbers a row; an output whose gradient nobody asks for costs backward nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: RowSpec,
+        operations: RowOutputsOperations,
+    ) -> tuple[Tensor, ...]:
+        """Compute the outputs."""
+        out, stats = operations.forward(logits, target, weight, options, save=True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, weight, stats)
+        ctx.options, ctx.operations = options, operations
+        kinds = zip(out, OUTPUTS.values(), strict=True)
+        ctx.mark_non_differentiable(*(it for it, output in kinds if it is not None and not output.differentiable))
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Compute the gradient of the logits; where it will be differentiated or is batched, in torch operations."""
+        differentiable = tuple(g for g, output in zip(upstream, OUTPUTS.values(), strict=True) if output.differentiable)
+        given = [g for g in differentiable if g is not None]
+        if not given:
+            return None, None, None, None, None
+        logits, target, weight, stats = ctx.saved_tensors
+        arguments = (differentiable, logits, target, weight)
+        if torch.is_grad_enabled() or any(batched(g) for g in given):
+            grad = torch_rows.differentiable_gradient(*arguments, ctx.options)
+        else:
+            grad = ctx.operations.gradient(*arguments, stats, ctx.options)
+        return grad, None, None, None, None
+
+
+def differentiable_softmax_gradient(upstream: Tensor, out: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
+    """Compute the gradient of softmax's input in operations that autograd follows, for derivatives of higher order."""
+    acc = torch.promote_types(torch.promote_types(out.dtype, dtype), torch.float32)
+    y, g = out.to(acc), upstream.to(acc)
+    grad = g - y.exp() * g.sum(dim, keepdim=True) if log else y * (g - (y * g).sum(dim, keepdim=True))
+    return grad.to(dtype)
+
+
+class Softmax(torch.autograd.Function):
+    """Saves the output alone, from which the gradient is computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, dim: int, dtype: torch.dtype, log: bool, operations: SoftmaxOperations
+    ) -> Tensor:
+        """Compute the softmax, or its logarithm."""
+        out = operations.forward(input, dim, dtype, log)
+        ctx.save_for_backward(out)
+        ctx.options, ctx.operations = (dim, input.dtype, log), operations
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradient of the input; where it will be differentiated or is batched, in torch operations."""
+        (out,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or batched(upstream):
+            grad = differentiable_softmax_gradient(upstream, out, *ctx.options)
+        else:
+            grad = ctx.operations.backward(upstream, out, *ctx.options)
+        return grad, None, None, None, None

@@ -1,128 +1,24 @@
-"""The loss as a function: decide who computes it, and hand over."""
+"""The loss as a function."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from softmax_fused import _errors as _check
-from softmax_fused.backends.torch import cross_entropy as _torch_path
-from softmax_fused.functional import operators as _ops
-from softmax_fused.functional.autograd import CrossEntropy, Operations, make_spec
+from softmax_fused import _dispatch, _errors
+from softmax_fused._dispatch import LOSS, LOSS_IN_PLACE, check_backend, get_backend, loss_dtype, route, under_transform
+from softmax_fused._fallback import torch_cross_entropy, torch_function
+from softmax_fused.backends.torch.targets import make_spec
+from softmax_fused.functional import operators
+from softmax_fused.functional.autograd import CrossEntropy
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-torch_function = F.cross_entropy
-"""Torch's own, also while `patch` has its name lead to ours."""
-
-HAND_OVER = 2**20
-"""On the CPU, fewer logits than this go to torch's own operator: its buffers come without page faults, and no time is
-left to save: (60000, 10) took 1.0 to 1.5 times as long on the chunked path."""
-
-HAND_OVER_FORWARD = 2**25
-"""The same in bytes of logits, for the loss alone, as torch allocates one buffer of that size: (4096, 1000) took 1.2
-times as long in float32, (512, 32000) in bfloat16. From 32 MiB on, glibc returns a freed buffer to the system. With the
-gradient, too, for 16-bit logits: converting chunks to float32 and back takes what one buffer instead of three saves."""
-
-
-@functools.cache
-def triton_problem() -> str | None:
-    """Return why the kernels cannot be had on this machine, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton (Linux; on Windows triton-windows)"
-    return None
-
-
-def explain_backend(device: torch.device) -> tuple[str, str]:
-    """Return which backend serves tensors on `device` under backend="auto", and why.
-
-    Example:
-        >>> import torch
-        >>> explain_backend(torch.device("meta"))
-        ('torch', 'meta tensors are served by torch.nn.functional.cross_entropy')
-    """
-    problem = triton_problem()
-    if device.type == "cuda":
-        if problem:
-            return "torch", problem
-        return "triton", f"{'ROCm' if torch.version.hip else 'CUDA'} device and Triton are present"
-    if device.type != "cpu":
-        return "torch", f"{device.type} tensors are served by torch.nn.functional.cross_entropy"
-    if os.environ.get("TRITON_INTERPRET") == "1" and not problem:
-        return "triton", "TRITON_INTERPRET=1: Triton's interpreter runs the kernels on CPU tensors (slow, for tests)"
-    return "torch", "Triton kernels need a GPU (or TRITON_INTERPRET=1); CPU tensors take the pure-torch path"
-
-
-@functools.cache
-def automatic(device_type: str) -> str:
-    """Return the backend that "auto" stands for; decided once a process."""
-    return explain_backend(torch.device(device_type))[0]
-
-
-def operations(backend: str, device: torch.device) -> Operations:
-    """Return the module that computes.
-
-    Raises:
-        RuntimeError: If kernels are asked for where they cannot run.
-    """
-    if backend == "torch" or (backend == "auto" and automatic(device.type) == "torch"):
-        return _torch_path
-    problem = triton_problem()
-    if problem:
-        raise RuntimeError(f"backend='triton' is not available. {problem}")
-    # together, so that all kernels are interpreted, or none
-    from softmax_fused.backends.triton import launch as _launch
-    from softmax_fused.backends.triton import row_outputs as _launch_row_outputs  # noqa: F401
-    from softmax_fused.backends.triton import softmax as _launch_softmax  # noqa: F401
-    from softmax_fused.backends.triton import vocab_parallel as _launch_slices  # noqa: F401
-
-    if device.type == "cpu" and not _launch.INTERPRETED:
-        raise RuntimeError(
-            "backend='triton' needs tensors on a GPU; got CPU tensors. Move them with .to('cuda'), use backend='auto', "
-            "or set TRITON_INTERPRET=1 before the first call to run the kernels in Triton's interpreter"
-        )
-    return _launch
-
-
-def small_on_cpu(input: Tensor) -> bool:
-    """Whether there are so few logits, on the CPU, that torch's own operator is the fastest."""
-    if type(input) is not torch.Tensor or not input.is_cpu or automatic("cpu") != "torch":
-        return False
-    size = input.numel()
-    if size < HAND_OVER:
-        return True
-    return size * input.itemsize < HAND_OVER_FORWARD and not (input.requires_grad and torch.is_grad_enabled())
-
-
-def handed_over(input: Tensor, inplace_backward: bool) -> bool:
-    """Whether torch's own operator computes the loss under backend="auto"."""
-    if small_on_cpu(input):
-        return True
-    sixteen_bits = type(input) is torch.Tensor and input.is_cpu and input.itemsize == 2 and not inplace_backward
-    return sixteen_bits and input.numel() * 2 < HAND_OVER_FORWARD and automatic("cpu") == "torch"
-
-
-def zero_times_infinity(loss: Tensor) -> bool:
-    """Whether torch's loss on the CPU may be NaN where a weight or probability of 0 met a log-probability of -inf."""
-    return type(loss) is torch.Tensor and not transformed() and bool(loss.isnan().any())
-
-
-def transformed() -> bool:
-    """Whether something beyond plain autograd is watching: torch.func, forward mode, tracing, fake tensors."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 def cross_entropy(
@@ -205,37 +101,55 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     if backend != "auto":
-        _check.backend(backend)
+        check_backend(backend)
     if grad_in_forward and inplace_backward:
-        raise ValueError("grad_in_forward and inplace_backward exclude each other; got True for both")
-    if torch.compiler.is_compiling():
-        return compiled(input, target, weight, ignore_index, reduction, label_smoothing, backend)
-    if backend == "auto" and handed_over(input, inplace_backward):
-        loss = torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        raise _errors.both_gradient_options()
+    arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
+    path = route(LOSS_IN_PLACE if inplace_backward else LOSS, backend, arguments)
+    if path == "small":
+        loss = torch_cross_entropy(*arguments)
         if (weight is None and target.ndim < input.ndim) or not zero_times_infinity(loss):
             return loss
-    if transformed() or not _check.plain(input, target, weight, ignore_index, reduction, label_smoothing):
-        arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
-        placed: Tensor | None = None
-        if _check.is_dtensor(input) and not transformed():
-            from softmax_fused.distributed import dtensor as _dtensor
+        path = "backend" if _dispatch.supports_fused(*arguments) else "torch"
+    if path == "torch":
+        return unfused(*arguments, backend)
+    dtype = loss_dtype(input, target)
+    if path == "operator":
+        options_of_spec = (reduction, ignore_index, float(label_smoothing), dtype)
+        in_graph: Tensor = operators.cross_entropy(input, target, weight, *options_of_spec, backend)[0]
+        return in_graph
+    chosen = get_backend(backend, input.device.type)
+    operations = chosen.cross_entropy
+    spec = make_spec(input, target, reduction, ignore_index, label_smoothing, dtype)
+    if not (input.requires_grad and torch.is_grad_enabled()):
+        return operations.loss(input, target, weight, spec, save=False)[0]
+    if inplace_backward:
+        check_writable(input)
+    with_loss = grad_in_forward or (input.device.type in chosen.gradient_with_loss and reduction != "none")
+    gradient_mode = "in place" if inplace_backward else "forward" if with_loss else "backward"
+    differentiable: Tensor = CrossEntropy.apply(input, target, weight, spec, operations, gradient_mode)
+    return differentiable
 
-            placed = _dtensor.cross_entropy(input, *arguments[1:], backend)
-        return torch_cross_entropy(*arguments) if placed is None else placed
-    compute = operations(backend, input.device)
-    spec = make_spec(input, target, reduction, ignore_index, label_smoothing, _check.loss_dtype(input, target))
-    if input.requires_grad and torch.is_grad_enabled():
-        if inplace_backward:
-            _check.writable(input)
-        # on the CPU the gradient of a mean or sum comes with the loss and is scaled: an exponential a logit saved
-        together = grad_in_forward or (compute is _torch_path and input.is_cpu and reduction != "none")
-        when = "in place" if inplace_backward else "forward" if together else "backward"
-        differentiable: Tensor = CrossEntropy.apply(input, target, weight, spec, compute, when)
-        return differentiable
-    return compute.loss(input, target, weight, spec, save=False)[0]
+
+def zero_times_infinity(loss: Tensor) -> bool:
+    """Whether torch's loss on the CPU may be NaN where a weight or probability of 0 met a log-probability of -inf."""
+    return type(loss) is torch.Tensor and not under_transform() and bool(loss.isnan().any())
 
 
-def compiled(
+def check_writable(input: Tensor) -> None:
+    """Refuse logits that no gradient may be written over.
+
+    Raises:
+        RuntimeError: If they are a leaf that requires grad, or several of their elements share memory.
+    """
+    owner = input if input._base is None else input._base
+    if owner.is_leaf and owner.requires_grad:
+        raise _errors.leaf_overwritten()
+    if torch._debug_has_internal_overlap(input) == 1:
+        raise _errors.shared_memory(input)
+
+
+def unfused(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -244,48 +158,16 @@ def compiled(
     label_smoothing: float,
     backend: str,
 ) -> Tensor:
-    """Leave an operator of ours in the graph, or torch's where Inductor does better: plain indices on the CPU.
-
-    Also torch's in an exported program, which is to be loaded without this library.
-    """
-    from softmax_fused.distributed import untraced as _untraced
-
-    if (
-        (backend == "auto" and input.device.type == "cpu" and target.ndim < input.ndim and weight is None)
-        or torch._C._are_functorch_transforms_active()
-        or _untraced.exporting()
-        or not _check.plain(input, target, weight, ignore_index, reduction, label_smoothing)
-    ):
+    """Compute what the fused path does not cover: by torch's operator or, for a DTensor, from every rank's part."""
+    if is_compiling():
         return torch_function(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-    dtype = _check.loss_dtype(input, target)
-    loss: Tensor = _ops.cross_entropy(
-        input, target, weight, reduction, ignore_index, float(label_smoothing), dtype, backend
-    )[0]
-    return loss
+    if _dispatch.is_dtensor(input) and not under_transform():
+        from softmax_fused.distributed import dtensor
 
-
-def torch_cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
-) -> Tensor:
-    """Let torch compute it, or refuse it with its own type of error and a clearer message.
-
-    It is the call in which torch's function ends: what that looks at before, has been looked at here.
-    """
-    try:
-        loss: Tensor = torch._C._nn.cross_entropy_loss(
-            input,
-            target,
-            weight,
-            _Reduction.get_enum(reduction),  # type: ignore[arg-type]  # torch's stub says str
-            ignore_index,
-            label_smoothing,
-        )
-        return loss
-    except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        explained = _check.explain(error, input, target, weight, ignore_index, reduction, label_smoothing)
-        if explained is error:
-            raise
-        raise explained from error
+        loss = dtensor.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, backend)
+        if loss is not None:
+            return loss
+    return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
 
 
 def overridden(
@@ -301,7 +183,7 @@ def overridden(
 ) -> Tensor:
     """Serve __torch_function__: tensor subclasses see torch's function, which they know; modes see ours."""
     tensors = (input, target, weight)
-    if _check.subclasses(tensors):
+    if _dispatch.has_subclass(tensors):
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     loss: Tensor = handle_torch_function(
         cross_entropy,

@@ -1,108 +1,45 @@
-"""Loss, logarithm of the sum of exponentials, prediction and entropy of each row, from one read of the logits."""
+"""Several outputs of each row, from one read of the logits, as a function."""
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from softmax_fused import _errors as _check
-from softmax_fused.backends.torch import cross_entropy as _torch_path
-from softmax_fused.backends.torch import row_outputs as _torch_row_outputs
-from softmax_fused.functional.autograd import Spec, batched, make_spec
-from softmax_fused.functional.loss import cross_entropy, operations, small_on_cpu, torch_cross_entropy, transformed
+from softmax_fused import _errors
+from softmax_fused._dispatch import (
+    FLOATS,
+    ROWS,
+    ROWS_WITHOUT_LOSS,
+    check_backend,
+    get_backend,
+    loss_dtype,
+    route,
+    row_operations,
+    supports_fused,
+)
+from softmax_fused._fallback import validate
+from softmax_fused._row_outputs import OUTPUTS, RowOutputs
+from softmax_fused._spec import RowSpec
+from softmax_fused.backends.torch.row_outputs import effective, needs_log_p, statistics
+from softmax_fused.backends.torch.targets import make_spec
+from softmax_fused.functional.autograd import CrossEntropyRows
+from softmax_fused.functional.loss import cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from torch import Tensor
 
-    Upstream = tuple[Tensor | None, Tensor | None, Tensor | None]
+NAMES = tuple(OUTPUTS)
 
 
-class RowOutputs(NamedTuple):
-    """What :func:`cross_entropy_rows` returns, each of the input's shape without C; None where it was not asked for."""
-
-    loss: Tensor
-    logsumexp: Tensor
-    prediction: Tensor
-    entropy: Tensor
-
-
-FIELDS = RowOutputs._fields
-
-
-class RowSpec(NamedTuple):
-    """What a call asks for, beside its tensors."""
-
-    spec: Spec
-    scale: float
-    softcap: float | None
-    outputs: tuple[str, ...]
-
-    def select(self, *found: Tensor | None) -> RowOutputs:
-        """Return those of loss, logsumexp, prediction and entropy that are asked for."""
-        kept = [it if name in self.outputs else None for name, it in zip(FIELDS, found, strict=True)]
-        return RowOutputs(*kept)  # type: ignore[arg-type]  # None where the caller named no such output
-
-    def allocate(self, logits: Tensor) -> RowOutputs:
-        """Return memory for the outputs."""
-        rows = (logits.shape[0], *logits.shape[2:]) if logits.ndim > 1 else ()
-        dtypes = (self.spec.dtype, self.spec.dtype, torch.int64, self.spec.dtype)
-        return self.select(
-            *(
-                logits.new_empty(rows, dtype=dtype) if name in self.outputs else None
-                for name, dtype in zip(FIELDS, dtypes, strict=True)
-            )
-        )
-
-
-def implementation(backend: str, device: torch.device) -> Any:
-    """Return the module that computes."""
-    if operations(backend, device) is _torch_path:
-        return _torch_row_outputs
-    from softmax_fused.backends.triton import row_outputs as _launch_row_outputs
-
-    return _launch_row_outputs
-
-
-class CrossEntropyRows(torch.autograd.Function):
-    """Saves the logits and four numbers a row; an output whose gradient nobody asks for costs backward nothing."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec, module: Any
-    ) -> tuple[Tensor, ...]:
-        """Compute the outputs."""
-        out, stats = module.forward(logits, target, weight, options, save=True)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, weight, stats)
-        ctx.options, ctx.module = options, module
-        if out.prediction is not None:
-            ctx.mark_non_differentiable(out.prediction)
-        return tuple(out)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Compute the gradient of the logits; where it will be differentiated or is batched, in torch operations."""
-        loss, logsumexp, _, entropy = upstream
-        given = [g for g in (loss, logsumexp, entropy) if g is not None]
-        if not given:
-            return None, None, None, None, None
-        logits, target, weight, stats = ctx.saved_tensors
-        arguments = ((loss, logsumexp, entropy), logits, target, weight)
-        if torch.is_grad_enabled() or any(batched(g) for g in given):
-            grad = _torch_row_outputs.differentiable_gradient(*arguments, ctx.options)
-        else:
-            grad = ctx.module.gradient(*arguments, stats, ctx.options)
-        return grad, None, None, None, None
-
-
-def check_options(logit_scale: Any, softcap: Any, outputs: Any, dtype: Any, backend: str) -> tuple[str, ...]:
-    """Return the outputs' names.
+def check_options(logit_scale: Any, softcap: Any, outputs: Any, dtype: Any) -> tuple[str, ...]:
+    """Return the names of the outputs asked for, in their order.
 
     Raises:
         ValueError: An option has a value that means nothing.
@@ -110,18 +47,17 @@ def check_options(logit_scale: Any, softcap: Any, outputs: Any, dtype: Any, back
     """
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
         if type(value) not in (int, float) and not (name == "softcap" and value is None):
-            raise TypeError(f"{name} must be a number; got {_check.describe(value)}: multiply the logits by a tensor")
+            raise _errors.not_a_number(name, value)
     if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale must be finite; got {logit_scale!r}")
+        raise _errors.infinite_scale(logit_scale)
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a positive number or None; got {softcap!r}")
+        raise _errors.wrong_cap(softcap)
     wanted = (outputs,) if isinstance(outputs, str) else tuple(outputs)
-    if not wanted or not set(wanted) <= set(FIELDS):
-        raise ValueError(f"outputs must name some of {', '.join(FIELDS)}; got {outputs!r}")
-    if dtype is not None and dtype not in _check.FLOATS:
-        raise ValueError(f"dtype must be a floating point type or None; got {dtype!r}")
-    _check.backend(backend)
-    return tuple(name for name in FIELDS if name in wanted)
+    if not wanted or not set(wanted) <= set(NAMES):
+        raise _errors.unknown_outputs(outputs, NAMES)
+    if dtype is not None and dtype not in FLOATS:
+        raise _errors.wrong_dtype(dtype)
+    return tuple(name for name in NAMES if name in wanted)
 
 
 known_options = functools.lru_cache(64, typed=True)(check_options)
@@ -137,7 +73,7 @@ def cross_entropy_rows(
     *,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    outputs: Collection[str] = FIELDS,
+    outputs: Collection[str] = NAMES,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> RowOutputs:
@@ -189,52 +125,43 @@ def cross_entropy_rows(
     """
     tensors = (input, target, weight)
     named = outputs if isinstance(outputs, (str, tuple)) else tuple(outputs)
-    compiling = torch.compiler.is_compiling()
-    check = check_options if compiling else known_options
-    wanted = check(logit_scale, softcap, named, dtype, backend)
+    wanted = (check_options if is_compiling() else known_options)(logit_scale, softcap, named, dtype)
+    check_backend(backend)
     if has_torch_function_variadic(*tensors):
         overridden: RowOutputs = handle_torch_function(
             cross_entropy_rows, tensors, *tensors, ignore_index, label_smoothing,
             logit_scale=logit_scale, softcap=softcap, outputs=outputs, dtype=dtype, backend=backend,
         )  # fmt: skip
         return overridden
-    small = (
-        backend == "auto"
-        and not compiling  # which warns of caches, and composes the outputs anyway
-        and "loss" in wanted
-        and type(target) is torch.Tensor
-        and small_on_cpu(input)
-    )
-    plain = small or _check.plain(input, target, weight, ignore_index, "none", label_smoothing)
-    if not plain:  # torch's error, or a call that only torch covers
-        torch_cross_entropy(input, target, weight, ignore_index, "none", label_smoothing)
-    spec = make_spec(input, target, "none", ignore_index, label_smoothing, dtype or _check.loss_dtype(input, target))
+    arguments = (*tensors, ignore_index, "none", label_smoothing)
+    path = route(ROWS if "loss" in wanted else ROWS_WITHOUT_LOSS, backend, arguments)
+    if path == "torch" and not supports_fused(*arguments):
+        validate(*arguments, values=not is_compiling())
+    spec = make_spec(input, target, "none", ignore_index, label_smoothing, dtype or loss_dtype(input, target))
     options = RowSpec(spec, float(logit_scale), None if softcap is None else float(softcap), wanted)
-    if small or not plain or compiling or transformed():
+    if path != "backend":
         return composed(input, target, weight, options)
-    module = implementation(backend, input.device)
+    operations = row_operations(get_backend(backend, input.device.type))
     if input.requires_grad and torch.is_grad_enabled():
-        return RowOutputs(*CrossEntropyRows.apply(input, target, weight, options, module))
-    found: RowOutputs = module.forward(input, target, weight, options, save=False)[0]
-    return found
+        return RowOutputs(*CrossEntropyRows.apply(input, target, weight, options, operations))
+    return operations.forward(input, target, weight, options, save=False)[0]
 
 
 def composed(input: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec) -> RowOutputs:
     """Compute the outputs by operations that torch.func, torch.compile and tensor subclasses know."""
     spec = options.spec
-    x, _ = _torch_row_outputs.effective(input, options)
-    loss = None
+    x, _ = effective(input, options)
+    found: dict[str, Tensor] = {}
     if "loss" in options.outputs:
         w = None if weight is None else weight.to(x.dtype)
-        loss = cross_entropy(
+        found["loss"] = cross_entropy(
             x, target, w, ignore_index=spec.ignore_index, reduction="none", label_smoothing=spec.label_smoothing
         )
-        loss = loss if loss.dtype is spec.dtype else loss.to(spec.dtype)
-    if not {"logsumexp", "entropy"} & set(options.outputs):
-        prediction = x.detach().argmax(min(x.ndim - 1, 1)) if "prediction" in options.outputs else None
-        return RowOutputs(loss, None, prediction, None)  # type: ignore[arg-type]  # None as the caller asked
+    others = tuple(name for name in options.outputs if name != "loss")
     rows = x.unsqueeze(0) if input.ndim == 1 else x
-    found = _torch_row_outputs.statistics(rows, options, torch.log_softmax(rows, 1))
-    rest = (found.logsumexp, found.prediction, found.entropy)  # torch 2.7 does not compile a slice of a NamedTuple
-    others = [it if it is None or it.dtype is torch.int64 else it.to(spec.dtype) for it in rest]
-    return options.select(loss, *(it if it is None or input.ndim > 1 else it.squeeze(0) for it in others))
+    log_p = torch.log_softmax(rows, 1) if needs_log_p(others) else None
+    for name, values in statistics(rows, others, log_p).items():
+        found[name] = values.squeeze(0) if input.ndim == 1 else values
+    for name, values in found.items():
+        found[name] = values.to(OUTPUTS[name].dtype or spec.dtype)
+    return RowOutputs(*[found.get(name) for name in OUTPUTS])  # type: ignore[arg-type]  # None as the caller asked

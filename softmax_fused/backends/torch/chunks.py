@@ -29,7 +29,7 @@ def pieces(size: int, elements: int, limit: int) -> list[slice]:
     return [slice(i, i + step) for i in range(0, size, step)]
 
 
-def chunks(z: Tensor, limit: int) -> list[tuple[slice, ...]]:
+def row_chunks(z: Tensor, limit: int) -> list[tuple[slice, ...]]:
     """Slice the rows of (N, C, d1..dk): along the batch and, where one sample is too large, its longest dimension."""
     sample = z.numel() // z.shape[0]
     batch = pieces(z.shape[0], sample, limit)
@@ -52,7 +52,7 @@ class Workspace:
     """
 
     def __init__(self, z: Tensor, result: Tensor | None, dtype: torch.dtype) -> None:
-        self.parts, self.result, self.scratch = chunks(z, CHUNK), result, None
+        self.parts, self.result, self.scratch = row_chunks(z, CHUNK), result, None
         if result is None or not self.suits(result[with_classes(self.parts[0])], dtype):
             self.scratch = z.new_empty(z[with_classes(self.parts[0])].numel(), dtype=dtype)
 

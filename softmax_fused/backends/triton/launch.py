@@ -14,6 +14,7 @@ import triton.language as tl
 from softmax_fused.backends.triton import tiles as _tiles
 from softmax_fused.backends.triton.layout import Rows, describe
 from softmax_fused.backends.triton.tiles import Tile, choose_tile, long_tile, power_of_2, split_rows
+from softmax_fused.kernels import rows as readers
 from softmax_fused.kernels.cross_entropy import (
     cross_entropy_backward,
     cross_entropy_both,
@@ -27,15 +28,14 @@ from softmax_fused.kernels.long_rows import (
     cross_entropy_long_both,
     cross_entropy_long_forward,
 )
-from softmax_fused.kernels.rows import index_target, probability_target, slice_target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
+    from softmax_fused._spec import Spec
     from softmax_fused.backends.triton.tiles import LongTile
-    from softmax_fused.functional.autograd import Spec
 
 INTERPRETED = not isinstance(cross_entropy_forward, triton.JITFunction)
 """Whether the kernels run through Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
@@ -71,7 +71,7 @@ def accumulator(dtype: torch.dtype) -> Any:
 
 def constants(spec: Spec) -> tuple[Any, Any]:
     """Return the target helper and the accumulation type."""
-    helper = probability_target if not spec.indices else slice_target if spec.classes else index_target
+    helper = getattr(readers, spec.target.slice_reader if spec.classes else spec.target.reader)
     return helper, accumulator(spec.acc)
 
 
@@ -102,7 +102,7 @@ def ignored(spec: Spec) -> int | tuple[int, int, int]:
 def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:
     """Return the shapes of what `loss` saves: (m, log s[, A]) of each row, and the denominator of a mean."""
     rows = logits.numel() // logits.shape[min(logits.ndim - 1, 1)]
-    stats = (rows, 2 if spec.indices and weight is None else 3)
+    stats = (rows, spec.saved_per_row(weight))
     return [stats, (1,)] if spec.reduction == "mean" else [stats]
 
 
@@ -183,7 +183,7 @@ def gradient(
     return fill_gradient(upstream, logits, target, weight, saved, spec, grad, "all")
 
 
-def unless_one(
+def rescale_gradient(
     upstream: Tensor,
     logits: Tensor,
     target: Tensor,
@@ -192,7 +192,7 @@ def unless_one(
     spec: Spec,
     grad: Tensor,
 ) -> Tensor:
-    """Bring `grad`, the gradient for an upstream gradient of 1, to another: rows where it is 1 are not touched."""
+    """Rescale `grad`, computed for an upstream gradient of 1: rows where it is 1 are not touched."""
     return fill_gradient(upstream, logits, target, weight, saved, spec, grad, "not one")
 
 
@@ -254,7 +254,7 @@ def loss_and_gradient(
     weight, ticket, weights = packed(weight), None, None
     if out.sums is not None:
         ticket = logits.new_empty((1,), dtype=torch.int32)
-        if spec.reduction == "mean" and spec.indices:
+        if spec.reduction == "mean" and spec.target.weighted_mean:
             programs_of_weights = _tiles.tables.weight_programs
             weights = logits.new_empty((programs_of_weights,), dtype=torch.float64)
             launch(

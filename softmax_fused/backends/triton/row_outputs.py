@@ -16,7 +16,8 @@ from softmax_fused.kernels.row_outputs import row_outputs_backward, row_outputs_
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softmax_fused.functional.rows import RowOutputs, RowSpec, Upstream
+    from softmax_fused._row_outputs import RowOutputs
+    from softmax_fused._spec import RowSpec, Upstream
 
 
 def transform(options: RowSpec) -> tuple[Any, Any]:

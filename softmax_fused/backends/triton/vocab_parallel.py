@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from softmax_fused._spec import row_shape
 from softmax_fused.backends.torch import vocab_parallel as _torch_slices
-from softmax_fused.backends.torch.vocab_parallel import row_shape, spreads
 from softmax_fused.backends.triton import launch as _launch
 from softmax_fused.backends.triton import tiles as _tiles
 from softmax_fused.backends.triton.launch import Outputs, constants, ignored, packed, plan, smoothing
@@ -19,7 +19,7 @@ from softmax_fused.kernels.slices import cross_entropy_close, cross_entropy_term
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softmax_fused.functional.autograd import Spec
+    from softmax_fused._spec import Spec
 
 
 def prepare(logits: Tensor, target: Tensor, spec: Spec) -> Tensor:  # noqa: ARG001
@@ -35,7 +35,7 @@ def statistics(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
     tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, rows.strides[0])
     number = math.prod(rows.sizes)
     parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
-    out = logits.new_empty((4 if spreads(spec) else 2, number, parts), dtype=spec.acc)
+    out = logits.new_empty((4 if spec.has_dense_target else 2, number, parts), dtype=spec.acc)
     helper, acc = constants(spec)
     inputs = (logits, target, packed(weight), rows.sizes, *rows.strides, rows.classes)
     options = (ignored(spec), smoothing(spec), helper)
@@ -66,7 +66,7 @@ def joined(pieces: Tensor) -> Tensor:
 
 def by_row(target: Tensor, spec: Spec) -> Tensor:
     """Return class indices one after another; of class probabilities the kernels want the type alone."""
-    return target.contiguous() if spec.indices else target
+    return target.contiguous() if spec.target.has_labels else target
 
 
 def terms(parts: Tensor, m: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
@@ -75,29 +75,29 @@ def terms(parts: Tensor, m: Tensor, logits: Tensor, target: Tensor, weight: Tens
         return _torch_slices.terms(parts, m, logits, target, weight, spec)
     rows = describe(logits)
     number, block = len(m), _tiles.tables.row_block
-    kinds = (3 if spreads(spec) else 1) + (0 if not spec.indices else 1 if weight is None else 2)
+    kinds = (3 if spec.has_dense_target else 1) + (0 if not spec.target.has_labels else 1 if weight is None else 2)
     out = m.new_empty((kinds, number))
     helper, acc = constants(spec)
     _launch.launch(
         cross_entropy_terms, -(-number // block), 4, logits.device,
         out, parts, m, logits, by_row(target, spec), packed(weight), rows.sizes, rows.strides[0], rows.classes, number,
-        ignored(spec), spreads(spec), helper, acc, block,
+        ignored(spec), spec.has_dense_target, helper, acc, block,
     )  # fmt: skip
     return out
 
 
-def close(
+def finalize(
     sums: Tensor, m: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the loss and what `gradient` needs, from the sums over ranks."""
     number, block = len(m), _tiles.tables.row_block
     if not number:
-        return _torch_slices.close(sums, m, logits, target, weight, spec)
+        return _torch_slices.finalize(sums, m, logits, target, weight, spec)
     programs = -(-number // block)
     reduced = spec.reduction != "none"
     out = Outputs(
-        m.new_empty(() if reduced else row_shape(logits), dtype=spec.dtype),
-        m.new_empty((number, 2 if spec.indices and weight is None else 3)),
+        m.new_empty(() if reduced else row_shape(logits.shape), dtype=spec.dtype),
+        m.new_empty((number, spec.saved_per_row(weight))),
         m.new_empty((2, programs)) if reduced and programs > 1 else None,
         m.new_empty((1,)) if spec.reduction == "mean" else None,
     )
@@ -105,7 +105,7 @@ def close(
     _launch.launch(
         cross_entropy_close, programs, 4, logits.device,
         out.loss, out.stats, out.sums, out.denominator, sums, m, by_row(target, spec), spec.classes, number,
-        ignored(spec), smoothing(spec), spreads(spec), weight is not None, helper, spec.reduction, acc, block,
+        ignored(spec), smoothing(spec), spec.has_dense_target, weight is not None, helper, spec.reduction, acc, block,
     )  # fmt: skip
     if out.sums is not None:
         _launch.launch(cross_entropy_reduce, 1, 4, logits.device, out.loss, out.denominator, out.sums, programs, 256)

@@ -1,0 +1,318 @@
+"""Who computes a call: what the fused path covers, which transforms are active, which backend serves a device."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch.compiler import is_compiling
+
+from softmax_fused import _errors
+from softmax_fused._errors import REDUCTIONS, TENSORS, target_shapes
+from softmax_fused._spec import class_dim
+from softmax_fused.backends import REGISTRY
+from softmax_fused.backends.torch import BACKEND as TORCH
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+    from softmax_fused._spec import Backend, RowOutputsOperations, VocabParallelOperations
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+SMALL_CPU_NUMEL = 2**20
+"""On the CPU, fewer logits than this go to torch's own operator. Below this size malloc reuses pages and chunking gains
+nothing: (60000, 10) took 1.0 to 1.5 times as long on the chunked path."""
+
+SMALL_CPU_BYTES = 2**25
+"""The same in bytes of logits, for the loss alone, as torch allocates one buffer of that size: (4096, 1000) took 1.2
+times as long in float32, (512, 32000) in bfloat16. From 32 MiB on, glibc returns a freed buffer to the system. With the
+gradient, too, for 16-bit logits: converting chunks to float32 and back takes what one buffer instead of three saves."""
+
+
+# Backends
+
+
+def check_backend(name: str) -> None:
+    """Refuse a backend that does not exist.
+
+    Raises:
+        ValueError: If so.
+    """
+    if name != "auto" and name not in REGISTRY:
+        raise _errors.unknown_backend(name, REGISTRY)
+
+
+def explain_backend(device: torch.device) -> tuple[str, str]:
+    """Return which backend serves tensors on `device` under backend="auto", and why.
+
+    Example:
+        >>> import torch
+        >>> explain_backend(torch.device("meta"))
+        ('torch', 'meta tensors are served by torch.nn.functional.cross_entropy')
+    """
+    reasons = []
+    for name, registration in REGISTRY.items():
+        suits, reason = registration.suits(device)
+        if reason:
+            reasons.append(reason)
+        if suits:
+            return name, reason if name != TORCH.name else "; ".join(reasons)
+    raise AssertionError("the torch backend suits every device")
+
+
+@functools.cache
+def automatic(device_type: str) -> str:
+    """Return the backend that "auto" stands for; decided once a process."""
+    return explain_backend(torch.device(device_type))[0]
+
+
+@functools.cache
+def get_backend(name: str, device_type: str) -> Backend:
+    """Return the backend of a name that exists; decided once a process, unless it refuses.
+
+    Raises:
+        RuntimeError: If it cannot be had on this machine, or cannot serve such a device.
+    """
+    backend = REGISTRY[automatic(device_type) if name == "auto" else name].load()
+    refusal = backend.refusal(device_type)
+    if refusal:
+        raise RuntimeError(refusal)
+    return backend
+
+
+def row_operations(backend: Backend) -> RowOutputsOperations:
+    """Return a backend's operations for outputs of rows, or those it falls back on."""
+    return backend.row_outputs or TORCH.row_outputs
+
+
+def slice_operations(backend: Backend) -> VocabParallelOperations:
+    """Return a backend's operations for slices of the classes, or those it falls back on."""
+    return backend.vocab_parallel or TORCH.vocab_parallel
+
+
+# Transforms and types
+
+
+def under_transform() -> bool:
+    """Whether something beyond plain autograd is watching: torch.func, forward mode, tracing, fake tensors."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def exporting() -> bool:
+    """Whether torch.export traces, for code that is traced."""
+    from softmax_fused import _tracing
+
+    return bool(_tracing.exporting())
+
+
+def has_subclass(tensors: Iterable[Any]) -> bool:
+    """Whether there is a tensor among them that is more than a tensor."""
+    return any(isinstance(t, torch.Tensor) and type(t) not in TENSORS for t in tensors)
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether it is a DTensor, of which there is none before somebody imported its module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and bool(isinstance(value, module.DTensor))
+
+
+def loss_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+    """Return the type torch gives the loss: promoted with class probabilities, float32 for less under autocast."""
+    dtype = torch.promote_types(input.dtype, target.dtype) if target.ndim == input.ndim else input.dtype
+    if dtype is not torch.float64 and torch.is_autocast_enabled(input.device.type):
+        return torch.float32
+    return dtype
+
+
+def layer_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the type that a linear layer takes a tensor in: that of autocast where it is on."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device) and tensor.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+# What the fused path covers
+
+
+def supports_fused(
+    input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
+) -> bool:
+    """Whether the fused path covers a loss's arguments; True only for what torch accepts too."""
+    return (
+        supports_logits(input)
+        and supports_target(input, target, ignore_index)
+        and supports_weight(input, target, weight)
+        and reduction in REDUCTIONS
+        and type(label_smoothing) in (float, int)
+        and label_smoothing <= 1
+    )
+
+
+def supports_logits(input: Any) -> bool:
+    """Whether `input` is an ordinary, non-empty tensor of logits on a CPU or GPU."""
+    return (
+        type(input) in TENSORS
+        and input.layout is torch.strided
+        and input.device.type in ("cuda", "cpu")
+        and input.dtype in FLOATS
+        and input.ndim > 0
+        and input.numel() > 0
+    )
+
+
+def supports_target(input: Tensor, target: Any, ignore_index: Any) -> bool:
+    """Whether `target` holds class indices, or class probabilities that need no gradient, for `input`."""
+    if type(target) not in TENSORS or target.device != input.device or type(ignore_index) is not int:
+        return False
+    indices, probabilities = target_shapes(input.shape)
+    if target.shape == probabilities:
+        return target.dtype in FLOATS and ignore_index < 0 and not target.requires_grad
+    right_type = target.dtype is torch.int64 or (target.dtype is torch.uint8 and input.ndim <= 2)
+    return right_type and target.shape == indices and -(2**63) <= ignore_index < 2**63
+
+
+def supports_weight(input: Tensor, target: Tensor, weight: Any) -> bool:
+    """Whether `weight` is absent, or one constant a class in the type of the logits or of the loss."""
+    if weight is None:
+        return True
+    return (
+        type(weight) in TENSORS
+        and weight.shape == (input.shape[class_dim(input.ndim)],)
+        and weight.device == input.device
+        and weight.dtype in (input.dtype, loss_dtype(input, target))
+        and not (weight.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def supports_softmax(input: Any, dim: Any, dtype: Any) -> bool:
+    """Whether the fused path covers the arguments of a softmax; True only for what torch accepts too."""
+    return (
+        supports_logits(input)
+        and type(dim) is int
+        and -input.ndim <= dim < input.ndim
+        and (dtype is None or dtype in FLOATS)
+    )
+
+
+class LayerCall(NamedTuple):
+    """A call of the linear layer's loss: the layer's tensors, its logits' shape, and the loss's other arguments."""
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    shape: tuple[int, ...]
+    chunk_rows: int | None
+    loss: tuple[Any, ...]  # target, weight, ignore_index, reduction, label_smoothing
+
+    def logits(self) -> Tensor:
+        """Return a tensor that is to the eye what the logits will be, without their memory."""
+        return self.input.new_empty(1, dtype=layer_dtype(self.input)).expand(self.shape)
+
+
+def supports_layer(call: LayerCall) -> bool:
+    """Whether the chunked path covers a linear layer and its loss."""
+    tensors = [tensor for tensor in (call.input, call.linear_weight, call.linear_bias) if tensor is not None]
+    return all(
+        supports_logits(tensor)
+        and tensor.device == call.input.device
+        and layer_dtype(tensor) == layer_dtype(call.input)
+        for tensor in tensors
+    ) and supports_fused(call.logits(), *call.loss)
+
+
+# For which arguments torch's own operators do better
+
+
+def never(*_: Any) -> bool:
+    """Say that torch's own operator never does better."""
+    return False
+
+
+def is_small(input: Tensor, *_: Any) -> bool:
+    """Whether there are so few logits, on the CPU, that torch's own operator is the fastest."""
+    if type(input) is not torch.Tensor or not input.is_cpu or automatic("cpu") != "torch":
+        return False
+    numel = input.numel()
+    if numel < SMALL_CPU_NUMEL:
+        return True
+    if numel * input.itemsize >= SMALL_CPU_BYTES:
+        return False
+    return input.itemsize == 2 or not (input.requires_grad and torch.is_grad_enabled())
+
+
+def is_small_in_place(input: Tensor, *_: Any) -> bool:
+    """Whether the same holds where the gradient, if one is computed, is written over the logits and takes no buffer."""
+    if not is_small(input):
+        return False
+    return input.numel() < SMALL_CPU_NUMEL or not (input.requires_grad and torch.is_grad_enabled())
+
+
+def are_small_rows(input: Tensor, target: Any, *_: Any) -> bool:
+    """Whether the same holds for several outputs of each row, the loss among them."""
+    return type(target) is torch.Tensor and is_small_in_place(input)
+
+
+def is_small_layer(call: LayerCall) -> bool:
+    """Whether there are so few logits, on the CPU, that chunks save no time and no memory worth it."""
+    # torch.compile warns of the cache
+    torchs = is_compiling() or automatic("cpu") == "torch"
+    return call.chunk_rows is None and call.input.is_cpu and torchs and math.prod(call.shape) < SMALL_CPU_NUMEL
+
+
+def inductor_is_better(input: Tensor, target: Tensor, weight: Tensor | None, *_: Any) -> bool:
+    """Whether Inductor does better with torch's operations: for class indices on the CPU, without weights."""
+    return input.device.type == "cpu" and target.ndim < input.ndim and weight is None
+
+
+# One decision a call
+
+Path = Literal["backend", "operator", "small", "torch"]
+"""A backend; our operator in a graph of torch.compile; torch's own operator because it is faster; torch's own operator
+because the arguments are not covered or a transform is active."""
+
+
+class Operation(NamedTuple):
+    """What `route` asks of a function's arguments."""
+
+    supported: Callable[..., bool]  # whether the fused path covers them
+    small: Callable[..., bool]  # whether torch's own operator is faster
+    small_in_graph: Callable[..., bool] | None = None  # the same under torch.compile; None where there is no operator
+
+
+LOSS = Operation(supports_fused, is_small, inductor_is_better)
+LOSS_IN_PLACE = LOSS._replace(small=is_small_in_place)
+ROWS = Operation(supports_fused, are_small_rows)
+ROWS_WITHOUT_LOSS = Operation(supports_fused, never)
+SOFTMAX = Operation(supports_softmax, never)
+LAYER = Operation(supports_layer, is_small_layer, is_small_layer)
+
+
+def route(operation: Operation, backend: str, arguments: tuple[Any, ...]) -> Path:
+    """Say who computes a call; asked once a call."""
+    if is_compiling():
+        if (
+            operation.small_in_graph is None
+            or (backend == "auto" and operation.small_in_graph(*arguments))
+            or torch._C._are_functorch_transforms_active()
+            or exporting()
+            or not operation.supported(*arguments)
+        ):
+            return "torch"
+        return "operator"
+    if backend == "auto" and operation.small(*arguments):
+        return "small"
+    if under_transform() or not operation.supported(*arguments):
+        return "torch"
+    return "backend"
