@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 torch_function = F.cross_entropy
 """Torch's own function, also while `patch` has its name lead to ours."""
 
+REDUCTION_CODES = {"none": 0, "mean": 1, "sum": 2}
+"""What the operator takes for a reduction. Torch's own function for it knows a deprecated name more, and costs a call."""
+
 
 def torch_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
@@ -24,12 +27,13 @@ def torch_cross_entropy(
 
     Calls the ATen operator directly: the checks of F.cross_entropy have already been made.
     """
+    code = REDUCTION_CODES.get(reduction) if type(reduction) is str else None
     try:
         loss: Tensor = torch._C._nn.cross_entropy_loss(
             input,
             target,
             weight,
-            _Reduction.get_enum(reduction),  # type: ignore[arg-type]  # torch's stub says str
+            _Reduction.get_enum(reduction) if code is None else code,  # type: ignore[arg-type]  # torch's stub says str
             ignore_index,
             label_smoothing,
         )

@@ -329,3 +329,20 @@ def test_chunks_of_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in ((33, 10), (2, 5, 6, 7), (5, 100)):
         z, target = make_logits(shape, torch.float32, "cpu"), make_indices(shape, "cpu")
         assert_right(Place("cpu", "torch"), z, target, softcap=4.0, label_smoothing=0.1)
+
+
+def test_arguments_are_checked_without_the_loss_being_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the fused path does not cover is computed once, and not before to see whether torch takes it."""
+    calls = []
+    operator = torch._C._nn.cross_entropy_loss
+    monkeypatch.setattr(torch._C._nn, "cross_entropy_loss", lambda *args: (calls.append(args), operator(*args))[1])
+    z, target = torch.randn(4, 5), torch.randn(4, 5).softmax(1).requires_grad_()
+    rows = cross_entropy_rows(z, target, outputs=("prediction", "entropy"))
+    assert (rows.prediction.shape, len(calls)) == ((4,), 0)
+    loss = cross_entropy_rows(z, target, backend="torch").loss
+    assert len(calls) == 1
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), target)[0], -torch.log_softmax(z, 1))
+    with pytest.raises(ValueError, match="target must have shape"):
+        cross_entropy_rows(z, target[:3], outputs=("prediction",))
+    with pytest.raises(RuntimeError, match="device"):
+        cross_entropy_rows(z.to("meta"), target.detach(), outputs=("prediction",))
