@@ -1,4 +1,7 @@
-"""Who computes a call: what the fused path covers, which transforms are active, which backend serves a device."""
+"""Who computes a call: which backend serves a device, which transforms are active, what the fused path covers.
+
+`route` is the one decision: every function of `functional` asks it once a call.
+"""
 
 from __future__ import annotations
 
@@ -68,13 +71,13 @@ def explain_backend(device: torch.device) -> tuple[str, str]:
 
 @functools.cache
 def automatic(device_type: str) -> str:
-    """Return the backend that "auto" stands for; decided once a process."""
+    """Return the backend that "auto" stands for. It is decided once a process: TRITON_INTERPRET is read then."""
     return explain_backend(torch.device(device_type))[0]
 
 
 @functools.cache
 def get_backend(name: str, device_type: str) -> Backend:
-    """Return the backend of a name that exists; decided once a process, unless it refuses.
+    """Return a backend by its name, loaded at the first call.
 
     Raises:
         RuntimeError: If it cannot be had on this machine, or cannot serve such a device.
@@ -100,7 +103,7 @@ def slice_operations(backend: Backend) -> VocabParallelOperations:
 
 
 def under_transform() -> bool:
-    """Whether something beyond plain autograd is watching: torch.func, forward mode, tracing, fake tensors."""
+    """Whether torch.func, forward-mode AD, tracing or a dispatch mode (fake tensors among them) is active."""
     return (
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
@@ -110,25 +113,25 @@ def under_transform() -> bool:
 
 
 def exporting() -> bool:
-    """Whether torch.export traces, for code that is traced."""
+    """Whether torch.export is tracing this call."""
     from softmax_fused import _tracing
 
     return bool(_tracing.exporting())
 
 
 def has_subclass(tensors: Iterable[Any]) -> bool:
-    """Whether there is a tensor among them that is more than a tensor."""
+    """Whether there is a tensor subclass among them, other than torch.nn.Parameter."""
     return any(isinstance(t, torch.Tensor) and type(t) not in TENSORS for t in tensors)
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether it is a DTensor, of which there is none before somebody imported its module."""
+    """Whether it is a DTensor; there is none before the module of DTensor has been imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and bool(isinstance(value, module.DTensor))
 
 
 def loss_dtype(input: Tensor, target: Tensor) -> torch.dtype:
-    """Return the type torch gives the loss: promoted with class probabilities, float32 for less under autocast."""
+    """Return the type of torch's loss: promoted with that of class probabilities, at least float32 under autocast."""
     dtype = torch.promote_types(input.dtype, target.dtype) if target.ndim == input.ndim else input.dtype
     if dtype is not torch.float64 and torch.is_autocast_enabled(input.device.type):
         return torch.float32
@@ -136,7 +139,7 @@ def loss_dtype(input: Tensor, target: Tensor) -> torch.dtype:
 
 
 def layer_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the type that a linear layer takes a tensor in: that of autocast where it is on."""
+    """Return the type in which a linear layer uses a tensor: autocast's where it is on, or the tensor's own."""
     device = tensor.device.type
     if torch.is_autocast_enabled(device) and tensor.dtype is not torch.float64:
         return torch.get_autocast_dtype(device)
@@ -207,17 +210,17 @@ def supports_softmax(input: Any, dim: Any, dtype: Any) -> bool:
 
 
 class LayerCall(NamedTuple):
-    """A call of the linear layer's loss: the layer's tensors, its logits' shape, and the loss's other arguments."""
+    """A call of the linear layer's loss."""
 
     input: Tensor
     linear_weight: Tensor
     linear_bias: Tensor | None
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the logits
     chunk_rows: int | None
     loss: tuple[Any, ...]  # target, weight, ignore_index, reduction, label_smoothing
 
     def logits(self) -> Tensor:
-        """Return a tensor that is to the eye what the logits will be, without their memory."""
+        """Return a stand-in for the logits: their shape, type and device, one element of memory."""
         return self.input.new_empty(1, dtype=layer_dtype(self.input)).expand(self.shape)
 
 
@@ -236,12 +239,12 @@ def supports_layer(call: LayerCall) -> bool:
 
 
 def never(*_: Any) -> bool:
-    """Say that torch's own operator never does better."""
+    """Return False: torch's own operator is not preferred for any size."""
     return False
 
 
 def is_small(input: Tensor, *_: Any) -> bool:
-    """Whether there are so few logits, on the CPU, that torch's own operator is the fastest."""
+    """Whether the logits are on the CPU and so few that torch's own operator is faster than the chunked path."""
     if type(input) is not torch.Tensor or not input.is_cpu or automatic("cpu") != "torch":
         return False
     numel = input.numel()
@@ -253,22 +256,21 @@ def is_small(input: Tensor, *_: Any) -> bool:
 
 
 def is_small_in_place(input: Tensor, *_: Any) -> bool:
-    """Whether the same holds where the gradient, if one is computed, is written over the logits and takes no buffer."""
+    """Whether the same holds where the gradient, if there is one, is written over the logits: chunks then save more."""
     if not is_small(input):
         return False
     return input.numel() < SMALL_CPU_NUMEL or not (input.requires_grad and torch.is_grad_enabled())
 
 
 def are_small_rows(input: Tensor, target: Any, *_: Any) -> bool:
-    """Whether the same holds for several outputs of each row, the loss among them."""
+    """Whether the same holds for several outputs of each row, of which the loss is one."""
     return type(target) is torch.Tensor and is_small_in_place(input)
 
 
 def is_small_layer(call: LayerCall) -> bool:
-    """Whether there are so few logits, on the CPU, that chunks save no time and no memory worth it."""
-    # torch.compile warns of the cache
-    torchs = is_compiling() or automatic("cpu") == "torch"
-    return call.chunk_rows is None and call.input.is_cpu and torchs and math.prod(call.shape) < SMALL_CPU_NUMEL
+    """Whether the logits are on the CPU and so few that chunks save neither time nor much memory."""
+    by_torch = is_compiling() or automatic("cpu") == "torch"  # torch.compile warns of caches, and need not ask
+    return call.chunk_rows is None and call.input.is_cpu and by_torch and math.prod(call.shape) < SMALL_CPU_NUMEL
 
 
 def inductor_is_better(input: Tensor, target: Tensor, weight: Tensor | None, *_: Any) -> bool:
@@ -279,16 +281,16 @@ def inductor_is_better(input: Tensor, target: Tensor, weight: Tensor | None, *_:
 # One decision a call
 
 Path = Literal["backend", "operator", "small", "torch"]
-"""A backend; our operator in a graph of torch.compile; torch's own operator because it is faster; torch's own operator
-because the arguments are not covered or a transform is active."""
+"""Who computes: a backend; our custom operator, in a graph of torch.compile; torch's own operator, because it is faster
+for few numbers; torch's own operator, because the fused path does not cover the call."""
 
 
 class Operation(NamedTuple):
-    """What `route` asks of a function's arguments."""
+    """What `route` asks of the arguments of a function."""
 
-    supported: Callable[..., bool]  # whether the fused path covers them
-    small: Callable[..., bool]  # whether torch's own operator is faster
-    small_in_graph: Callable[..., bool] | None = None  # the same under torch.compile; None where there is no operator
+    supported: Callable[..., bool]  # Are they covered by the fused path?
+    small: Callable[..., bool]  # Is torch's own operator faster?
+    small_in_graph: Callable[..., bool] | None = None  # The same in a graph. None: there is no custom operator.
 
 
 LOSS = Operation(supports_fused, is_small, inductor_is_better)
@@ -300,7 +302,7 @@ LAYER = Operation(supports_layer, is_small_layer, is_small_layer)
 
 
 def route(operation: Operation, backend: str, arguments: tuple[Any, ...]) -> Path:
-    """Say who computes a call; asked once a call."""
+    """Return who computes a call."""
     if is_compiling():
         if (
             operation.small_in_graph is None

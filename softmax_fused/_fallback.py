@@ -17,7 +17,7 @@ torch_function = F.cross_entropy
 """Torch's own function, also while `patch` has its name lead to ours."""
 
 REDUCTION_CODES = {"none": 0, "mean": 1, "sum": 2}
-"""What the operator takes for a reduction. Torch's own function for it knows a deprecated name more, and costs a call."""
+"""The reductions as the operator takes them. Torch's `get_enum` also knows a deprecated name, but is a call more."""
 
 
 def torch_cross_entropy(

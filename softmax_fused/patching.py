@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 lock = threading.Lock()
 
 patches: list[Patch] = []
-"""Those in force, in the order of their calls."""
+"""The patches in force, in the order of their calls."""
 
 options: dict[str, Any] | None = None
-"""What the last of them passes to every call; None where there is none."""
+"""The options that the latest patch passes to every call; None where no patch is in force."""
 
 found: Callable[..., Tensor] = torch_function
-"""What the first of them found under torch's name, to be put back."""
+"""What the first patch found under torch's name; undoing the last one puts it back."""
 
 
 @functools.wraps(torch_function)
@@ -44,7 +44,7 @@ def replacement(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Stand under torch's name; compute what torch does once undone, for whoever still refers to it."""
+    """Stand under torch's name. Once undone it is torch's function, for code that still holds a reference to it."""
     chosen = options  # read once: another thread may undo
     if chosen is None:
         return torch_function(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
@@ -69,7 +69,7 @@ def replacement(
 
 
 def known_function(tensors: list[Tensor]) -> Callable[..., Tensor]:
-    """Return what __torch_function__ is told: torch's function to types that bring one, the replacement to modes."""
+    """Return the function that __torch_function__ is told: torch's to tensor subclasses, the replacement to modes."""
     return replacement if all(type(tensor) in TENSORS for tensor in tensors) else torch_function
 
 
@@ -96,13 +96,13 @@ class Patch:
 
 
 def fill_tables() -> None:
-    """Have torch list its functions by name, once a process, while the name still leads to torch's."""
+    """Have torch fill its tables of functions, once a process, while the name still leads to torch's own."""
     importlib.import_module("torch._dynamo")
     get_overridable_functions()
 
 
 def settle() -> None:
-    """Make the last patch hold, or put back what was found."""
+    """Apply the latest patch or, where none is left, put back what was found."""
     global options, found
     options = patches[-1].options if patches else None
     current = F.cross_entropy

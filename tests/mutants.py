@@ -172,7 +172,7 @@ MUTANTS = {
     "slices: smoothing over the slice's classes": Mutant(TARGETS, "smoothing_per_class = spec.label_smoothing / spec.classes", "smoothing_per_class = spec.label_smoothing / z.shape[1]", ("slices",)),
     "slices: another's bad arguments go unnoticed": Mutant(EXCHANGE, "if bad:", "if False:"),
     "slices: ranks may differ in their targets": Mutant(EXCHANGE, "for name in AGREED:", "for name in list(AGREED)[:-1]:"),
-    "dtensor: mean of the ranks' means": Mutant(DTENSOR, 'here = "sum" if mean_of_parts else reduction', "here, mean_of_parts = reduction, False"),
+    "dtensor: mean of the ranks' means": Mutant(DTENSOR, 'local_reduction = "sum" if mean_of_parts else reduction', "local_reduction, mean_of_parts = reduction, False"),
     "ranks: uneven shares weigh the same": Mutant(LOOP, "loss * share.factor", "loss"),
     "ranks: an empty share is empty": Mutant(RANKS, "return part if len(part) else rows[:1]", "return part"),
     "ranks: an empty share counts": Mutant(SHARES, "yield Share(own,", "yield Share(max(own, 1),"),

@@ -1,9 +1,9 @@
-"""The loss of rows whose classes are divided among ranks: statistics of the slices, brought together by all-reduces.
+"""The loss of rows whose classes are divided among ranks: two all-reduces merge the statistics of the slices.
 
 m = max over slices,  s = sum of the slices' s * exp(m_slice - m),  A and <a, z - m> likewise
 loss = A * log s - <a, z - m>,  gradient of a slice = g * (A * exp(z - m - log s) - a)
 
-The true class stays out of s until the end, as in the kernels.
+The target class is added to s last, as in the kernels, so that confident rows keep all digits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def all_reduce(tensor: Tensor, operation: str, group: Any) -> Tensor:
-    """Reduce in place over the ranks; nothing to do in a world of one or without rows."""
+    """Reduce in place over the ranks; a lone slice (no group) and no rows need no reduction."""
     if group is not None and tensor.numel():
         dist.all_reduce(tensor, getattr(dist.ReduceOp, operation), group=group)
     return tensor
@@ -70,9 +70,9 @@ class SliceCrossEntropy(torch.autograd.Function):
 def slice_cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, group: Any, operations: VocabParallelOperations
 ) -> Tensor:
-    """Compute the loss of the logits of one slice; every rank of the group must call it, None is for a lone slice.
+    """Compute the loss from one slice of the logits; every rank of the group must call it. A lone slice has no group.
 
-    The spec says where the slice begins and how many classes there are.
+    The spec says where the slice begins and how many classes all slices have.
     """
     loss: Tensor = SliceCrossEntropy.apply(logits, target, weight, spec, group, operations)
     return loss

@@ -1,6 +1,6 @@
-"""The loss of a DTensor: every rank computes its local part, and what the mesh divides is brought together.
+"""The loss of a DTensor: every rank computes the loss of its local part, and the parts are reduced over the mesh.
 
-Imported where there is a DTensor: torch.distributed is present then.
+It is imported when the first DTensor comes: then torch.distributed.tensor has been imported already.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Local(torch.autograd.Function):
-    """As `to_local`, which in torch 2.11 takes uneven shards for even ones in backward, and gathers them."""
+    """Like `to_local`, whose backward in torch 2.11 takes uneven shards for even ones and gathers them."""
 
     @staticmethod
     def forward(ctx: Any, input: DTensor) -> Tensor:
@@ -49,7 +49,7 @@ def shard_dim(placement: Placement, ndim: int) -> int | None:
 
 
 def is_covered(input: DTensor, target: Any, weight: Any) -> bool:
-    """Whether the logits are a DTensor whose mesh divides the classes at most once, and the others fit its shape."""
+    """Whether the mesh divides the logits' classes at most once, and target and weight have fitting shapes."""
     if input.ndim == 0 or not isinstance(target, torch.Tensor):
         return False
     class_dim = class_dim_of(input.ndim)
@@ -117,7 +117,7 @@ def cross_entropy(
     label_smoothing: float,
     backend: str,
 ) -> DTensor | None:
-    """Return the loss, or None where an argument is left to torch."""
+    """Return the loss, or None for arguments that torch's own operator is to compute or to refuse."""
     if not is_covered(input, target, weight):
         return None
     mesh, class_dim = input.device_mesh, class_dim_of(input.ndim)
@@ -131,12 +131,12 @@ def cross_entropy(
     if validation_error(Arguments(local, target, local_weight, ignore_index, reduction, label_smoothing)):
         return None
     dtype = loss_dtype(local, target)
-    by_parts = reduction != "none" and any(isinstance(placement, Shard) for placement in rows)
-    if by_parts and local.is_cpu and has_labels:
+    rows_divided = reduction != "none" and any(isinstance(placement, Shard) for placement in rows)
+    if rows_divided and local.is_cpu and has_labels:
         check_labels(target, input.shape[class_dim], ignore_index, mesh, rows)
-    mean_of_parts = by_parts and reduction == "mean"
-    here = "sum" if mean_of_parts else reduction
-    spec = targets.make_spec(local, target, here, ignore_index, label_smoothing, dtype)
+    mean_of_parts = rows_divided and reduction == "mean"
+    local_reduction = "sum" if mean_of_parts else reduction
+    spec = targets.make_spec(local, target, local_reduction, ignore_index, label_smoothing, dtype)
     first, group = class_slice(input, local, divides)
     spec = spec._replace(classes=input.shape[class_dim], first=first, dtype=spec.acc)
     operations = slice_operations(get_backend(backend, local.device.type))
@@ -161,7 +161,7 @@ def reduced(values: Tensor, mesh: DeviceMesh, rows: Sequence[Placement], operati
 
 
 def check_labels(target: Tensor, classes: int, ignore_index: int, mesh: DeviceMesh, rows: Sequence[Placement]) -> None:
-    """Refuse class indices out of range wherever they are, so that no rank waits for one that raised.
+    """Refuse class indices out of range on every rank, so that none waits for another that has raised.
 
     Raises:
         IndexError: On every rank.

@@ -1,4 +1,4 @@
-"""What ranks tell each other before they compute: their slices' sizes, and whether their arguments fit together."""
+"""What ranks tell each other before they compute: the sizes of their slices, and whether their arguments agree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-"""The collective that fills one tensor with every rank's: torch 2.14 deprecates the older of its two names."""
+"""The collective that gathers equal tensors into one: torch 2.14 deprecates the older of its two names."""
 
 
 class Arguments(NamedTuple):
@@ -34,30 +34,30 @@ class Arguments(NamedTuple):
 
 
 class CallSummary(NamedTuple):
-    """What a rank says of its arguments; all but the first two must be the same everywhere."""
+    """What a rank tells the others of its arguments; the last four must be the same on every rank."""
 
-    fine: int
-    size: int
-    low: int
-    high: int
+    valid: int
+    size: int  # classes of the slice
+    low: int  # the lowest class index, or 0
+    high: int  # the highest
     rows: int
     dtypes: int
     options: int
     target: int
 
 
-def inhabited(value: Any) -> Any:
-    """Return a tensor with no dimension of size 0, so that slices without classes are checked as others are."""
+def nonempty(value: Any) -> Any:
+    """Give dimensions of size 0 the size 1, so that slices without classes are checked like others."""
     if not isinstance(value, torch.Tensor) or value.numel():
         return value
     return value.new_zeros(()).expand([max(1, size) for size in value.shape])
 
 
 def validation_error(it: Arguments) -> Exception | None:
-    """Return the error that one rank's arguments deserve, by itself: torch's type, a message that says what came."""
-    logits, target, weight = (inhabited(value) for value in it[:3])
+    """Return what is wrong with one rank's arguments, as far as that rank can tell, or None."""
+    logits, target, weight = (nonempty(value) for value in it[:3])
     if isinstance(target, torch.Tensor) and isinstance(logits, torch.Tensor) and target.ndim < logits.ndim:
-        target = torch.zeros_like(target)  # labels are of all classes, and looked at later
+        target = torch.zeros_like(target)  # labels name classes of all slices: they are checked later
     if supports_fused(logits, target, weight, it.ignore_index, it.reduction, it.label_smoothing):
         return None
     try:
@@ -68,7 +68,7 @@ def validation_error(it: Arguments) -> Exception | None:
 
 
 def digest(*values: Any) -> int:
-    """Return a number that differs where the values' texts do."""
+    """Return a checksum of the values' texts."""
     return zlib.crc32(repr(values).encode())
 
 
@@ -79,7 +79,7 @@ def label_range(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 
 def summarize(it: Arguments) -> CallSummary:
-    """Say what the other ranks must know of valid arguments."""
+    """Return what the other ranks need to know of valid arguments."""
     dim = class_dim(it.logits.ndim)
     has_labels = kind_of(it.logits, it.target).has_labels
     low = high = checksum = torch.zeros((), dtype=torch.int64)
@@ -102,8 +102,8 @@ def summarize(it: Arguments) -> CallSummary:
 def gather(own: CallSummary, group: Any) -> list[CallSummary]:
     """Return every rank's summary, by one all-gather of 64 bytes a rank."""
     backend = dist.get_backend(group)
-    alone = "nccl" in backend and "cpu" not in backend  # NCCL, without a backend for CPU tensors beside it
-    mine = torch.tensor(own, device="cuda" if alone else "cpu")
+    on_gpu = "nccl" in backend and "cpu" not in backend  # NCCL takes GPU tensors alone
+    mine = torch.tensor(own, device="cuda" if on_gpu else "cpu")
     everyone = mine.new_empty(dist.get_world_size(group) * len(own))
     getattr(dist, ALL_GATHER)(everyone, mine, group=group)
     return [CallSummary(*row) for row in everyone.view(-1, len(own)).tolist()]
@@ -118,7 +118,7 @@ def exchange(it: Arguments, problem: Exception | None, group: Any) -> list[int]:
     everyone = gather(summarize(it) if problem is None else CallSummary(*[0] * len(CallSummary._fields)), group)
     if problem is not None:
         raise problem
-    bad = [rank for rank, found in enumerate(everyone) if not found.fine]
+    bad = [rank for rank, found in enumerate(everyone) if not found.valid]
     if bad:
         raise _errors.refused_elsewhere(bad)
     for name in AGREED:

@@ -104,7 +104,7 @@ def cross_entropy(
 
 
 def compute(it: Arguments, group: dist.ProcessGroup | None, sizes: Sequence[int] | None, backend: str) -> Tensor:
-    """Agree with the other ranks, and compute the loss."""
+    """Check that the ranks' arguments agree, and compute the loss."""
     ranks, rank = members(group)
     problem = validation_error(it) or backend_error(it.logits, backend)
     if sizes is None:
@@ -146,7 +146,7 @@ def backend_error(logits: Tensor, backend: str) -> Exception | None:
 
 
 def check_sizes(sizes: Sequence[int], logits: Tensor, world: int, rank: int) -> None:
-    """Refuse sizes that are not the ranks'.
+    """Refuse sizes that are not those of the ranks' slices.
 
     Raises:
         ValueError: If so.

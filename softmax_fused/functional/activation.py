@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def compute(input: Tensor, dim: int | None, dtype: torch.dtype | None, backend: str, log: bool) -> Tensor:
-    """Compute the softmax, or its logarithm, where it is fastest."""
+    """Compute the softmax, or its logarithm, by a backend that offers it or by torch's function."""
     function, torch_function = (log_softmax, F.log_softmax) if log else (softmax, F.softmax)
     if has_torch_function_unary(input):
-        if isinstance(input, torch.Tensor) and type(input) in TENSORS:  # a mode is watching
+        if isinstance(input, torch.Tensor) and type(input) in TENSORS:  # a mode is active
             overridden: Tensor = handle_torch_function(function, (input,), input, dim, dtype, backend=backend)
             return overridden
         return torch_function(input, dim, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The torch.autograd.Functions: what is saved, and which derivative comes back."""
+"""The torch.autograd.Functions: what forward saves, and who computes the gradient in backward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def batched(tensor: Tensor) -> bool:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Saves the logits and two or three numbers a row; the softmax is computed again in backward, never stored.
+    """Saves the logits and two or three numbers a row; backward computes the softmax again.
 
     `gradient_mode` says where the gradient comes from: "backward" computes it into a new tensor, "in place" over the
     logits, and "forward" with the loss, for an upstream gradient of 1; backward then only rescales it.
@@ -53,16 +53,16 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradient of the logits; where it will be differentiated or is batched, in torch operations."""
+        """Compute the gradient of the logits; in torch operations where it is to be differentiated or batched."""
         logits, target, weight, *saved = ctx.saved_tensors
         arguments = (upstream, logits, target, weight, saved, ctx.spec)
         if torch.is_grad_enabled() or batched(upstream):
             grad = torch_loss.differentiable_gradient(upstream, logits, target, weight, ctx.spec)
         elif ctx.gradient_mode == "in place":
             grad = ctx.operations.gradient(*arguments, grad=logits.detach())
-            torch.autograd.graph.increment_version(logits)  # whoever still wants the logits gets autograd's error
+            torch.autograd.graph.increment_version(logits)  # autograd raises where the logits are needed later
         elif ctx.precomputed_grad is not None:
-            # given away once: a second backward computes its own
+            # It is returned once, as the caller may change it: a second backward computes its own.
             grad, ctx.precomputed_grad = ctx.precomputed_grad, None
             grad = ctx.operations.rescale_gradient(*arguments, grad)
         else:
@@ -71,7 +71,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class CrossEntropyRows(torch.autograd.Function):
-    """Saves the logits and four numbers a row; an output whose gradient nobody asks for costs backward nothing."""
+    """Saves the logits and four numbers a row; outputs without an upstream gradient cost backward nothing."""
 
     @staticmethod
     def forward(
@@ -93,7 +93,7 @@ class CrossEntropyRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Compute the gradient of the logits; where it will be differentiated or is batched, in torch operations."""
+        """Compute the gradient of the logits; in torch operations where it is to be differentiated or batched."""
         differentiable = tuple(g for g, output in zip(upstream, OUTPUTS.values(), strict=True) if output.differentiable)
         given = [g for g in differentiable if g is not None]
         if not given:
@@ -130,7 +130,7 @@ class Softmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradient of the input; where it will be differentiated or is batched, in torch operations."""
+        """Compute the gradient of the input; in torch operations where it is to be differentiated or batched."""
         (out,) = ctx.saved_tensors
         if torch.is_grad_enabled() or batched(upstream):
             grad = differentiable_softmax_gradient(upstream, out, *ctx.options)

@@ -2,8 +2,8 @@
 
 z = x W^T + b,  G = d loss / d z,  d loss / d x = G W,  d loss / d W = G^T x,  d loss / d b = sum of G over the rows
 
-The gradients are kept for the sum of the losses, and multiplied by the upstream gradient and by a mean's 1 / N in
-backward: float16 would round G / N to 0.
+Forward computes the gradients of the sum of the losses; backward multiplies them by the upstream gradient and, for a
+mean, by 1 / N. G / N in forward would be rounded to 0 in float16.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from softmax_fused._spec import CrossEntropyOperations, Spec
 
 SMALLEST_CHUNK = 2**24
-"""Logits in a chunk at least: below 64 MiB of float32 there is no memory worth saving."""
+"""The fewest logits in a chunk by default: below 64 MiB of float32 there is no memory worth saving."""
 
 
 class Plan(NamedTuple):
@@ -34,10 +34,10 @@ class Plan(NamedTuple):
 
     spec: Spec
     operations: CrossEntropyOperations
-    sizes: tuple[int, ...]  # (C, d1, ..., dk) of a row of logits
-    rows: int  # in a chunk at most
-    dtype: torch.dtype  # of the layer
-    products: torch.dtype  # in which its tensors are multiplied
+    sizes: tuple[int, ...]  # shape (C, d1, ..., dk) of a row of logits
+    rows: int  # the most rows in a chunk
+    dtype: torch.dtype  # of the layer: what autocast casts its tensors to, or their own
+    products: torch.dtype  # of the matrix products
 
 
 class Layer(NamedTuple):
@@ -58,9 +58,9 @@ class Layer(NamedTuple):
 
 
 def default_rows(rows: int, features: int, classes: int) -> int:
-    """Return how many rows make a chunk of logits as large as the input or W, whichever is larger: they exist anyway.
+    """Return how many rows make a chunk of logits as large as the input or W, whichever is larger.
 
-    So chunks are few, min(N, C) / D of them, and each product with one is large.
+    Those are in memory anyway. Chunks are few, min(N, C) / D of them, and each matrix product is large.
     """
     return max(1, max(features * max(rows, classes), SMALLEST_CHUNK) // classes)
 
@@ -71,7 +71,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the type to multiply in: not in 16 bits on the CPU, where G W took 50 times as long as in float32."""
+    """Return the type of the matrix products: not 16 bits on the CPU, where G W took 50 times as long as in float32."""
     return sum_dtype(dtype) if device.type == "cpu" else dtype
 
 
@@ -110,7 +110,10 @@ def chunk_losses(z: Tensor, layer: Layer, plan: Plan, upstream: Tensor | None, d
 def run_chunks(
     layer: Layer, plan: Plan, needs: Sequence[bool], upstream: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the loss of each row, and the gradients of x, W and b that `needs` names, for `upstream` (N, ...) or 1."""
+    """Return the loss of each row, and those gradients of x, W and b that `needs` asks for.
+
+    They are for the upstream gradient `upstream` of each row's loss or, where that is None, for 1.
+    """
     x, w, b = layer.operands(plan)
     losses = x.new_empty((len(x), *plan.sizes[1:]), dtype=plan.spec.acc)
     grad_x = torch.empty_like(x) if needs[0] else None
@@ -133,7 +136,7 @@ def run_chunks(
 
 
 def reduce(losses: Tensor, layer: Layer, plan: Plan) -> tuple[Tensor, Tensor | None]:
-    """Return the loss, and what the gradients of the sum are to be multiplied by for a mean."""
+    """Return the loss and, for a mean, what its gradients are multiplied by: they were computed for the sum."""
     if plan.spec.reduction == "none":
         return losses.to(plan.spec.dtype), None
     if plan.spec.reduction == "sum":
@@ -145,9 +148,10 @@ def reduce(losses: Tensor, layer: Layer, plan: Plan) -> tuple[Tensor, Tensor | N
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The gradients of a mean or sum come with the loss; those of each row's loss need its upstream gradient.
+    """Computes the gradients of a mean or sum with the loss; those of single losses need their upstream gradients.
 
-    What comes with the loss is given away once, scaled in place; a second backward computes its own, to the bit.
+    The first backward returns the precomputed gradients, rescaled in place. A second one computes them again, and gets
+    the same bits.
     """
 
     @staticmethod
@@ -184,7 +188,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def scaled(grad: Tensor, scale: Tensor | None) -> Tensor:
-    """Return grad * scale, in place where it is not of 16 bits: those would round the scale, too."""
+    """Return grad * scale: in place, but for 16-bit gradients, where the scale would be rounded to 16 bits, too."""
     return grad if scale is None else grad.to(sum_dtype(grad.dtype)).mul_(scale)
 
 

@@ -1,7 +1,7 @@
 """The linear layer and its loss as operators that torch.compile takes as they are; eager code never comes here.
 
-`softmax_fused::linear_cross_entropy` returns the loss, what a mean's gradients are to be multiplied by, and the sum's
-gradients of x, W and b, empty where nobody asks.
+`softmax_fused::linear_cross_entropy` returns the loss, the factor by which a mean's gradients are multiplied, and the
+gradients of x, W and b for the sum of the losses; those that are not needed are empty.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def make_plan(
     layer_dtype: torch.dtype,
     backend: str,
 ) -> Plan:
-    """Put together what an operator is told in pieces."""
+    """Put an operator's arguments together."""
     x = layer.input
     logits = x.new_empty(1).expand(x.shape[0], *sizes)
     spec = make_spec(logits, layer.target, reduction, ignore_index, label_smoothing, dtype)
@@ -48,12 +48,12 @@ def make_plan(
 
 
 def filled(layer: Layer, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return a tensor for each gradient: an operator's outputs cannot vary in number."""
+    """Replace missing gradients by empty tensors: an operator always has the same number of outputs."""
     return [layer.input.new_empty(0) if grad is None else grad for grad in gradients]
 
 
 def empty_gradients(layer: Layer, plan: Plan, needs: Sequence[bool]) -> list[Tensor]:
-    """Return gradients as `run_chunks` does, unwritten."""
+    """Return tensors of the gradients' shapes and types, without values."""
     x, w = layer.input, layer.linear_weight
     products, sums = plan.products, sum_dtype(plan.products)
     made = [

@@ -132,7 +132,7 @@ def cross_entropy(
 
 
 def zero_times_infinity(loss: Tensor) -> bool:
-    """Whether torch's loss on the CPU may be NaN where a weight or probability of 0 met a log-probability of -inf."""
+    """Whether torch's loss is NaN, as it is where a weight or probability of 0 meets a log-probability of -inf."""
     return type(loss) is torch.Tensor and not under_transform() and bool(loss.isnan().any())
 
 
@@ -158,7 +158,7 @@ def unfused(
     label_smoothing: float,
     backend: str,
 ) -> Tensor:
-    """Compute what the fused path does not cover: by torch's operator or, for a DTensor, from every rank's part."""
+    """Compute what the fused path does not cover, by torch's operator; a DTensor's loss from its local parts."""
     if is_compiling():
         return torch_function(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     if _dispatch.is_dtensor(input) and not under_transform():
@@ -181,7 +181,7 @@ def overridden(
     label_smoothing: float,
     options: dict[str, Any],
 ) -> Tensor:
-    """Serve __torch_function__: tensor subclasses see torch's function, which they know; modes see ours."""
+    """Follow __torch_function__: tensor subclasses are handed torch's function, which they know, modes ours."""
     tensors = (input, target, weight)
     if _dispatch.has_subclass(tensors):
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)

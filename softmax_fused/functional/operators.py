@@ -1,6 +1,6 @@
 """The loss as operators that torch.compile takes as they are; eager code never comes here.
 
-`softmax_fused::cross_entropy` returns the loss and two tensors that its backward needs, empty where it needs fewer.
+`softmax_fused::cross_entropy` returns the loss and two tensors for backward; those that it does not need are empty.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OPTIONS = "Tensor? weight, str reduction, SymInt ignore_index, float label_smoot
 
 
 def padded(loss: Tensor, saved: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three tensors in any case: an operator's outputs cannot vary in number."""
+    """Add empty tensors to what is saved: an operator always has the same number of outputs."""
     first, second, *_ = (*saved, loss.new_empty(0), loss.new_empty(0))
     return loss, first, second
 

@@ -61,7 +61,7 @@ def check_options(logit_scale: Any, softcap: Any, outputs: Any, dtype: Any) -> t
 
 
 known_options = functools.lru_cache(64, typed=True)(check_options)
-"""The same, for a training loop; torch.compile warns of caches."""
+"""check_options with a cache, as a training loop asks the same each time. torch.compile warns of caches."""
 
 
 def cross_entropy_rows(
@@ -148,7 +148,7 @@ def cross_entropy_rows(
 
 
 def composed(input: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec) -> RowOutputs:
-    """Compute the outputs by operations that torch.func, torch.compile and tensor subclasses know."""
+    """Compute the outputs one by one, in torch operations that transforms, torch.compile and subclasses know."""
     spec = options.spec
     x, _ = effective(input, options)
     found: dict[str, Tensor] = {}
