@@ -29,10 +29,10 @@ class TargetKind:
     """A kind of target: what callers and backends ask of it. The kinds are classes of backends/torch/targets.py."""
 
     reader: ClassVar[str]
-    """The function of kernels/ that reads it."""
+    """What kernels/ calls the function that reads it."""
 
     slice_reader: ClassVar[str]
-    """The function of kernels/ that reads it where the logits are a slice of the classes."""
+    """The same where the logits are a slice of the classes."""
 
     has_labels: ClassVar[bool]
     """Whether it is a class index a row, of which `ignore_index` stands for no class."""
@@ -64,9 +64,14 @@ class Spec(NamedTuple):
         """Whether a is more than the target class's: every class has a share of it."""
         return self.target.dense or self.label_smoothing > 0
 
-    def saved_per_row(self, weight: Tensor | None) -> int:
-        """Return how many numbers a row the kernels save: m and log s, and A where it may differ from 1."""
-        return 2 if self.target.unit_sum and weight is None else 3
+    @property
+    def reader(self) -> str:
+        """What the kernels call the kind of target, or the kind that they read where the logits are a slice."""
+        return self.target.slice_reader if self.classes else self.target.reader
+
+    def saves_target_sum(self, weight: Tensor | None) -> bool:
+        """Whether A is saved beside m and log s of each row: it is 1 otherwise."""
+        return weight is not None or not self.target.unit_sum
 
 
 class RowSpec(NamedTuple):

@@ -188,6 +188,11 @@ MUTANTS = {
     "pictures: white strokes on white": Mutant(f"{LAB}/pictures.py", "return 255 if (middle > BRIGHT) == own_background else 0", "return 255", ("training_predict",)),
     "pictures: 12 bits of 16 are dark": Mutant(f"{LAB}/pictures.py", "1023, 4095, 16383, 65535", "65535", ("training_predict",)),
     "loop: the last step's weights are not looked at": Mutant(LOOP, "    check_weights(learner)\n", "", ("training_loop",)),
+    "backends: one is never asked for outputs of rows": Mutant("softmax_fused/_dispatch.py", "return backend.row_outputs or TORCH.row_outputs", "return TORCH.row_outputs", ("backend",)),
+    "backends: on the CPU the gradient is computed apart": Mutant("softmax_fused/functional/loss.py", "input.device.type in chosen.gradient_with_loss", "False", ("backend",)),
+    "rows: the loss is computed to check the arguments": Mutant("softmax_fused/_fallback.py", "    if suspect:", "    if True:", ("row_outputs",)),
+    "rows: arguments are not checked": Mutant("softmax_fused/_fallback.py", "    if suspect:", "    if False:", ("row_outputs",)),
+    "architecture: an import that goes up": Mutant("softmax_fused/_spec.py", "    import torch\n", "    import torch\n\n    from softmax_fused.functional import loss  # noqa: F401\n", ("architecture",)),
     "patch: no lock": Mutant(PATCHING, "lock = threading.Lock()", "import contextlib\nlock = contextlib.nullcontext()"),
 }  # fmt: skip
 

@@ -210,7 +210,7 @@ def test_chunks_are_as_large_as_what_exists_anyway() -> None:
 def test_few_logits_on_the_cpu_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, b = make_layer((7,), (11,), 5, torch.float32, CPU)
     target = make_indices((7, 11), "cpu")
-    monkeypatch.setattr(linear, "computed", None)
+    monkeypatch.setattr(linear, "chunked", None)
     loss = linear_cross_entropy(x, w, target, linear_bias=b)
     assert torch.equal(loss, at_once((x, w, b), target))
     with pytest.raises(TypeError):

@@ -30,10 +30,8 @@ def suits(device: torch.device) -> tuple[bool, str]:
     """Return that it takes what no other backend does, and why."""
     if device.type == "cpu":
         return True, "CPU tensors take the pure-torch path"
-    return (
-        True,
-        "" if device.type == "cuda" else f"{device.type} tensors are served by torch.nn.functional.cross_entropy",
-    )
+    served = f"{device.type} tensors are served by torch.nn.functional.cross_entropy"
+    return True, "" if device.type == "cuda" else served
 
 
 def load() -> Backend:

@@ -124,7 +124,7 @@ def finalize(
     else:
         log_s, mean_weight = s.log(), torch.ones_like(s)
         loss = target_sum * log_s - dot
-    stats = torch.stack([m, log_s, target_sum][: spec.saved_per_row(weight)], -1)
+    stats = torch.stack([m, log_s, target_sum] if spec.saves_target_sum(weight) else [m, log_s], -1)
     if spec.reduction == "none":
         return loss.to(spec.dtype).view(row_shape(logits.shape)), [stats]
     total = loss.sum(dtype=torch.float64)

@@ -71,8 +71,7 @@ def accumulator(dtype: torch.dtype) -> Any:
 
 def constants(spec: Spec) -> tuple[Any, Any]:
     """Return the target helper and the accumulation type."""
-    helper = getattr(readers, spec.target.slice_reader if spec.classes else spec.target.reader)
-    return helper, accumulator(spec.acc)
+    return getattr(readers, spec.reader), accumulator(spec.acc)
 
 
 def packed(weight: Tensor | None) -> Tensor | None:
@@ -102,7 +101,7 @@ def ignored(spec: Spec) -> int | tuple[int, int, int]:
 def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:
     """Return the shapes of what `loss` saves: (m, log s[, A]) of each row, and the denominator of a mean."""
     rows = logits.numel() // logits.shape[min(logits.ndim - 1, 1)]
-    stats = (rows, spec.saved_per_row(weight))
+    stats = (rows, 2 + spec.saves_target_sum(weight))
     return [stats, (1,)] if spec.reduction == "mean" else [stats]
 
 

@@ -97,7 +97,7 @@ def finalize(
     reduced = spec.reduction != "none"
     out = Outputs(
         m.new_empty(() if reduced else row_shape(logits.shape), dtype=spec.dtype),
-        m.new_empty((number, spec.saved_per_row(weight))),
+        m.new_empty((number, 2 + spec.saves_target_sum(weight))),
         m.new_empty((2, programs)) if reduced and programs > 1 else None,
         m.new_empty((1,)) if spec.reduction == "mean" else None,
     )
