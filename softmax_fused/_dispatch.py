@@ -14,10 +14,11 @@ import torch
 from torch.compiler import is_compiling
 
 from softmax_fused import _errors
-from softmax_fused._errors import REDUCTIONS, TENSORS, target_shapes
-from softmax_fused._spec import class_dim
+from softmax_fused._errors import REDUCTIONS, TENSORS
+from softmax_fused._spec import FLOATS, class_dim
 from softmax_fused.backends import REGISTRY
 from softmax_fused.backends.torch import BACKEND as TORCH
+from softmax_fused.backends.torch.targets import kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from softmax_fused._spec import Backend, RowOutputsOperations, VocabParallelOperations
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 SMALL_CPU_NUMEL = 2**20
 """On the CPU, fewer logits than this go to torch's own operator. Below this size malloc reuses pages and chunking gains
@@ -156,7 +155,7 @@ def supports_fused(
     return (
         supports_logits(input)
         and supports_target(input, target, ignore_index)
-        and supports_weight(input, target, weight)
+        and (weight is None or supports_weight(input, target, weight))
         and reduction in REDUCTIONS
         and type(label_smoothing) in (float, int)
         and label_smoothing <= 1
@@ -176,20 +175,17 @@ def supports_logits(input: Any) -> bool:
 
 
 def supports_target(input: Tensor, target: Any, ignore_index: Any) -> bool:
-    """Whether `target` holds class indices, or class probabilities that need no gradient, for `input`."""
-    if type(target) not in TENSORS or target.device != input.device or type(ignore_index) is not int:
-        return False
-    indices, probabilities = target_shapes(input.shape)
-    if target.shape == probabilities:
-        return target.dtype in FLOATS and ignore_index < 0 and not target.requires_grad
-    right_type = target.dtype is torch.int64 or (target.dtype is torch.uint8 and input.ndim <= 2)
-    return right_type and target.shape == indices and -(2**63) <= ignore_index < 2**63
+    """Whether `target` is an ordinary tensor beside `input`, and its kind takes it."""
+    return (
+        type(target) in TENSORS
+        and target.device == input.device
+        and type(ignore_index) is int
+        and kind_of(input, target).supports(input, target, ignore_index)
+    )
 
 
 def supports_weight(input: Tensor, target: Tensor, weight: Any) -> bool:
-    """Whether `weight` is absent, or one constant a class in the type of the logits or of the loss."""
-    if weight is None:
-        return True
+    """Whether `weight` is one constant a class in the type of the logits or of the loss."""
     return (
         type(weight) in TENSORS
         and weight.shape == (input.shape[class_dim(input.ndim)],)

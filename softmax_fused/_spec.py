@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
+import torch
+
 from softmax_fused._row_outputs import OUTPUTS, RowOutputs
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    import torch
     from torch import Tensor
 
     Upstream = Sequence[Tensor | None]
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The types of logits, class probabilities and results."""
 
 
 def class_dim(ndim: int) -> int:

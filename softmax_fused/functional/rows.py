@@ -12,7 +12,6 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from softmax_fused import _errors
 from softmax_fused._dispatch import (
-    FLOATS,
     ROWS,
     ROWS_WITHOUT_LOSS,
     check_backend,
@@ -24,7 +23,7 @@ from softmax_fused._dispatch import (
 )
 from softmax_fused._fallback import validate
 from softmax_fused._row_outputs import OUTPUTS, RowOutputs
-from softmax_fused._spec import RowSpec
+from softmax_fused._spec import FLOATS, RowSpec
 from softmax_fused.backends.torch.row_outputs import effective, needs_log_p, statistics
 from softmax_fused.backends.torch.targets import make_spec
 from softmax_fused.functional.autograd import CrossEntropyRows

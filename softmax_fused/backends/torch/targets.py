@@ -8,12 +8,12 @@ row's label, and is all of it where there are no labels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
 from softmax_fused import _errors
-from softmax_fused._spec import Spec, TargetKind, class_dim
+from softmax_fused._spec import FLOATS, Spec, TargetKind, class_dim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,11 @@ class Target(TargetKind):
     """Which rows are not ignored, (N, d1..dk); None where all are valid."""
 
     def __init__(self, z: Tensor, target: Tensor, w: Tensor | None, spec: Spec) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def supports(input: Tensor, target: Tensor, ignore_index: int) -> bool:
+        """Whether the fused path covers such a tensor for logits `input`; True only for what torch accepts too."""
         raise NotImplementedError
 
     @staticmethod
@@ -109,6 +114,13 @@ class ClassIndices(Target):
             self.target_sum = self.label_weight
             if self.smoothing:  # else an infinite weight would meet 0, and be NaN in rows of other classes too
                 self.target_sum = self.label_weight * self.confidence + self.smoothing_per_class * w.sum()
+
+    @staticmethod
+    def supports(input: Tensor, target: Tensor, ignore_index: int) -> bool:
+        """Whether they are integers of a type that torch takes, one a row."""
+        right_type = target.dtype is torch.int64 or (target.dtype is torch.uint8 and input.ndim <= 2)
+        rows = (*input.shape[:1], *input.shape[2:]) if input.ndim > 1 else ()
+        return right_type and target.shape == rows and -(2**63) <= ignore_index < 2**63
 
     @staticmethod
     def smoothed_target(t: Tensor, z: Tensor, w: Tensor | None, spec: Spec) -> Tensor:  # noqa: ARG004
@@ -216,6 +228,12 @@ class ClassProbabilities(Target):
         self.rows = z.new_full((), z.numel() // z.shape[1], dtype=spec.acc)
 
     @staticmethod
+    def supports(input: Tensor, target: Tensor, ignore_index: int) -> bool:
+        """Whether they have the logits' shape, need no gradient, and no class is to be ignored."""
+        right_type = target.dtype in FLOATS and target.shape == input.shape
+        return right_type and ignore_index < 0 and not target.requires_grad
+
+    @staticmethod
     def smoothed_target(t: Tensor, z: Tensor, w: Tensor | None, spec: Spec) -> Tensor:  # noqa: ARG004
         """Return w * ((1 - e) t + e / C)."""
         a = t.to(spec.acc)
@@ -275,7 +293,7 @@ def make_target(z: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) ->
 
 def kind(spec: Spec) -> type[Target]:
     """Return the kind of target with its arithmetic."""
-    return cast("type[Target]", spec.target)
+    return spec.target  # type: ignore[return-value]  # every kind is a Target
 
 
 def denominator(
