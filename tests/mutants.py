@@ -107,7 +107,7 @@ MUTANTS = {
     "rows merged that do not follow one another": Mutant("softmax_fused/backends/triton/layout.py", "kept[-1] == stride[i] * size for", "kept[-1] >= stride[i] * size for"),
     "upstream gradient read as if contiguous": Mutant(LAUNCH, "*tensors, grad_strides, upstream_strides,", "*tensors, grad_strides, (*rows.strides[3][:-1][:-1], 1, 0),"),
     "weights read as if contiguous": Mutant(LAUNCH, "weight.contiguous()", "weight"),
-    "torch path: smoothing dropped": Mutant(TARGETS, "if not self.smoothing:", "if True:"),
+    "torch path: smoothing dropped": Mutant(TARGETS, "if not self.smoothing:\n            return -log_p_label", "if True:\n            return -log_p_label"),
     "torch path: weight ignored": Mutant(TARGETS, "log_p_label = product(self.label_weight[at], log_p_label)", "pass"),
     "compile: our operator in an exported program": Mutant("softmax_fused/_dispatch.py", "or exporting()", "or False", ("torch_compile",)),
     "compile: a cache asked for in a graph": Mutant("softmax_fused/functional/rows.py", "(check_options if is_compiling() else known_options)", "known_options", ("torch_compile",)),
@@ -136,7 +136,7 @@ MUTANTS = {
     "linear: kept gradients given away twice": Mutant(LINEAR, "grads, ctx.precomputed_grads = ctx.precomputed_grads, None", "grads = ctx.precomputed_grads"),
     "linear: second-order term dropped": Mutant(LINEAR, "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),
     "upstream gradient of images not flattened": Mutant(TORCH, "g.reshape(rows)", "g.expand(rows)", ("derivatives",)),
-    "second-order term dropped": Mutant("softmax_fused/functional/autograd.py", "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),
+    "second-order term dropped": Mutant("softmax_fused/functional/autograd.py", "if torch.is_grad_enabled() or batched(upstream):\n            grad = torch_loss", "if batched(upstream):\n            grad = torch_loss"),
     "softmax: beginning of an unaligned row twice": Mutant(SOFTMAX, "tl.where(start < high, 0, start)", "start"),
     "softmax: maximum of one lane": Mutant(SOFTMAX, "row_m = tl.max(m, axis=0)", "row_m = tl.min(m, axis=0)"),
     "softmax: padding in the sum of gradients": Mutant(SOFTMAX, "lane_sum(tl.where(inside, x, 0.0))", "lane_sum(x)"),
@@ -192,7 +192,7 @@ MUTANTS = {
     "backends: on the CPU the gradient is computed apart": Mutant("softmax_fused/functional/loss.py", "input.device.type in chosen.gradient_with_loss", "False", ("backend",)),
     "rows: the loss is computed to check the arguments": Mutant("softmax_fused/_fallback.py", "    if suspect:", "    if True:", ("row_outputs",)),
     "rows: arguments are not checked": Mutant("softmax_fused/_fallback.py", "    if suspect:", "    if False:", ("row_outputs",)),
-    "architecture: an import that goes up": Mutant("softmax_fused/_spec.py", "    import torch\n", "    import torch\n\n    from softmax_fused.functional import loss  # noqa: F401\n", ("architecture",)),
+    "architecture: an import that goes up": Mutant("softmax_fused/_spec.py", "    from torch import Tensor\n", "    from torch import Tensor\n\n    from softmax_fused.functional import loss  # noqa: F401\n", ("architecture",)),
     "patch: no lock": Mutant(PATCHING, "lock = threading.Lock()", "import contextlib\nlock = contextlib.nullcontext()"),
 }  # fmt: skip
 
