@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
 from bench.machine_code import Loop, fused_reductions, inspect
 from bench.record import write_json
-from softmax_fused import _launch, _launch_row_outputs, _launch_slices, _launch_softmax
-from softmax_fused._autograd import make_spec
-from softmax_fused._tiles import VECTOR_BYTES
-from softmax_fused.row_outputs import RowSpec
+from softmax_fused._spec import RowSpec
+from softmax_fused.backends.torch.targets import make_spec
+from softmax_fused.backends.triton import cross_entropy, launch, row_outputs, softmax, vocab_parallel
+from softmax_fused.backends.triton.tiles import VECTOR_BYTES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -122,8 +122,8 @@ def make_calls(case: Case, dtype: torch.dtype) -> None:
     """Do what forward, backward and grad_in_forward do, on tensors without memory."""
     logits = meta(case.shape, dtype)
     if "softmax" in case.kind:
-        out = _launch_softmax.forward(logits, 1, dtype, case.kind == "log softmax")
-        _launch_softmax.backward(out, out, 1, dtype, case.kind == "log softmax")
+        out = softmax.forward(logits, 1, dtype, case.kind == "log softmax")
+        softmax.backward(out, out, 1, dtype, case.kind == "log softmax")
         return
     if case.kind in ROW_OUTPUTS:
         make_row_calls(case, logits, dtype)
@@ -136,9 +136,9 @@ def make_calls(case: Case, dtype: torch.dtype) -> None:
     weight = meta(case.shape[1:2], dtype) if "weight" in case.kind else None
     smoothing = 0.1 if case.kind == "weights and smoothing" else 0.0
     spec = make_spec(logits, target, case.reduction, -100, smoothing, dtype)
-    loss, saved = _launch.loss(logits, target, weight, spec, save=True)
-    _launch.gradient(loss, logits, target, weight, saved, spec)
-    _launch.loss_and_gradient(logits, target, weight, spec)
+    loss, saved = cross_entropy.loss(logits, target, weight, spec, save=True)
+    cross_entropy.gradient(loss, logits, target, weight, saved, spec)
+    cross_entropy.loss_and_gradient(logits, target, weight, spec)
 
 
 def make_row_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
@@ -148,8 +148,8 @@ def make_row_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
     target = meta(case.shape[:1], torch.int64)
     spec = make_spec(logits, target, "none", -100, 0.0, dtype)
     options = RowSpec(spec, 1.0, softcap, tuple(outputs if softcap else (*outputs, last)))
-    out, stats = _launch_row_outputs.forward(logits, target, None, options, save=True)
-    _launch_row_outputs.gradient((out.loss, out.logsumexp, out.entropy), logits, target, None, stats, options)
+    out, stats = row_outputs.forward(logits, target, None, options, save=True)
+    row_outputs.gradient((out.loss, out.logsumexp, out.entropy), logits, target, None, stats, options)
 
 
 def make_slice_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
@@ -157,10 +157,10 @@ def make_slice_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
     target = meta(case.shape[:1], torch.int64)
     spec = make_spec(logits, target, "none", -100, 0.1 if case.kind == SLICES[1] else 0.0, dtype)
     spec = spec._replace(classes=8 * case.shape[1], first=3 * case.shape[1])
-    parts = _launch_slices.statistics(logits, target, None, spec)
-    sums = _launch_slices.terms(parts, parts[0], logits, target, None, spec)
-    loss, saved = _launch_slices.close(sums, parts[0], logits, target, None, spec)
-    _launch_slices.gradient(loss, logits, target, None, saved, spec, logits)
+    parts = vocab_parallel.statistics(logits, target, None, spec)
+    sums = vocab_parallel.terms(parts, parts[0], logits, target, None, spec)
+    loss, saved = vocab_parallel.finalize(sums, parts[0], logits, target, None, spec)
+    vocab_parallel.gradient(loss, logits, target, None, saved, spec, logits)
 
 
 MODES = {
@@ -243,7 +243,7 @@ def compile_calls(target: str, dtype: str, cases: list[Case]) -> list[dict[str, 
     records: list[dict[str, Any]] = []
     triton.runtime.driver.set_active(NamedDriver(TARGETS[target]))
     for case in cases:
-        _launch.launch = partial(compile_only, records, case, target, dtype)
+        launch.launch = partial(compile_only, records, case, target, dtype)
         make_calls(case, getattr(torch, dtype))
     return records
 
@@ -260,7 +260,7 @@ def compile_only(
     *args: Any,
 ) -> None:
     """Stand in for a launch."""
-    compiled = kernel.warmup(*args, grid=(programs,), num_warps=warps, **_launch.OPTIONS)
+    compiled = kernel.warmup(*args, grid=(programs,), num_warps=warps, **launch.OPTIONS)
     arguments = dict(zip(kernel.arg_names, args, strict=True))
     name = kernel.fn.__name__
     record: dict[str, Any] = {"kernel": name, "target": target, "dtype": dtype, "classes": case.shape[1]}

@@ -28,7 +28,7 @@ from bench.clocks import CpuClock
 from bench.record import RESULTS, header, write_json
 from bench.tables import markdown
 from softmax_fused import distributed
-from softmax_fused._exchange import ALL_GATHER
+from softmax_fused.distributed.exchange import ALL_GATHER
 
 WORLDS = (1, 2, 4)
 ROWS, CLASSES = 512, 16_384  # of a rank

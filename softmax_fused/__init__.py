@@ -1,12 +1,16 @@
 """Row-wise softmax and cross-entropy for PyTorch, forward and backward in fused Triton kernels."""
 
 from softmax_fused import distributed, information
-from softmax_fused.activation import log_softmax, softmax
-from softmax_fused.functional import cross_entropy
-from softmax_fused.linear import linear_cross_entropy
+from softmax_fused.functional import (
+    RowOutputs,
+    cross_entropy,
+    cross_entropy_rows,
+    linear_cross_entropy,
+    log_softmax,
+    softmax,
+)
 from softmax_fused.modules import CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, Softmax
 from softmax_fused.patching import patch
-from softmax_fused.row_outputs import RowOutputs, cross_entropy_rows
 
 __version__ = "0.1.0"
 

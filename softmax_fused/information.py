@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from softmax_fused._check import describe
+from softmax_fused import _errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -346,29 +346,27 @@ def _wide(x: Tensor) -> Tensor:
 
 def _in_unit(nats: Tensor, unit: str, dtype: torch.dtype) -> Tensor:
     if unit not in UNITS:
-        raise ValueError(f"unit must be 'nats' or 'bits'; got {unit!r}")
+        raise _errors.unknown_unit(unit)
     return (nats if unit == "nats" else nats * UNITS[unit]).to(dtype)
 
 
 def _check(name: str, x: Tensor, dimensions: int = 1) -> None:
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim < dimensions:
-        shape = " with an axis of outcomes" if dimensions else ""
-        raise RuntimeError(f"{name} must be a floating point tensor{shape}; got {describe(x)}")
+        raise _errors.no_distribution(name, x, with_axis=dimensions > 0)
 
 
 def _pair(p_name: str, p: Tensor, q_name: str, q: Tensor, dim: int) -> tuple[Tensor, Tensor, torch.dtype]:
     """Return both in one shape, in types to compute in, and the dtype of the result."""
     _check(p_name, p)
     _check(q_name, q)
-    rule = f"{p_name} and {q_name} must have shapes that broadcast, with as many outcomes along dim {dim}"
-    came = f"got {tuple(p.shape)} and {tuple(q.shape)}"
+    mismatch = _errors.different_outcomes((p_name, q_name), (p.shape, q.shape), dim)
     try:
         shape = torch.broadcast_shapes(p.shape, q.shape)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        raise RuntimeError(f"{rule}; {came}") from error
+        raise mismatch from error
     if not -len(shape) <= dim < len(shape):
-        raise IndexError(f"dim must be from {-len(shape)} to {len(shape) - 1} for shape {tuple(shape)}; got {dim}")
+        raise _errors.no_such_axis(shape, dim)
     axis = dim % len(shape) - len(shape)  # from the right, as broadcasting counts
     if any(x.ndim < -axis or x.shape[axis] != shape[axis] for x in (p, q)):
-        raise RuntimeError(f"{rule}; {came}")
+        raise mismatch
     return _wide(p).expand(shape), _wide(q).expand(shape), torch.promote_types(p.dtype, q.dtype)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.loss import _WeightedLoss
 
-from softmax_fused.activation import log_softmax, softmax
-from softmax_fused.functional import cross_entropy, torch_function
-from softmax_fused.linear import linear_cross_entropy
+from softmax_fused import _errors
+from softmax_fused._fallback import torch_function
+from softmax_fused.functional import cross_entropy, linear_cross_entropy, log_softmax, softmax
 
 is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]  # public, but torch's stubs do not say so
 
@@ -156,9 +156,9 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         backend: str = "auto",
     ) -> None:
         if weight is not None and weight.shape != (num_classes,):
-            raise RuntimeError(f"weight must have shape ({num_classes},); got {tuple(weight.shape)}")
+            raise _errors.module_weight(num_classes, weight)
         if not 0 <= label_smoothing <= 1:
-            raise RuntimeError(f"label_smoothing must be from 0 to 1; got {label_smoothing!r}")
+            raise _errors.module_smoothing(label_smoothing)
         super().__init__(weight, None, None, reduction)
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch.overrides import get_overridable_functions, handle_torch_function, has_torch_function_variadic
 
-from softmax_fused import _check, functional
-from softmax_fused.functional import torch_function
+from softmax_fused import _errors, functional
+from softmax_fused._dispatch import check_backend
+from softmax_fused._errors import TENSORS
+from softmax_fused._fallback import torch_function
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,13 +24,13 @@ if TYPE_CHECKING:
 lock = threading.Lock()
 
 patches: list[Patch] = []
-"""Those in force, in the order of their calls."""
+"""The patches in force, in the order of their calls."""
 
 options: dict[str, Any] | None = None
-"""What the last of them passes to every call; None where there is none."""
+"""The options that the latest patch passes to every call; None where no patch is in force."""
 
 found: Callable[..., Tensor] = torch_function
-"""What the first of them found under torch's name, to be put back."""
+"""What the first patch found under torch's name; undoing the last one puts it back."""
 
 
 @functools.wraps(torch_function)
@@ -42,7 +44,7 @@ def replacement(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Stand under torch's name; compute what torch does once undone, for whoever still refers to it."""
+    """Stand under torch's name. Once undone it is torch's function, for code that still holds a reference to it."""
     chosen = options  # read once: another thread may undo
     if chosen is None:
         return torch_function(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
@@ -67,8 +69,8 @@ def replacement(
 
 
 def known_function(tensors: list[Tensor]) -> Callable[..., Tensor]:
-    """Return what __torch_function__ is told: torch's function to types that bring one, the replacement to modes."""
-    return replacement if all(type(tensor) in _check.TENSORS for tensor in tensors) else torch_function
+    """Return the function that __torch_function__ is told: torch's to tensor subclasses, the replacement to modes."""
+    return replacement if all(type(tensor) in TENSORS for tensor in tensors) else torch_function
 
 
 class Patch:
@@ -86,7 +88,7 @@ class Patch:
 
     def __enter__(self) -> Patch:
         if self not in patches:
-            raise RuntimeError("this patch has been undone; call softmax_fused.patch() anew")
+            raise _errors.undone()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -94,13 +96,13 @@ class Patch:
 
 
 def fill_tables() -> None:
-    """Have torch list its functions by name, once a process, while the name still leads to torch's."""
+    """Have torch fill its tables of functions, once a process, while the name still leads to torch's own."""
     importlib.import_module("torch._dynamo")
     get_overridable_functions()
 
 
 def settle() -> None:
-    """Make the last patch hold, or put back what was found."""
+    """Apply the latest patch or, where none is left, put back what was found."""
     global options, found
     options = patches[-1].options if patches else None
     current = F.cross_entropy
@@ -110,12 +112,7 @@ def settle() -> None:
     elif not patches and current is replacement:
         F.cross_entropy = found
     elif not patches and current is not found:
-        warnings.warn(
-            f"torch.nn.functional.cross_entropy has been replaced by {current!r} since softmax_fused.patch(); it is "
-            "left as it is",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        warnings.warn(_errors.replaced_since(current), RuntimeWarning, stacklevel=3)
 
 
 def patch(*, backend: str = "auto", grad_in_forward: bool = False) -> Patch:
@@ -149,14 +146,11 @@ def patch(*, backend: str = "auto", grad_in_forward: bool = False) -> Patch:
         >>> everywhere = patch(backend="torch")
         >>> everywhere.undo()
     """
-    _check.backend(backend)
+    check_backend(backend)
     fill_tables()
     with lock:
         if patches and F.cross_entropy is not replacement:
-            raise RuntimeError(
-                f"torch.nn.functional.cross_entropy has been replaced by {F.cross_entropy!r} since "
-                "softmax_fused.patch(); undo that first"
-            )
+            raise _errors.replaced_before(F.cross_entropy)
         made = Patch({"backend": backend, "grad_in_forward": grad_in_forward})
         patches.append(made)
         settle()

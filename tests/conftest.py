@@ -14,7 +14,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import softmax_fused.functional
-from softmax_fused import _tiles
+from softmax_fused import _dispatch
+from softmax_fused.backends.triton import tiles
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -22,13 +23,10 @@ HAS_GPU = torch.cuda.is_available()
 # between the variable is unset, so that backend="auto" and child processes do what they do for users.
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-    import softmax_fused._launch
-    import softmax_fused._launch_row_outputs
-    import softmax_fused._launch_slices
-    import softmax_fused._launch_softmax
+    import softmax_fused.backends.triton.backend
 
     del os.environ["TRITON_INTERPRET"]
-    softmax_fused.functional.automatic("cpu")  # pins the decision
+    _dispatch.automatic("cpu")  # pins the decision
 
 from triton.runtime import interpreter  # noqa: E402 - triton asks for the variable when imported
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
@@ -138,9 +136,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_GPU:
         pytest.skip("the kernels run compiled on this machine's GPU instead")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    _tiles.choose_tile.cache_clear()
-    few = _tiles.tables._replace(target_programs=8)  # rows are split in two or more, not in hundreds
-    monkeypatch.setattr(_tiles, "tables", few)
+    tiles.choose_tile.cache_clear()
+    few = tiles.tables._replace(target_programs=8)  # rows are split in two or more, not in hundreds
+    monkeypatch.setattr(tiles, "tables", few)
     monkeypatch.setattr(InterpretedFunction, "__call__", call_helper)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_for_numpy)
 

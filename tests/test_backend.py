@@ -3,12 +3,29 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from softmax_fused import _torch_path, cross_entropy, functional
+from softmax_fused import (
+    _dispatch,
+    cross_entropy,
+    cross_entropy_rows,
+    distributed,
+    functional,
+    linear_cross_entropy,
+    log_softmax,
+    softmax,
+)
+from softmax_fused._dispatch import SMALL_CPU_BYTES
+from softmax_fused._spec import Backend
+from softmax_fused.backends import REGISTRY
+from softmax_fused.backends.torch import TorchBackend, row_outputs, vocab_parallel
+from softmax_fused.backends.torch import cross_entropy as torch_loss
+from softmax_fused.functional.autograd import differentiable_softmax_gradient
 from tests.conftest import HAS_GPU, installed
 
 
@@ -42,7 +59,7 @@ def test_import_needs_torch_alone() -> None:
         "sklearn",
         "typer",
         "rich",
-        "softmax_fused._launch",
+        "softmax_fused.backends.triton.launch",
     ):
         assert name not in loaded or name in run("import sys, torch; print(*sys.modules)").split()
 
@@ -109,9 +126,10 @@ def test_kernels_for_cpu_tensors_need_the_interpreter() -> None:
 @needs_interpreter
 def test_auto_means_kernels_under_the_interpreter() -> None:
     program = (
-        "import torch\nfrom softmax_fused import cross_entropy, _launch\n"
-        "launch, names = _launch.launch, []\n"
-        "_launch.launch = lambda kernel, *rest: (names.append(kernel.fn.__name__), launch(kernel, *rest))\n"
+        "import torch\nfrom softmax_fused import cross_entropy\n"
+        "from softmax_fused.backends.triton import launch as module\n"
+        "launch, names = module.launch, []\n"
+        "module.launch = lambda kernel, *rest: (names.append(kernel.fn.__name__), launch(kernel, *rest))\n"
         "logits = torch.zeros(3, 4, requires_grad=True)\n"
         "cross_entropy(logits, torch.arange(3)).backward()\nprint(*names)"
     )
@@ -132,10 +150,10 @@ def test_all_kernels_are_interpreted_or_none() -> None:
 
 def test_auto_on_the_cpu_hands_small_inputs_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(_torch_path, "loss", lambda *args, **options: (calls.append(args), (None, []))[1])
+    monkeypatch.setattr(torch_loss, "loss", lambda *args, **options: (calls.append(args), (None, []))[1])
     cross_entropy(torch.zeros(256, 10), torch.zeros(256, dtype=torch.long))
     assert not calls
-    rows = functional.HAND_OVER_FORWARD // (8 * 4)
+    rows = SMALL_CPU_BYTES // (8 * 4)
     cross_entropy(torch.zeros(rows, 8), torch.zeros(rows, dtype=torch.long))
     assert len(calls) == 1
     cross_entropy(torch.zeros(256, 10), torch.zeros(256, 10))
@@ -203,3 +221,129 @@ def test_torch_function_modes_and_subclasses() -> None:
             return function
 
     assert cross_entropy(torch.zeros(3, 4).as_subclass(Own), torch.arange(3)) is torch.nn.functional.cross_entropy
+
+
+class Recorder:
+    """The operations of a module, and the names of those that were called."""
+
+    def __init__(self, module: object) -> None:
+        self.module, self.calls = module, []
+
+    def __getattr__(self, name: str) -> object:
+        operation = getattr(self.module, name)
+        return lambda *args, **options: (self.calls.append(name), operation(*args, **options))[1]
+
+    def called(self) -> set[str]:
+        calls, self.calls = self.calls, []
+        return set(calls)
+
+
+class TorchSoftmax:
+    """Softmax in torch operations, as a backend offers it."""
+
+    def forward(self, input: torch.Tensor, dim: int, dtype: torch.dtype, log: bool) -> torch.Tensor:
+        return (torch.log_softmax if log else torch.softmax)(input, dim, dtype)
+
+    backward = staticmethod(differentiable_softmax_gradient)
+
+
+class Third(Backend):
+    """A backend that is one class and one line of the registry; here it is the registration, too."""
+
+    name = "third"
+
+    def __init__(self, everything: bool) -> None:
+        self.cross_entropy = Recorder(torch_loss)
+        if everything:
+            self.row_outputs, self.softmax = Recorder(row_outputs), Recorder(TorchSoftmax())
+            self.vocab_parallel = Recorder(vocab_parallel)
+
+    def suits(self, device: torch.device) -> tuple[bool, str]:
+        return device.type == "meta", "made for meta tensors"
+
+    def load(self) -> Backend:
+        return self
+
+    def refusal(self, device_type: str) -> str | None:
+        return "the third backend has no GPU" if device_type == "cuda" else None
+
+
+def register(monkeypatch: pytest.MonkeyPatch, everything: bool) -> Third:
+    third = Third(everything)
+    monkeypatch.setitem(REGISTRY, "third", third)
+    _dispatch.get_backend.cache_clear()
+    return third
+
+
+def losses_and_gradients(**options: object) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What every function computes."""
+    torch.manual_seed(0)
+    z, w, target = torch.randn(6, 5, requires_grad=True), torch.randn(7, 5), torch.arange(6) % 5
+    calls = {
+        "cross_entropy": lambda: cross_entropy(z, target, **options),
+        "grad_in_forward": lambda: cross_entropy(z, target, grad_in_forward=True, **options),
+        "inplace_backward": lambda: cross_entropy(z * 1, target, inplace_backward=True, **options),
+        "linear_cross_entropy": lambda: linear_cross_entropy(z, w, target, reduction="none", chunk_rows=4, **options),
+        "cross_entropy_rows": lambda: sum(it.float() for it in cross_entropy_rows(z, target, **options)),
+        "softmax": lambda: softmax(z, 1, **options),
+        "log_softmax": lambda: log_softmax(z, 1, **options),
+        "distributed": lambda: distributed.cross_entropy(z, target, **options),
+    }
+    found = {}
+    for name, call in calls.items():
+        result = call()
+        found[name] = (result.detach(), *torch.autograd.grad(result, z, torch.ones_like(result)))
+    return found
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_every_operation_reaches_a_third_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    third = register(monkeypatch, everything=True)
+    found = losses_and_gradients(backend="third")
+    assert third.cross_entropy.called() == {"loss", "gradient", "loss_and_gradient", "rescale_gradient"}
+    assert third.row_outputs.called() == {"forward", "gradient"}
+    assert third.softmax.called() == {"forward", "backward"}
+    assert third.vocab_parallel.called() == {"prepare", "statistics", "terms", "finalize", "gradient"}
+    torch.testing.assert_close(found, losses_and_gradients())
+    monkeypatch.setattr(Third, "gradient_with_loss", ("cpu",))
+    cross_entropy(torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1]), backend="third")
+    assert third.cross_entropy.called() == {"loss_and_gradient"}
+    x, w = torch.zeros(2, 3, requires_grad=True), torch.zeros(4, 3)
+    linear_cross_entropy(x, w, torch.tensor([0, 1]), backend="third")
+    assert third.cross_entropy.called() == {"loss_and_gradient"}
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_a_third_backend_does_not_offer_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    third = register(monkeypatch, everything=False)
+    rows, slices = Recorder(row_outputs), Recorder(vocab_parallel)
+    monkeypatch.setattr(TorchBackend, "row_outputs", rows)
+    monkeypatch.setattr(TorchBackend, "vocab_parallel", slices)
+    found = losses_and_gradients(backend="third")
+    assert third.cross_entropy.called() == {"loss", "gradient", "loss_and_gradient", "rescale_gradient"}
+    assert rows.called() == {"forward", "gradient"}
+    assert slices.called() >= {"statistics", "finalize", "gradient"}
+    torch.testing.assert_close(found, losses_and_gradients())
+    z = torch.zeros(2, 3, requires_grad=True)
+    assert softmax(z, 1, backend="third").grad_fn.name() == "SoftmaxBackward0"
+
+
+def test_the_registry_names_chooses_and_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, everything=False)
+    z, target = torch.zeros(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="backend must be 'auto', 'triton', 'torch' or 'third'; got 'fourth'"):
+        cross_entropy(z, target, backend="fourth")
+    with pytest.raises(RuntimeError, match="the third backend has no GPU"):
+        _dispatch.get_backend("third", "cuda")
+    monkeypatch.setattr(_dispatch, "REGISTRY", {"third": REGISTRY["third"], **REGISTRY})
+    assert _dispatch.explain_backend(torch.device("meta")) == ("third", "made for meta tensors")
+    compiled = torch.compile(lambda z: cross_entropy(z, target, backend="third"), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(z), F.cross_entropy(z, target))
+    assert "loss" in REGISTRY["third"].cross_entropy.called()

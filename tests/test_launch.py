@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from softmax_fused import _launch, _tiles, cross_entropy, cross_entropy_rows, log_softmax, softmax
-from softmax_fused._layout import merge_rows
+from softmax_fused import cross_entropy, cross_entropy_rows, log_softmax, softmax
+from softmax_fused.backends.triton import cross_entropy as triton_cross_entropy
+from softmax_fused.backends.triton import launch, tiles
+from softmax_fused.backends.triton.layout import merge_rows
 from tests.cases import make_indices, make_logits
 from tests.conftest import Place
 
@@ -35,55 +37,55 @@ def test_merge_rows(shape: tuple, strides: list, sizes: tuple, merged: list) -> 
 def test_tiles_are_powers_of_two_that_fit_registers(
     classes: int, sizes: tuple[int, ...], adjacent: bool, itemsize: int
 ) -> None:
-    tile = _tiles.choose_tile(classes, sizes, adjacent, itemsize)
+    tile = tiles.choose_tile(classes, sizes, adjacent, itemsize)
     for number in (tile.rows, tile.classes, tile.warps):
         assert number > 0
         assert number & (number - 1) == 0
-    assert tile.rows * tile.classes / (tile.warps * _tiles.WARP) <= 32  # elements a thread
+    assert tile.rows * tile.classes / (tile.warps * tiles.WARP) <= 32  # elements a thread
     assert tile.classes < 2 * classes
     assert tile.rows < 2 * sizes[-1]
 
 
-@pytest.mark.parametrize("table", [_tiles.tables.one_pass, _tiles.tables.two_pass], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("table", [tiles.tables.one_pass, tiles.tables.two_pass], ids=["one pass", "two passes"])
 @pytest.mark.parametrize("classes", [129, 1000, 4096, 32_000, 50_257, 128_256, 2**31])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_long_rows_go_in_whole_vectors(table: tuple, classes: int, itemsize: int) -> None:
-    tile = _tiles.long_tile(classes, itemsize, table)
+    tile = tiles.long_tile(classes, itemsize, table)
     assert tile.vector * itemsize == 16
-    assert tile.lanes == tile.warps * _tiles.WARP <= 1024
+    assert tile.lanes == tile.warps * tiles.WARP <= 1024
     assert tile.classes % (tile.lanes * tile.vector) == 0
     assert tile.classes // tile.lanes <= 32  # elements a thread
     assert not tile.whole or tile.classes >= classes // tile.vector * tile.vector  # the rest is the row's edge
 
 
 def test_few_long_rows_are_split() -> None:
-    assert _tiles.split_rows(8192, 128_256, 2048) == 1
-    assert _tiles.split_rows(512, 128_256, 2048) == 1
-    assert _tiles.split_rows(64, 128_256, 2048) == 8
-    assert _tiles.split_rows(1, 128_256, 2048) == 31  # two steps a program at least
-    assert _tiles.split_rows(1, 1000, 256) == 1
+    assert tiles.split_rows(8192, 128_256, 2048) == 1
+    assert tiles.split_rows(512, 128_256, 2048) == 1
+    assert tiles.split_rows(64, 128_256, 2048) == 8
+    assert tiles.split_rows(1, 128_256, 2048) == 31  # two steps a program at least
+    assert tiles.split_rows(1, 1000, 256) == 1
 
 
 def test_floats_reach_kernels_in_double_precision() -> None:
     for value in (0.1, 1 / 3, 1e-3, 1.0):
-        high, low = _launch.split(value)
+        high, low = launch.split(value)
         assert abs(high + float(torch.tensor(low, dtype=torch.float32)) - value) <= 1e-15 * value
         assert float(torch.tensor(high, dtype=torch.float32)) == high
-    assert _launch.split(0.0) is None
+    assert launch.split(0.0) is None
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
-    real = _launch.launch
+    real = launch.launch
 
-    def launch(kernel: Any, programs: int, warps: int, device: torch.device, *args: Any) -> None:
+    def record(kernel: Any, programs: int, warps: int, device: torch.device, *args: Any) -> None:
         arguments = dict(zip(kernel.arg_names, args, strict=True))
         with_gradient = kernel.fn.__name__ == "cross_entropy_forward" and arguments["tensors"].grad is not None
         names.append(kernel.fn.__name__ + ("_backward" if with_gradient else ""))
         real(kernel, programs, warps, device, *args)
 
-    monkeypatch.setattr(_launch, "launch", launch)
+    monkeypatch.setattr(launch, "launch", record)
     return names
 
 
@@ -106,7 +108,7 @@ def test_at_most_two_launches_forward_and_one_backward(
     second: str | None,
     reduction: str,
 ) -> None:
-    monkeypatch.setattr(_tiles, "tables", _tiles.tables._replace(target_programs=8))
+    monkeypatch.setattr(tiles, "tables", tiles.tables._replace(target_programs=8))
     logits, target = make_logits(shape, torch.float32, kernels.device), make_indices(shape, kernels.device)
     reduced = [second] if second and (reduction != "none" or second == "cross_entropy_combine") else []
     loss = cross_entropy(logits, target, reduction=reduction, backend="triton")
@@ -144,8 +146,10 @@ def test_softmax_and_outputs_of_rows_are_one_launch_each_way(
 @pytest.mark.parametrize("grad", [False, True])
 def test_nothing_is_saved_that_nobody_needs(kernels: Place, monkeypatch: pytest.MonkeyPatch, grad: bool) -> None:
     kept = []
-    real = _launch.loss
-    monkeypatch.setattr(_launch, "loss", lambda *args, **options: (kept.append(real(*args, **options)), kept[-1])[1])
+    real = triton_cross_entropy.loss
+    monkeypatch.setattr(
+        triton_cross_entropy, "loss", lambda *args, **options: (kept.append(real(*args, **options)), kept[-1])[1]
+    )
     logits = make_logits((8, 10), torch.float32, kernels.device)
     cross_entropy(logits if grad else logits.detach(), make_indices((8, 10), kernels.device), backend="triton")
     assert [tuple(tensor.shape) for tensor in kept[0][1]] == ([(3, 8), (1,)] if grad else [(1,)])

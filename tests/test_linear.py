@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softmax_fused import _linear, linear, linear_cross_entropy
+from softmax_fused import linear_cross_entropy
+from softmax_fused.functional import chunked_linear, linear
 from tests import reference
 from tests.cases import ULPS, crossed, make_indices, make_probabilities
 from tests.conftest import CPU, HAS_GPU, Place
@@ -117,8 +118,8 @@ def test_strided_tensors(place: Place) -> None:
 @pytest.mark.parametrize("wanted", range(8), ids="{:03b}".format)
 def test_every_subset_of_gradients(place: Place, wanted: int, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     products: list[str] = []
-    add_product = _linear.add_product
-    monkeypatch.setattr(_linear, "add_product", lambda *args: (products.append("weight"), add_product(*args)))
+    add_product = chunked_linear.add_product
+    monkeypatch.setattr(chunked_linear, "add_product", lambda *args: (products.append("weight"), add_product(*args)))
     tensors = make_layer((7,), (11,), 5, torch.float32, place)
     target = make_indices((7, 11), place.device)
     loss = at_once(tensors, target, reduction=reduction)
@@ -188,8 +189,8 @@ def test_an_empty_batch(place: Place, reduction: str) -> None:
 
 def test_only_a_chunk_of_logits_exists(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    project = _linear.project
-    monkeypatch.setattr(_linear, "project", lambda *args: (seen.append(args[-1]), project(*args))[1])
+    project = chunked_linear.project
+    monkeypatch.setattr(chunked_linear, "project", lambda *args: (seen.append(args[-1]), project(*args))[1])
     x, w, _ = make_layer((7,), (11,), 5, torch.float32, place)
     target = make_indices((7, 11), place.device)
     for rows, chunks in ((1, [1] * 7), (3, [3, 3, 1]), (4, [4, 3]), (5, [4, 3]), (100, [7])):
@@ -200,16 +201,16 @@ def test_only_a_chunk_of_logits_exists(place: Place, monkeypatch: pytest.MonkeyP
 
 
 def test_chunks_are_as_large_as_what_exists_anyway() -> None:
-    assert _linear.default_rows(8192, 1024, 50257) == 1024  # the weight
-    assert _linear.default_rows(65536, 1024, 32000) == 2097  # the input
-    assert _linear.default_rows(8192, 16, 50257) == _linear.LEAST // 50257
-    assert _linear.default_rows(1, 1, 2**25) == 1
+    assert chunked_linear.default_rows(8192, 1024, 50257) == 1024  # the weight
+    assert chunked_linear.default_rows(65536, 1024, 32000) == 2097  # the input
+    assert chunked_linear.default_rows(8192, 16, 50257) == chunked_linear.SMALLEST_CHUNK // 50257
+    assert chunked_linear.default_rows(1, 1, 2**25) == 1
 
 
 def test_few_logits_on_the_cpu_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, b = make_layer((7,), (11,), 5, torch.float32, CPU)
     target = make_indices((7, 11), "cpu")
-    monkeypatch.setattr(linear, "computed", None)
+    monkeypatch.setattr(linear, "chunked", None)
     loss = linear_cross_entropy(x, w, target, linear_bias=b)
     assert torch.equal(loss, at_once((x, w, b), target))
     with pytest.raises(TypeError):
@@ -234,7 +235,7 @@ def test_products_of_sixteen_bits_are_summed_in_float32(place: Place) -> None:
     g, x = torch.ones(2, 3, device=place.device).bfloat16(), torch.ones(2, 4, device=place.device).bfloat16()
     total = torch.full((3, 4), 4096.0, device=place.device)  # whose neighbour in bfloat16 is 4112
     for _ in range(3):
-        _linear.add_product(total, g, x)
+        chunked_linear.add_product(total, g, x)
     assert torch.equal(total, torch.full_like(total, 4102))
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from softmax_fused import LinearCrossEntropyLoss, _linear, cross_entropy, linear_cross_entropy
+from softmax_fused import LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
+from softmax_fused.functional import chunked_linear
 from tests.cases import make_indices, make_probabilities
 from tests.conftest import CPU, Place
 from tests.test_errors import outcome
@@ -138,8 +139,8 @@ def test_transforms(place: Place, transform: Callable[..., object], reduction: s
 )
 def test_compiled_it_goes_in_chunks_too(wanted: int, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    project = _linear.project
-    monkeypatch.setattr(_linear, "project", lambda *args: (seen.append(len(args[0])), project(*args))[1])
+    project = chunked_linear.project
+    monkeypatch.setattr(chunked_linear, "project", lambda *args: (seen.append(len(args[0])), project(*args))[1])
     torch.compiler.reset()
     counter, frames = CompileCounterWithBackend("aot_eager"), []
     compiled = torch.compile(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from softmax_fused import _tiles, cross_entropy
+from softmax_fused import cross_entropy
+from softmax_fused.backends.triton import tiles
 from tests.cases import assert_right, make_indices, make_logits, make_probabilities
 from tests.conftest import Place
 
@@ -58,7 +59,7 @@ def test_logits_whose_elements_share_memory(kernels: Place, overlapping: Callabl
 
 @pytest.mark.parametrize("programs", [1, 8, 64])
 def test_rows_in_parts(kernels: Place, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
-    monkeypatch.setattr(_tiles, "tables", _tiles.tables._replace(target_programs=programs))
+    monkeypatch.setattr(tiles, "tables", tiles.tables._replace(target_programs=programs))
     for classes in (3071, 4096):
         logits = make_logits((3, classes), torch.float32, kernels.device)
         target = make_indices((3, classes), kernels.device)
@@ -72,7 +73,7 @@ def test_rows_in_parts(kernels: Place, monkeypatch: pytest.MonkeyPatch, programs
 
 @pytest.mark.parametrize("programs", [1, 8])
 def test_confident_rows_keep_their_digits(kernels: Place, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
-    monkeypatch.setattr(_tiles, "tables", _tiles.tables._replace(target_programs=programs))
+    monkeypatch.setattr(tiles, "tables", tiles.tables._replace(target_programs=programs))
     for label in (0, 700, 2047):
         logits = torch.zeros(1, 2048, device=kernels.device)
         logits[0, label] = 30.0
@@ -87,7 +88,7 @@ def test_confident_rows_keep_their_digits(kernels: Place, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("programs", [1, 8])
 def test_minus_infinity_and_the_lowest_numbers(kernels: Place, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
-    monkeypatch.setattr(_tiles, "tables", _tiles.tables._replace(target_programs=programs))
+    monkeypatch.setattr(tiles, "tables", tiles.tables._replace(target_programs=programs))
     lowest = torch.finfo(torch.float32).min
     logits = make_logits((7, 1500), torch.float32, kernels.device).detach()
     logits[0, :1400] = -torch.inf  # whole blocks

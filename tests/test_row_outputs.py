@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softmax_fused import RowOutputs, cross_entropy_rows
-from softmax_fused.row_outputs import FIELDS
+from softmax_fused.functional.rows import NAMES
 from tests.cases import ULPS, make_indices, make_logits, make_probabilities
 from tests.conftest import INTERPRETER, Place
 
@@ -50,7 +50,7 @@ def assert_right(
     z: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    outputs: tuple[str, ...] = FIELDS,
+    outputs: tuple[str, ...] = NAMES,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> None:
@@ -59,7 +59,7 @@ def assert_right(
     rows = cross_entropy_rows(z, target, weight, outputs=outputs, dtype=dtype, backend=place.backend, **options)
     leaf = z.detach().double().requires_grad_()
     truth = reference(leaf, target, weight, **options)
-    for name in FIELDS:
+    for name in NAMES:
         got, exact = getattr(rows, name), getattr(truth, name)
         if name not in outputs:
             assert got is None
@@ -93,7 +93,7 @@ def test_every_output(place: Place, shape: tuple[int, ...], dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize(
-    "outputs", [(name,) for name in FIELDS] + [("loss", "prediction"), ("logsumexp", "entropy")], ids=str
+    "outputs", [(name,) for name in NAMES] + [("loss", "prediction"), ("logsumexp", "entropy")], ids=str
 )
 @pytest.mark.parametrize("shape", [(7, 10), (2, 300)], ids=str)
 def test_any_outputs(place: Place, shape: tuple[int, ...], outputs: tuple[str, ...]) -> None:
@@ -323,9 +323,26 @@ def test_torchs_errors_for_targets(place: Place) -> None:
 
 
 def test_chunks_of_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    from softmax_fused import _torch_rows
+    from softmax_fused.backends.torch import chunks
 
-    monkeypatch.setattr(_torch_rows, "CHUNK", 64)
+    monkeypatch.setattr(chunks, "CHUNK", 64)
     for shape in ((33, 10), (2, 5, 6, 7), (5, 100)):
         z, target = make_logits(shape, torch.float32, "cpu"), make_indices(shape, "cpu")
         assert_right(Place("cpu", "torch"), z, target, softcap=4.0, label_smoothing=0.1)
+
+
+def test_arguments_are_checked_without_the_loss_being_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the fused path does not cover is computed once, and not before to see whether torch takes it."""
+    calls = []
+    operator = torch._C._nn.cross_entropy_loss
+    monkeypatch.setattr(torch._C._nn, "cross_entropy_loss", lambda *args: (calls.append(args), operator(*args))[1])
+    z, target = torch.randn(4, 5), torch.randn(4, 5).softmax(1).requires_grad_()
+    rows = cross_entropy_rows(z, target, outputs=("prediction", "entropy"))
+    assert (rows.prediction.shape, len(calls)) == ((4,), 0)
+    loss = cross_entropy_rows(z, target, backend="torch").loss
+    assert len(calls) == 1
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), target)[0], -torch.log_softmax(z, 1))
+    with pytest.raises(ValueError, match="target must have shape"):
+        cross_entropy_rows(z, target[:3], outputs=("prediction",))
+    with pytest.raises(RuntimeError, match="device"):
+        cross_entropy_rows(z.to("meta"), target.detach(), outputs=("prediction",))

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softmax_fused import functional
-from softmax_fused._autograd import Spec, make_spec
-from softmax_fused._slices import slice_operations
+from softmax_fused._dispatch import get_backend, slice_operations
+from softmax_fused._spec import Spec
+from softmax_fused.backends.torch.targets import make_spec
 from tests import reference
 from tests.cases import crossed, make_probabilities
 from tests.conftest import CPU, Place
@@ -22,24 +22,24 @@ def brought_together(
     place: Place, logits: Tensor, target: Tensor, weight: Tensor | None, sizes: list[int], spec: Spec, upstream: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the loss as each slice has it, and the slice's gradient."""
-    module = slice_operations(functional.operations(place.backend, logits.device))
+    operations = slice_operations(get_backend(place.backend, logits.device.type))
     slices = []
     for rank, size in enumerate(sizes):
         z = part_of(logits, sizes, rank, 1)
-        t = target if spec.indices else part_of(target, sizes, rank, 1)
+        t = target if spec.target.has_labels else part_of(target, sizes, rank, 1)
         w = None if weight is None else part_of(weight, sizes, rank, 0)
         it = spec._replace(first=sum(sizes[:rank]))
-        slices.append((z, module.prepare(z, t, it), w, it))
+        slices.append((z, operations.prepare(z, t, it), w, it))
         assert z.shape[1] == size
-    parts = [module.statistics(*each) for each in slices]
+    parts = [operations.statistics(*each) for each in slices]
     m = torch.stack([part[0] for part in parts]).amax(0)
-    sums = sum(module.terms(part, m, *each) for part, each in zip(parts, slices, strict=True))
+    sums = sum(operations.terms(part, m, *each) for part, each in zip(parts, slices, strict=True))
     found = []
     for z, t, w, it in slices:
-        loss, saved = module.close(sums, m, z, t, w, it)
+        loss, saved = operations.finalize(sums, m, z, t, w, it)
         grad = torch.zeros(z.shape, dtype=z.dtype, device=z.device)
         if z.numel():
-            module.gradient(upstream.to(z.dtype), z, t, w, saved, it, grad)
+            operations.gradient(upstream.to(z.dtype), z, t, w, saved, it, grad)
         found.append((loss, grad))
     return found
 

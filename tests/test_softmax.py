@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import softmax_fused
-from softmax_fused import activation
+from softmax_fused.functional.autograd import Softmax
 from tests.cases import ULPS, make_logits
 from tests.conftest import INTERPRETER, Place
 
@@ -244,4 +244,4 @@ def test_cpu_tensors_are_torchs_own() -> None:
 def test_kernels_compute_where_they_are_asked_for(kernels: Place) -> None:
     z = torch.randn(3, 4, requires_grad=True, device=kernels.device)
     for y in (softmax_fused.softmax(z, 1, backend="triton"), softmax_fused.log_softmax(z, 1, backend="triton")):
-        assert type(y.grad_fn).__name__ == f"{activation.Softmax.__name__}Backward"
+        assert type(y.grad_fn).__name__ == f"{Softmax.__name__}Backward"

@@ -19,7 +19,6 @@ from softmax_fused import (
     LinearCrossEntropyLoss,
     LogSoftmax,
     Softmax,
-    _ops,
     cross_entropy,
     cross_entropy_rows,
     information,
@@ -27,6 +26,7 @@ from softmax_fused import (
     log_softmax,
     softmax,
 )
+from softmax_fused.functional import operators
 from tests.cases import make_indices, make_logits, make_probabilities
 from tests.conftest import Place
 
@@ -159,11 +159,12 @@ def test_operators_pass_opcheck(place: Place) -> None:
         for reduction in ("mean", "sum", "none"):
             logits = make_logits((8, 10), torch.float32, place.device)
             options = (None, reduction, -100, 0.1, torch.float32, place.backend)
-            torch.library.opcheck(_ops.cross_entropy, (logits, target, *options))
-            loss, *saved = _ops.cross_entropy(logits, target, *options)
+            torch.library.opcheck(operators.cross_entropy, (logits, target, *options))
+            loss, *saved = operators.cross_entropy(logits, target, *options)
             upstream = torch.randn_like(loss)
             torch.library.opcheck(
-                _ops.cross_entropy_backward, (upstream, logits.detach(), target, [s.detach() for s in saved], *options)
+                operators.cross_entropy_backward,
+                (upstream, logits.detach(), target, [s.detach() for s in saved], *options),
             )
 
 

@@ -5,8 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softmax_fused import _torch_path, _torch_rows, cross_entropy
-from softmax_fused._autograd import Spec, make_spec
+from softmax_fused import cross_entropy
+from softmax_fused._spec import Spec
+from softmax_fused.backends.torch import chunks
+from softmax_fused.backends.torch import cross_entropy as torch_loss
+from softmax_fused.backends.torch.targets import make_spec
 from tests import reference
 from tests.cases import ULPS, make_indices, make_logits, make_probabilities
 
@@ -29,7 +32,7 @@ def assert_near(got: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
 
 @pytest.fixture(params=[2**22, 64], ids=["one chunk", "many chunks"], autouse=True)
 def chunk_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_torch_rows, "CHUNK", request.param)
+    monkeypatch.setattr(chunks, "CHUNK", request.param)
 
 
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
@@ -39,22 +42,22 @@ def chunk_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def test_every_operation(shape: tuple[int, ...], dtype: torch.dtype, reduction: str, probabilities: bool) -> None:
     logits, target, spec = make(shape, dtype, probabilities, reduction)
     weight = torch.rand(shape[min(len(shape) - 1, 1)], dtype=torch.float64).to(dtype)
-    loss, saved, grad = _torch_path.loss_and_gradient(logits, target, weight, spec)
-    assert [tuple(s.shape) for s in saved] == _torch_path.saved_shapes(logits, weight, spec)
+    loss, saved, grad = torch_loss.loss_and_gradient(logits, target, weight, spec)
+    assert [tuple(s.shape) for s in saved] == torch_loss.saved_shapes(logits, weight, spec)
     one = reference.cross_entropy(logits, target, weight, -100, reduction, 0.1)
     assert_near(loss, one.loss, dtype)
     assert_near(grad, one.grad, dtype)
     ones = torch.ones_like(loss)
-    assert _torch_path.unless_one(ones, logits, target, weight, saved, spec, grad) is grad
+    assert torch_loss.rescale_gradient(ones, logits, target, weight, saved, spec, grad) is grad
     upstream = torch.randn(loss.shape).to(dtype)
     truth = reference.cross_entropy(logits, target, weight, -100, reduction, 0.1, upstream).grad
-    same = _torch_path.unless_one(upstream, logits, target, weight, saved, spec, grad)
+    same = torch_loss.rescale_gradient(upstream, logits, target, weight, saved, spec, grad)
     assert same is grad
     assert_near(grad, truth, dtype)
-    separate, kept = _torch_path.loss(logits, target, weight, spec, save=True)
+    separate, kept = torch_loss.loss(logits, target, weight, spec, save=True)
     assert_near(separate, one.loss, dtype)
-    assert_near(_torch_path.gradient(upstream, logits, target, weight, kept, spec), truth, dtype)
-    assert _torch_path.gradient(upstream, logits, target, weight, kept, spec, logits) is logits
+    assert_near(torch_loss.gradient(upstream, logits, target, weight, kept, spec), truth, dtype)
+    assert torch_loss.gradient(upstream, logits, target, weight, kept, spec, logits) is logits
     assert_near(logits, truth, dtype)
 
 
@@ -72,8 +75,8 @@ def test_written_over_the_logits(shape: tuple[int, ...], layout: object) -> None
     logits, target, spec = make(shape, torch.float32, False, "mean")
     truth = reference.cross_entropy(logits, target, label_smoothing=0.1).grad
     logits = layout(logits)
-    _, saved = _torch_path.loss(logits, target, None, spec, save=True)
-    _torch_path.gradient(torch.ones(()), logits, target, None, saved, spec, logits)
+    _, saved = torch_loss.loss(logits, target, None, spec, save=True)
+    torch_loss.gradient(torch.ones(()), logits, target, None, saved, spec, logits)
     assert_near(logits, truth, torch.float32)
 
 
@@ -85,7 +88,7 @@ def test_ignored_rows_that_hold_anything(shape: tuple[int, ...], classes: object
     target.view(-1)[::3] = -100
     truth = reference.cross_entropy(logits, target, label_smoothing=0.1)
     logits[:, classes].masked_fill_((target == -100).unsqueeze(1) if classes == slice(None) else target == -100, value)
-    loss, _, grad = _torch_path.loss_and_gradient(logits, target, None, spec)
+    loss, _, grad = torch_loss.loss_and_gradient(logits, target, None, spec)
     assert_near(loss, truth.loss, torch.float32)
     assert_near(grad, truth.grad, torch.float32)
 
@@ -95,9 +98,9 @@ def test_ignored_rows_that_hold_anything(shape: tuple[int, ...], classes: object
 def test_bad_rows_have_a_bad_gradient(shape: tuple[int, ...], value: float) -> None:
     logits, target, spec = make(shape, torch.float32, False, "none")
     logits[1] = value
-    _, saved, grad = _torch_path.loss_and_gradient(logits, target, None, spec)
+    _, saved, grad = torch_loss.loss_and_gradient(logits, target, None, spec)
     ones = torch.ones_like(target, dtype=torch.float32)
-    again = _torch_path.gradient(ones, logits, target, None, saved, spec)
+    again = torch_loss.gradient(ones, logits, target, None, saved, spec)
     for result in (grad, again):
         assert result[1].isnan().all()
         assert result[0].isfinite().all()
@@ -128,18 +131,18 @@ def test_infinite_weights_do_what_they_do_in_torch(reduction: str, create_graph:
 @pytest.mark.parametrize("shape", [(1, 19, 12, 40), (7, 3, 5), (1, 2, 1, 999), (5, 100_000), (3, 2, 65, 1)], ids=str)
 def test_chunks_are_small_and_cover_every_row_once(shape: tuple[int, ...]) -> None:
     seen = torch.zeros(shape[:1] + shape[2:])
-    for part in _torch_rows.chunks(torch.empty(shape), 4000):
+    for part in chunks.row_chunks(torch.empty(shape), 4000):
         seen[part] += 1
-        piece = torch.empty(shape)[_torch_rows.with_classes(part)]
+        piece = torch.empty(shape)[chunks.with_classes(part)]
         assert piece.numel() <= max(4000, shape[1] * seen.numel() // max(seen.shape))
     assert (seen == 1).all()
 
 
 def test_one_large_image_needs_scratch_of_a_chunk() -> None:
     z = torch.empty(1, 19, 64, 64)
-    workspace = _torch_rows.Workspace(z, None, torch.float32)
+    workspace = chunks.Workspace(z, None, torch.float32)
     assert workspace.scratch is not None
-    assert workspace.scratch.numel() <= max(_torch_rows.CHUNK, 19 * 64)
+    assert workspace.scratch.numel() <= max(chunks.CHUNK, 19 * 64)
 
 
 def test_confident_rows_among_others() -> None:
@@ -152,7 +155,7 @@ def test_confident_rows_among_others() -> None:
         logits[row] = 0
         logits[row, target[row]] = torch.tensor(9 / rest).log()
     spec = make_spec(logits, target, "sum", -100, 0.0, torch.float32)
-    grad = _torch_path.gradient(torch.ones(()), logits, target, None, [], spec).double()
+    grad = torch_loss.gradient(torch.ones(()), logits, target, None, [], spec).double()
     truth = reference.cross_entropy(logits, target, reduction="sum").grad
     assert_near(grad, truth, torch.float32)
     for row in confident:
@@ -168,7 +171,7 @@ def test_few_classes_lose_nothing_against_torch(shape: tuple[int, ...]) -> None:
     leaf = (logits / 3).requires_grad_()
     upstream = torch.randn(target.shape)
     truth = reference.cross_entropy(leaf, target, reduction="none", upstream=upstream).grad
-    ours = _torch_path.gradient(upstream, leaf.detach(), target, None, [], spec)
+    ours = torch_loss.gradient(upstream, leaf.detach(), target, None, [], spec)
     (torchs,) = torch.autograd.grad(F.cross_entropy(leaf, target, reduction="none"), leaf, upstream)
     last_place = torch.finfo(torch.float32).eps * truth.abs().max()
     assert (ours - truth).abs().max() <= 1.5 * (torchs - truth).abs().max() + last_place / 4

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from softmax_fused import linear
+from softmax_fused import _dispatch
+from softmax_fused.functional import linear
 from softmax_fused.training.errors import UsageError
 from softmax_fused.training.learner import build_learner, learner_for
 from softmax_fused.training.losses import build_loss
@@ -29,12 +30,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the batches that went in chunks, as batches of many classes do."""
     seen: list[int] = []
-    computed = linear.computed
-    monkeypatch.setattr(linear, "HAND_OVER", 0)
+    chunked = linear.chunked
+    monkeypatch.setattr(_dispatch, "SMALL_CPU_NUMEL", 0)
     monkeypatch.setattr(linear, "default_rows", lambda *_: 100)
-    monkeypatch.setattr(
-        linear, "computed", lambda layer, plan: (seen.append(len(layer.input)), computed(layer, plan))[1]
-    )
+    monkeypatch.setattr(linear, "chunked", lambda layer, plan: (seen.append(len(layer.input)), chunked(layer, plan))[1])
     return seen
 
 

@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from softmax_fused import _launch, _tiles, _torch_slices
-from softmax_fused._launch import (
+from softmax_fused._spec import row_shape
+from softmax_fused.backends.torch import vocab_parallel as torch_vocab_parallel
+from softmax_fused.backends.triton import cross_entropy, launch, tiles
+from softmax_fused.backends.triton.launch import (
     accumulator,
     ignored,
-    kind,
     load_of,
     packed,
     plan,
-    saved,
     smoothing,
-    smooths,
     target_of,
 )
-from softmax_fused._layout import describe
-from softmax_fused._tiles import split_rows
-from softmax_fused._torch_slices import row_shape
+from softmax_fused.backends.triton.layout import describe
+from softmax_fused.backends.triton.tiles import split_rows
 from softmax_fused.kernels.cross_entropy import LossTensors, cross_entropy_forward
 from softmax_fused.kernels.reduce import LossOutputs, cross_entropy_reduce
 from softmax_fused.kernels.rows import RowLayout, Strided
@@ -30,7 +28,7 @@ from softmax_fused.kernels.vocab_parallel import cross_entropy_from_terms, cross
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softmax_fused._autograd import Spec
+    from softmax_fused._spec import Spec
 
 
 def prepare(logits: Tensor, target: Tensor, spec: Spec) -> Tensor:  # noqa: ARG001
@@ -44,19 +42,19 @@ def statistics(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
     Where other classes have a share of the target, sum a and <a, z - m> follow.
     """
     if not logits.numel():
-        return _torch_slices.statistics(logits, target, weight, spec)
+        return torch_vocab_parallel.statistics(logits, target, weight, spec)
     rows = describe(logits, target)
     logits_strides, target_strides = rows.strides
-    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, logits_strides, **load_of(weight, spec))
+    tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, **load_of(weight, spec))
     number = math.prod(rows.sizes)
     parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
-    out = logits.new_empty((5 if smooths(spec) else 3, number, parts), dtype=spec.acc)
+    out = logits.new_empty((5 if spec.has_dense_target else 3, number, parts), dtype=spec.acc)
     target_layout = target_of(target, weight, spec, target_strides, logits_strides, tile)
-    _launch.launch(
+    launch.launch(
         cross_entropy_forward, programs * parts, tile.warps, logits.device,
         LossOutputs(partials_ptr=out), LossTensors(Strided(logits, logits_strides), target_layout, None),
-        RowLayout(rows.sizes, rows.classes, parts), ignored(spec), kind(spec), "none", accumulator(spec.acc),
-        _tiles.tables.weight_programs, *tile.constants(),
+        RowLayout(rows.sizes, rows.classes, parts), ignored(spec), spec.reader, "none", accumulator(spec.acc),
+        tiles.tables.weight_programs, *tile.constants(),
     )  # fmt: skip
     return merge(out) if parts > 1 else out.squeeze(2)
 
@@ -76,48 +74,49 @@ def merge(partials: Tensor) -> Tensor:
 
 def row_target(target: Tensor, weight: Tensor | None, spec: Spec) -> Target:
     """Return class indices one after another; of class probabilities the kernels want nothing more."""
-    return Target(target.contiguous() if spec.indices else None, (1, 0), packed(weight), smoothing(spec))
+    return Target(target.contiguous() if spec.target.has_labels else None, (1, 0), packed(weight), smoothing(spec))
 
 
 def terms(parts: Tensor, m: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
     """Return what is summed over ranks, from the slice's statistics and the m of all slices."""
     if not logits.numel():
-        return _torch_slices.terms(parts, m, logits, target, weight, spec)
-    number, block = len(m), _tiles.tables.row_block
-    kinds = (3 if smooths(spec) else 1) + (0 if not spec.indices else 1 if weight is None else 2)
+        return torch_vocab_parallel.terms(parts, m, logits, target, weight, spec)
+    number, block = len(m), tiles.tables.row_block
+    kinds = (3 if spec.has_dense_target else 1) + (0 if not spec.target.has_labels else 1 if weight is None else 2)
     out = m.new_empty((kinds, number))
-    _launch.launch(
+    launch.launch(
         cross_entropy_terms, -(-number // block), 4, logits.device,
         out, parts, m, row_target(target, weight, spec), RowLayout((number,), logits.shape[1], 1),
-        ignored(spec), smooths(spec), kind(spec), accumulator(spec.acc), block,
+        ignored(spec), spec.has_dense_target, spec.reader, accumulator(spec.acc), block,
     )  # fmt: skip
     return out
 
 
-def close(
+def finalize(
     sums: Tensor, m: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the loss and what `gradient` needs, from the sums over ranks."""
-    number, block = len(m), _tiles.tables.row_block
+    number, block = len(m), tiles.tables.row_block
     if not number:
-        return _torch_slices.close(sums, m, logits, target, weight, spec)
+        return torch_vocab_parallel.finalize(sums, m, logits, target, weight, spec)
     programs = -(-number // block)
     reduced = spec.reduction != "none"
     out = LossOutputs(
-        m.new_empty(() if reduced else row_shape(logits), dtype=spec.dtype),
-        m.new_empty((3 if not spec.indices or weight is None else 4, number)),
+        m.new_empty(() if reduced else row_shape(logits.shape), dtype=spec.dtype),
+        m.new_empty((cross_entropy.saved_numbers(weight, spec), number)),
         m.new_empty((2, programs)) if reduced and programs > 1 else None,
         m.new_empty((1,)) if spec.reduction == "mean" else None,
     )
-    _launch.launch(
+    launch.launch(
         cross_entropy_from_terms, programs, 4, logits.device,
         out, sums, m, row_target(target, None, spec), RowLayout((number,), spec.classes, 1),
-        ignored(spec), smooths(spec), weight is not None, kind(spec), spec.reduction, accumulator(spec.acc), block,
+        ignored(spec), spec.has_dense_target, weight is not None, spec.reader, spec.reduction, accumulator(spec.acc),
+        block,
     )  # fmt: skip
     if out.sums_ptr is not None:
-        _launch.launch(cross_entropy_reduce, 1, 4, logits.device, out, programs, 256)
-    return out.loss_ptr, saved(out)
+        launch.launch(cross_entropy_reduce, 1, 4, logits.device, out, programs, 256)
+    return out.loss_ptr, cross_entropy.saved(out)
 
 
-gradient = _launch.gradient
+gradient = cross_entropy.gradient
 """The plain loss's: the row statistics it reads are those of all slices together."""

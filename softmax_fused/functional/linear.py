@@ -1,18 +1,36 @@
-"""A linear layer and its cross-entropy as one function: decide who computes it, and hand over."""
+"""A linear layer and its cross-entropy as one function."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from softmax_fused import _check, _linear_ops
-from softmax_fused._autograd import make_spec
-from softmax_fused._linear import Layer, LinearCrossEntropy, Plan, default_rows, product_dtype, reduce, sweep
-from softmax_fused.functional import HAND_OVER, automatic, cross_entropy, operations, transformed
+from softmax_fused import _errors
+from softmax_fused._dispatch import (
+    LAYER,
+    LayerCall,
+    check_backend,
+    get_backend,
+    has_subclass,
+    layer_dtype,
+    loss_dtype,
+    route,
+)
+from softmax_fused.backends.torch.targets import make_spec
+from softmax_fused.functional import linear_operators
+from softmax_fused.functional.chunked_linear import (
+    Layer,
+    LinearCrossEntropy,
+    Plan,
+    default_rows,
+    product_dtype,
+    reduce,
+    run_chunks,
+)
+from softmax_fused.functional.loss import cross_entropy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,26 +106,25 @@ def linear_cross_entropy(
         Triton Kernels for LLM Training, 2024 (loss and gradients chunk by chunk).
     """
     tensors = (input, linear_weight, target, linear_bias, weight)
-    _check.backend(backend)
-    _check.chunk_rows(chunk_rows)
+    check_backend(backend)
+    check_chunk(chunk_rows)
     ignore_index = -100 if ignore_index is None else ignore_index
     options = (reduction, ignore_index, label_smoothing)
-    if has_torch_function_variadic(*tensors) and not _check.subclasses(tensors):
+    if has_torch_function_variadic(*tensors) and not has_subclass(tensors):
         loss: Tensor = handle_torch_function(
             linear_cross_entropy, tensors, input, linear_weight, target, linear_bias=linear_bias, weight=weight,
             reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, chunk_rows=chunk_rows,
             backend=backend,
         )  # fmt: skip
         return loss
-    shape = _check.logits_shape(input, linear_weight, linear_bias)
-    whole = watched() or not _check.plain_layer(input, linear_weight, linear_bias)
-    if whole or (chunk_rows is None and backend == "auto" and few(input, shape)):
-        return at_once(*tensors, *options, shape, backend)
-    dtype = _check.layer_dtype(input)
-    logits = input.new_empty(1, dtype=dtype).expand(shape)  # says what they will be
-    if not _check.plain(logits, target, weight, ignore_index, reduction, label_smoothing):
-        return at_once(*tensors, *options, shape, backend)
-    spec = make_spec(logits, target, *options, _check.loss_dtype(logits, target))
+    shape = logits_shape(input, linear_weight, linear_bias)
+    loss_arguments = (target, weight, ignore_index, reduction, label_smoothing)
+    call = LayerCall(input, linear_weight, linear_bias, shape, chunk_rows, loss_arguments)
+    path = route(LAYER, backend, (call,))
+    if path in ("small", "torch"):
+        return unchunked(*tensors, *options, shape, backend)
+    dtype, logits = layer_dtype(input), call.logits()
+    spec = make_spec(logits, target, *options, loss_dtype(logits, target))
     single = input.ndim == 1
     rows = input.unsqueeze(0) if single else input
     layer = Layer(
@@ -118,59 +135,66 @@ def linear_cross_entropy(
         weight,
     )
     chunk = chunk_rows or default_rows(rows.shape[0], rows.shape[1], layer.linear_weight.shape[0])
-    sizes, products = shape if single else shape[1:], product_dtype(dtype, input.device)
-    if torch.compiler.is_compiling():
-        loss = _linear_ops.linear_cross_entropy(
-            *layer,
-            asked(layer),
-            reduction,
-            ignore_index,
-            float(label_smoothing),
-            spec.dtype,
-            sizes,
-            chunk,
-            dtype,
-            backend,
+    sizes = shape if single else shape[1:]
+    if path == "operator":
+        options_of_plan = (sizes, chunk, dtype, backend)
+        loss = linear_operators.linear_cross_entropy(
+            *layer, needs_grad(layer), reduction, ignore_index, float(label_smoothing), spec.dtype, *options_of_plan
         )[0]
     else:
-        loss = computed(layer, Plan(spec, operations(backend, input.device), sizes, chunk, dtype, products))
+        operations = get_backend(backend, input.device.type).cross_entropy
+        loss = chunked(layer, Plan(spec, operations, sizes, chunk, dtype, product_dtype(dtype, input.device)))
     return loss.squeeze(0) if single and reduction == "none" else loss
 
 
-def few(input: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether there are so few logits, on the CPU, that chunks save no time and no memory worth it."""
-    torchs = torch.compiler.is_compiling() or automatic("cpu") == "torch"  # torch.compile warns of the latter's cache
-    return input.is_cpu and torchs and math.prod(shape) < HAND_OVER
+def check_chunk(chunk_rows: Any) -> None:
+    """Refuse what is no number of rows.
+
+    Raises:
+        ValueError: If it is neither a positive integer nor None.
+    """
+    if chunk_rows is not None and not (type(chunk_rows) is int and chunk_rows > 0):
+        raise _errors.wrong_chunk(chunk_rows)
 
 
-def watched() -> bool:
-    """Whether something beyond autograd and torch.compile is watching: torch.func, tracing, torch.export."""
-    if torch.compiler.is_compiling():
-        from softmax_fused import _untraced
+def logits_shape(input: Any, linear_weight: Any, linear_bias: Any) -> tuple[int, ...]:
+    """Return the shape of a linear layer's logits.
 
-        return torch._C._are_functorch_transforms_active() or _untraced.exporting()
-    return transformed()
+    Raises:
+        TypeError: If an argument is no tensor.
+        RuntimeError: If the shapes do not fit one another.
+    """
+    named = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
+    for name, value in named.items():
+        if not isinstance(value, torch.Tensor) and not (name == "linear_bias" and value is None):
+            raise _errors.not_a_tensor(name, value)
+    if input.ndim not in (1, 2):
+        raise _errors.wrong_features(input)
+    if linear_weight.ndim < 2 or linear_weight.shape[-1] != input.shape[-1]:
+        raise _errors.wrong_layer_weight(input, linear_weight)
+    sizes = tuple(linear_weight.shape[:-1])
+    if linear_bias is not None and linear_bias.shape != sizes:
+        raise _errors.wrong_layer_bias(linear_weight, linear_bias)
+    if len(sizes) > 1 and input.ndim == 1:
+        raise _errors.one_row_of_many(input, linear_weight)
+    return (*input.shape[:-1], *sizes)
 
 
-def asked(layer: Layer) -> list[bool]:
-    """Return which of x, W and b ask for a gradient."""
-    tensors = (
-        layer.input,
-        layer.linear_weight,
-        layer.linear_bias,
-    )  # torch 2.7 does not compile a slice of a NamedTuple
+def needs_grad(layer: Layer) -> list[bool]:
+    """Return which of x, W and b need a gradient."""
+    tensors = (layer.input, layer.linear_weight, layer.linear_bias)  # torch 2.7 compiles no slice of a NamedTuple
     return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
 
 
-def computed(layer: Layer, plan: Plan) -> Tensor:
-    """Return the loss, differentiable where x, W or b asks for it."""
-    if any(asked(layer)):
+def chunked(layer: Layer, plan: Plan) -> Tensor:
+    """Return the loss, differentiable where x, W or b needs a gradient."""
+    if any(needs_grad(layer)):
         loss: Tensor = LinearCrossEntropy.apply(plan, *layer)
         return loss
-    return reduce(sweep(layer, plan, (False, False, False))[0], layer, plan)[0]
+    return reduce(run_chunks(layer, plan, (False, False, False))[0], layer, plan)[0]
 
 
-def at_once(
+def unchunked(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -182,7 +206,7 @@ def at_once(
     shape: tuple[int, ...],
     backend: str,
 ) -> Tensor:
-    """Compute all logits, and their loss."""
+    """Compute all logits at once, and their loss."""
     bias = None if linear_bias is None else linear_bias.reshape(-1)
     logits = F.linear(input, linear_weight.reshape(-1, input.shape[-1]), bias).reshape(shape)
     return cross_entropy(

@@ -1,21 +1,22 @@
-"""The loss of a DTensor: every rank computes its local part, and what the mesh divides is brought together.
+"""The loss of a DTensor: every rank computes the loss of its local part, and the parts are reduced over the mesh.
 
-Imported where there is a DTensor: torch.distributed is present then.
+It is imported when the first DTensor comes: then torch.distributed.tensor has been imported already.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from softmax_fused import _check
-from softmax_fused._autograd import make_spec
-from softmax_fused._exchange import Arguments, fault, label_range
-from softmax_fused._slices import slice_cross_entropy
-from softmax_fused.functional import operations
+from softmax_fused import _errors
+from softmax_fused._dispatch import get_backend, loss_dtype, slice_operations
+from softmax_fused._errors import target_shapes
+from softmax_fused._spec import class_dim as class_dim_of
+from softmax_fused.backends.torch import targets
+from softmax_fused.distributed.autograd import slice_cross_entropy
+from softmax_fused.distributed.exchange import Arguments, label_range, validation_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Local(torch.autograd.Function):
-    """As `to_local`, which in torch 2.11 takes uneven shards for even ones in backward, and gathers them."""
+    """Like `to_local`, whose backward in torch 2.11 takes uneven shards for even ones and gathers them."""
 
     @staticmethod
     def forward(ctx: Any, input: DTensor) -> Tensor:
@@ -47,23 +48,23 @@ def shard_dim(placement: Placement, ndim: int) -> int | None:
     return placement.dim % ndim if isinstance(placement, Shard) else None
 
 
-def covered(input: DTensor, target: Any, weight: Any) -> bool:
-    """Whether the logits are a DTensor whose mesh divides the classes at most once, and the others fit its shape."""
+def is_covered(input: DTensor, target: Any, weight: Any) -> bool:
+    """Whether the mesh divides the logits' classes at most once, and target and weight have fitting shapes."""
     if input.ndim == 0 or not isinstance(target, torch.Tensor):
         return False
-    class_dim = min(input.ndim - 1, 1)
+    class_dim = class_dim_of(input.ndim)
     divided = [shard_dim(placement, input.ndim) for placement in input.placements]
     return (
         all(type(placement) in (Shard, Replicate) for placement in input.placements)
         and divided.count(class_dim) <= 1
-        and target.shape in _check.target_shapes(input.shape)
+        and target.shape in target_shapes(input.shape)
         and (weight is None or (isinstance(weight, torch.Tensor) and weight.shape == (input.shape[class_dim],)))
     )
 
 
 def row_placements(input: DTensor) -> list[Placement]:
     """Return where the rows lie: as the logits without the class dimension."""
-    class_dim = min(input.ndim - 1, 1)
+    class_dim = class_dim_of(input.ndim)
     placements: list[Placement] = []
     for placement in input.placements:
         dim = shard_dim(placement, input.ndim)
@@ -72,7 +73,7 @@ def row_placements(input: DTensor) -> list[Placement]:
     return placements
 
 
-def brought_to(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], name: str) -> Tensor:
+def redistribute_local(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], name: str) -> Tensor:
     """Return the local part of a DTensor at `placements`; a plain tensor is taken to be the same on every rank.
 
     Raises:
@@ -81,10 +82,7 @@ def brought_to(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]
     if isinstance(tensor, DTensor):
         return tensor.redistribute(mesh, placements).to_local()
     if any(isinstance(placement, Shard) for placement in placements) and name == "target":
-        raise ValueError(
-            f"target must be a DTensor, placed as {tuple(placements)}, for logits whose rows are divided among ranks "
-            "and for class probabilities; got a plain tensor, which may be whole or a part"
-        )
+        raise _errors.plain_target(placements)
     whole = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(mesh, placements).to_local()
 
@@ -103,13 +101,10 @@ def class_slice(input: DTensor, local: Tensor, divides: list[bool]) -> tuple[int
     """
     if not any(divides):
         return 0, None
-    mesh, mesh_dim, class_dim = input.device_mesh, divides.index(True), min(input.ndim - 1, 1)
+    mesh, mesh_dim, class_dim = input.device_mesh, divides.index(True), class_dim_of(input.ndim)
     sizes, rank = chunk_sizes(input.shape[class_dim], mesh.size(mesh_dim)), mesh.get_local_rank(mesh_dim)
     if local.shape[class_dim] != sizes[rank]:
-        raise RuntimeError(
-            f"a DTensor's ranks must hold {sizes} classes, as Shard divides them; rank {rank} has "
-            f"{local.shape[class_dim]}: use softmax_fused.distributed.cross_entropy"
-        )
+        raise _errors.uneven_shards(sizes, rank, local.shape[class_dim])
     return sum(sizes[:rank]), mesh.get_group(mesh_dim)
 
 
@@ -122,28 +117,30 @@ def cross_entropy(
     label_smoothing: float,
     backend: str,
 ) -> DTensor | None:
-    """Return the loss, or None where an argument is left to torch."""
-    if not covered(input, target, weight):
+    """Return the loss, or None for arguments that torch's own operator is to compute or to refuse."""
+    if not is_covered(input, target, weight):
         return None
-    mesh, class_dim = input.device_mesh, min(input.ndim - 1, 1)
+    mesh, class_dim = input.device_mesh, class_dim_of(input.ndim)
     rows = row_placements(input)
     divides = [shard_dim(placement, input.ndim) == class_dim for placement in input.placements]
-    target = brought_to(target, mesh, input.placements if target.ndim == input.ndim else rows, "target")
+    has_labels = targets.kind_of(input, target).has_labels
+    target = redistribute_local(target, mesh, rows if has_labels else input.placements, "target")
     by_class: list[Placement] = [Shard(0) if yes else Replicate() for yes in divides]
-    local_weight = None if weight is None else brought_to(weight, mesh, by_class, "weight")
+    local_weight = None if weight is None else redistribute_local(weight, mesh, by_class, "weight")
     local: Tensor = Local.apply(input)
-    if fault(Arguments(local, target, local_weight, ignore_index, reduction, label_smoothing)):
+    if validation_error(Arguments(local, target, local_weight, ignore_index, reduction, label_smoothing)):
         return None
-    dtype = _check.loss_dtype(local, target)
-    by_parts = reduction != "none" and any(isinstance(placement, Shard) for placement in rows)
-    if by_parts and local.is_cpu and target.ndim < local.ndim:
+    dtype = loss_dtype(local, target)
+    rows_divided = reduction != "none" and any(isinstance(placement, Shard) for placement in rows)
+    if rows_divided and local.is_cpu and has_labels:
         check_labels(target, input.shape[class_dim], ignore_index, mesh, rows)
-    mean_of_parts = by_parts and reduction == "mean"
-    here = "sum" if mean_of_parts else reduction
-    spec = make_spec(local, target, here, ignore_index, label_smoothing, dtype)
+    mean_of_parts = rows_divided and reduction == "mean"
+    local_reduction = "sum" if mean_of_parts else reduction
+    spec = targets.make_spec(local, target, local_reduction, ignore_index, label_smoothing, dtype)
     first, group = class_slice(input, local, divides)
     spec = spec._replace(classes=input.shape[class_dim], first=first, dtype=spec.acc)
-    loss = slice_cross_entropy(local, target, local_weight, spec, group, operations(backend, local.device))
+    operations = slice_operations(get_backend(backend, local.device.type))
+    loss = slice_cross_entropy(local, target, local_weight, spec, group, operations)
     if reduction == "none":
         shape = torch.Size(size for dim, size in enumerate(input.shape) if dim != class_dim)
         stride = torch.empty(shape, device="meta").stride()
@@ -164,7 +161,7 @@ def reduced(values: Tensor, mesh: DeviceMesh, rows: Sequence[Placement], operati
 
 
 def check_labels(target: Tensor, classes: int, ignore_index: int, mesh: DeviceMesh, rows: Sequence[Placement]) -> None:
-    """Refuse class indices out of range wherever they are, so that no rank waits for one that raised.
+    """Refuse class indices out of range on every rank, so that none waits for another that has raised.
 
     Raises:
         IndexError: On every rank.
@@ -172,17 +169,14 @@ def check_labels(target: Tensor, classes: int, ignore_index: int, mesh: DeviceMe
     low, high = label_range(target, ignore_index)
     below, above = reduced(torch.stack([-low, high]), mesh, rows, "max").to_local().tolist()
     if below > 0 or above >= classes:
-        raise IndexError(_check.out_of_range(classes, ignore_index, -below if below > 0 else above))
+        raise _errors.out_of_range(classes, ignore_index, -below if below > 0 else above)
 
 
 def denominator(
     input: DTensor, local: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
     """Return this rank's part of what a mean divides by."""
-    if target.ndim == local.ndim:
-        return local.new_tensor(math.prod((*local.shape[:1], *local.shape[2:])), dtype=dtype)
-    keep = target != ignore_index
-    if weight is None:
-        return keep.sum().to(dtype)
-    whole = brought_to(weight, input.device_mesh, [Replicate()] * input.device_mesh.ndim, "weight")
-    return whole.to(dtype)[target.long().clamp(0, len(whole) - 1)].masked_fill(~keep, 0).sum()
+    if weight is not None and targets.kind_of(local, target).weighted_mean:
+        replicated = [Replicate()] * input.device_mesh.ndim
+        weight = redistribute_local(weight, input.device_mesh, replicated, "weight")
+    return targets.denominator(local, target, weight, ignore_index, dtype)[0]

@@ -1,7 +1,7 @@
-"""Softmax of a batch in pure torch, chunk by chunk: what fits the cache, and how classes lie.
+"""How a batch is divided into chunks, and the memory that a chunk is worked on in.
 
-Times are of two cores of an AMD EPYC under AVX2. What costs on a CPU is, in this order: page faults on new memory, as
-much time as three passes over it; parallel regions, each of which waits until every core has had its turn; exp.
+Times were measured on two cores of an AMD EPYC with AVX2. The costs on a CPU are, the largest first: page faults on new
+memory, which take as long as three passes over it; parallel regions, which wait for the last core; exponentials.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 CHUNK = 2**23
 """Elements in a chunk: 32 MiB of float32.
 
-Beside a busy process a core, an operation on a chunk waits for a time slice, so chunks are large: half the size took
-1.6 times as long there. On an idle machine it takes as long in float32, and 0.9 times as long in bfloat16. Twice the
-size takes 1.3 times as long in bfloat16 there, and twice as long for the loss alone in float32.
+Where other processes keep every core busy, each operation on a chunk waits for a time slice, so few large chunks are
+best: half the size took 1.6 times as long. On an idle machine half the size took as long in float32 and 0.9 times as
+long in bfloat16; twice the size took 1.3 times as long in bfloat16, and twice as long for the loss alone in float32.
 """
 
 
 def pieces(size: int, elements: int, limit: int) -> list[slice]:
-    """Slice a dimension, each index of which has so many elements, into equal pieces of at most `limit` elements."""
+    """Slice a dimension into equal pieces of at most `limit` elements, where each of its indices has `elements`."""
     step = math.ceil(size / min(size, math.ceil(size * elements / limit)))
     return [slice(i, i + step) for i in range(0, size, step)]
 
 
-def chunks(z: Tensor, limit: int) -> list[tuple[slice, ...]]:
+def row_chunks(z: Tensor, limit: int) -> list[tuple[slice, ...]]:
     """Slice the rows of (N, C, d1..dk): along the batch and, where one sample is too large, its longest dimension."""
     sample = z.numel() // z.shape[0]
     batch = pieces(z.shape[0], sample, limit)
@@ -46,33 +46,33 @@ def with_classes(part: tuple[slice, ...]) -> tuple[slice, ...]:
 
 
 class Workspace:
-    """The chunks, and memory to work on one in the accumulation type: the result where its layout serves, or scratch.
+    """The chunks, and memory of the accumulation type for one: part of the result where its layout allows, or scratch.
 
-    One scratch serves every chunk: new memory for each would be page faults for each.
+    All chunks share one scratch: new memory would cost page faults for each.
     """
 
     def __init__(self, z: Tensor, result: Tensor | None, dtype: torch.dtype) -> None:
-        self.parts, self.result, self.scratch = chunks(z, CHUNK), result, None
+        self.parts, self.result, self.scratch = row_chunks(z, CHUNK), result, None
         if result is None or not self.suits(result[with_classes(self.parts[0])], dtype):
             self.scratch = z.new_empty(z[with_classes(self.parts[0])].numel(), dtype=dtype)
 
     def suits(self, result: Tensor, dtype: torch.dtype) -> bool:
-        """Whether the work can be done right in the result."""
+        """Whether a chunk of the result has the type and layout of scratch."""
         return result.dtype == dtype and result.is_contiguous()
 
     def chunk(self, z: Tensor, at: tuple[slice, ...]) -> Tensor:
-        """Return memory of the shape of `z`, which is the chunk `at`."""
+        """Return memory for the chunk `z`, which lies at `at` in the batch."""
         if self.scratch is None:
             assert self.result is not None
             return self.result[at]
         return self.scratch[: z.numel()].view(z.shape)
 
 
-def readable(z: Tensor, work: Tensor) -> Tensor:
-    """Return the chunk `z` as torch's kernels take it as it is: itself, or copied to `work`."""
+def contiguous(z: Tensor, work: Tensor) -> Tensor:
+    """Return the chunk `z` in the type and layout that torch's kernel needs no copy of: itself, or copied to `work`."""
     return z if z.dtype == work.dtype and z.is_contiguous() else work.copy_(z)
 
 
 def log_softmax(z: Tensor, work: Tensor) -> None:
     """Fill `work` with the logarithm of the softmax."""
-    torch.log_softmax(readable(z, work), 1, out=work)
+    torch.log_softmax(contiguous(z, work), 1, out=work)

@@ -1,7 +1,7 @@
 """The linear layer and its loss as operators that torch.compile takes as they are; eager code never comes here.
 
-`softmax_fused::linear_cross_entropy` returns the loss, what a mean's gradients are to be multiplied by, and the sum's
-gradients of x, W and b, empty where nobody asks.
+`softmax_fused::linear_cross_entropy` returns the loss, the factor by which a mean's gradients are multiplied, and the
+gradients of x, W and b for the sum of the losses; those that are not needed are empty.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softmax_fused._autograd import make_spec
-from softmax_fused._linear import Layer, Plan, product_dtype, reduce, sweep, wide
-from softmax_fused._ops import implementation
+from softmax_fused._dispatch import get_backend
+from softmax_fused.backends.torch.targets import make_spec
+from softmax_fused.functional.chunked_linear import Layer, Plan, product_dtype, reduce, run_chunks, sum_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,10 +24,10 @@ OPTIONS = (
     "bool[] needs, str reduction, SymInt ignore_index, float label_smoothing, ScalarType dtype, SymInt[] sizes, "
     "SymInt rows, ScalarType layer_dtype, str backend"
 )
-NOBODY = (False, False, False)
+NO_GRADIENTS = (False, False, False)
 
 
-def planned(
+def make_plan(
     layer: Layer,
     reduction: str,
     ignore_index: int,
@@ -38,23 +38,24 @@ def planned(
     layer_dtype: torch.dtype,
     backend: str,
 ) -> Plan:
-    """Put together what an operator is told in pieces."""
+    """Put an operator's arguments together."""
     x = layer.input
     logits = x.new_empty(1).expand(x.shape[0], *sizes)
     spec = make_spec(logits, layer.target, reduction, ignore_index, label_smoothing, dtype)
     products = product_dtype(layer_dtype, x.device)
-    return Plan(spec, implementation(backend, x.device), tuple(sizes), rows, layer_dtype, products)
+    operations = get_backend(backend, x.device.type).cross_entropy
+    return Plan(spec, operations, tuple(sizes), rows, layer_dtype, products)
 
 
 def filled(layer: Layer, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return a tensor for each gradient: an operator's outputs cannot vary in number."""
+    """Replace missing gradients by empty tensors: an operator always has the same number of outputs."""
     return [layer.input.new_empty(0) if grad is None else grad for grad in gradients]
 
 
 def empty_gradients(layer: Layer, plan: Plan, needs: Sequence[bool]) -> list[Tensor]:
-    """Return gradients as `sweep` does, unwritten."""
+    """Return tensors of the gradients' shapes and types, without values."""
     x, w = layer.input, layer.linear_weight
-    products, sums = plan.products, wide(plan.products)
+    products, sums = plan.products, sum_dtype(plan.products)
     made = [
         torch.empty_like(x, dtype=products) if needs[0] else None,
         torch.empty_like(w, dtype=sums) if needs[1] else None,
@@ -71,8 +72,8 @@ def empty_gradients(layer: Layer, plan: Plan, needs: Sequence[bool]) -> list[Ten
 def linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute the loss and, for a mean or sum, the gradients that `needs` names."""
     layer, (needs, *options) = Layer(*arguments[:5]), arguments[5:]
-    plan = planned(layer, *options)
-    losses, grads = sweep(layer, plan, NOBODY if plan.spec.reduction == "none" else needs)
+    plan = make_plan(layer, *options)
+    losses, grads = run_chunks(layer, plan, NO_GRADIENTS if plan.spec.reduction == "none" else needs)
     loss, factor = reduce(losses, layer, plan)
     return loss, losses.new_ones(()) if factor is None else factor, *filled(layer, grads)
 
@@ -80,11 +81,11 @@ def linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
 @linear_cross_entropy.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     layer, (needs, *options) = Layer(*arguments[:5]), arguments[5:]
-    plan = planned(layer, *options)
+    plan = make_plan(layer, *options)
     each = plan.spec.reduction == "none"
     loss = layer.input.new_empty((layer.input.shape[0], *plan.sizes[1:]) if each else (), dtype=plan.spec.dtype)
     factor = layer.input.new_empty((), dtype=plan.spec.acc)
-    return loss, factor, *empty_gradients(layer, plan, NOBODY if each else needs)
+    return loss, factor, *empty_gradients(layer, plan, NO_GRADIENTS if each else needs)
 
 
 @torch.library.custom_op(
@@ -95,13 +96,13 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 def linear_cross_entropy_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Compute the gradients for the upstream gradient of each row."""
     layer, (needs, *options) = Layer(*arguments[:5]), arguments[5:]
-    return tuple(filled(layer, sweep(layer, planned(layer, *options), needs, upstream)[1]))
+    return tuple(filled(layer, run_chunks(layer, make_plan(layer, *options), needs, upstream)[1]))
 
 
 @linear_cross_entropy_backward.register_fake
 def _(_upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     layer, (needs, *options) = Layer(*arguments[:5]), arguments[5:]
-    return tuple(empty_gradients(layer, planned(layer, *options), needs))
+    return tuple(empty_gradients(layer, make_plan(layer, *options), needs))
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -124,7 +125,7 @@ def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None,
     else:
         scale = upstream.to(factor.dtype) * factor
     results = [
-        (grad if scale is None else grad.to(wide(grad.dtype)) * scale).to(tensor.dtype) if need else None
+        (grad if scale is None else grad.to(sum_dtype(grad.dtype)) * scale).to(tensor.dtype) if need else None
         for grad, tensor, need in zip(grads, tensors[:3], needs, strict=True)
     ]
     return *results, *none

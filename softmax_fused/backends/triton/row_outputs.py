@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softmax_fused import _launch, _tiles
-from softmax_fused._launch import accumulator, as_first, kind, load_of, packed, plan, split
-from softmax_fused._layout import describe
+from softmax_fused.backends.triton import launch, tiles
+from softmax_fused.backends.triton.launch import accumulator, as_first, load_of, packed, plan, split
+from softmax_fused.backends.triton.layout import describe
 from softmax_fused.kernels.cross_entropy import LossTensors
 from softmax_fused.kernels.row_outputs import (
     RowPointers,
@@ -22,7 +22,8 @@ from softmax_fused.kernels.rows import RowLayout, Strided
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softmax_fused.row_outputs import RowOutputs, RowSpec, Upstream
+    from softmax_fused._row_outputs import RowOutputs
+    from softmax_fused._spec import RowSpec, Upstream
 
 
 def transform(options: RowSpec) -> tuple[Any, Any]:
@@ -50,14 +51,14 @@ def forward(
     logits_strides, target_strides = rows.strides
     load = load_of(weight, options.spec)
     load["crowded"] |= "entropy" in options.outputs
-    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, logits_strides, **load)
+    tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, **load)
     out = options.allocate(logits)
     stats = logits.new_empty((5, logits.numel() // rows.classes), dtype=options.spec.acc) if save else None
     target_layout = target_of(target, weight, options, as_first(logits_strides, target_strides, tile))
-    _launch.launch(
+    launch.launch(
         row_outputs_forward, programs, tile.warps, logits.device,
         RowPointers(*out, stats), LossTensors(Strided(logits, logits_strides), target_layout, None),
-        RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, kind(options.spec),
+        RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, options.spec.reader,
         accumulator(options.spec.acc), *tile.constants(),
     )  # fmt: skip
     return out, stats
@@ -74,14 +75,14 @@ def gradient(
     upstream_strides = iter(some)
     load = load_of(weight, options.spec)
     load["crowded"] |= upstream[2] is not None
-    tile, programs = plan(rows, logits.itemsize, _tiles.tables.one_pass, logits_strides, grad_strides, **load)
+    tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, grad_strides, **load)
     target_layout = target_of(target, weight, options, as_first(logits_strides, target_strides, tile))
     grad_layout = Strided(grad, as_first(logits_strides, grad_strides, tile))
-    _launch.launch(
+    launch.launch(
         row_outputs_backward, programs, tile.warps, logits.device,
         stats, RowUpstream(*[None if g is None else Strided(g, next(upstream_strides)) for g in upstream]),
         LossTensors(Strided(logits, logits_strides), target_layout, grad_layout),
-        RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, kind(options.spec),
+        RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, options.spec.reader,
         accumulator(options.spec.acc), *tile.constants(),
     )  # fmt: skip
     return grad

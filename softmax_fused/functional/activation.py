@@ -1,87 +1,43 @@
-"""Softmax and its logarithm along a dimension, as functions: decide who computes them, and hand over."""
+"""Softmax and its logarithm along a dimension, as functions."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from softmax_fused import _check, _torch_path
-from softmax_fused._autograd import batched
-from softmax_fused.functional import operations, transformed
+from softmax_fused._dispatch import SOFTMAX, check_backend, get_backend, route
+from softmax_fused._errors import TENSORS
+from softmax_fused.functional.autograd import Softmax
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def differentiable_gradient(upstream: Tensor, out: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
-    """Compute the gradient of the input in operations that autograd follows, for derivatives of higher order."""
-    acc = torch.promote_types(torch.promote_types(out.dtype, dtype), torch.float32)
-    y, g = out.to(acc), upstream.to(acc)
-    grad = g - y.exp() * g.sum(dim, keepdim=True) if log else y * (g - (y * g).sum(dim, keepdim=True))
-    return grad.to(dtype)
-
-
-class Softmax(torch.autograd.Function):
-    """Saves the output alone, from which the gradient is computed."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
-        """Compute the softmax, or its logarithm."""
-        from softmax_fused import _launch_softmax
-
-        out = _launch_softmax.forward(input, dim, dtype, log)
-        ctx.save_for_backward(out)
-        ctx.options = dim, input.dtype, log
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradient of the input; where it will be differentiated or is batched, in torch operations."""
-        (out,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or batched(upstream):
-            return differentiable_gradient(upstream, out, *ctx.options), None, None, None
-        from softmax_fused import _launch_softmax
-
-        return _launch_softmax.backward(upstream, out, *ctx.options), None, None, None
-
-
-def plain(input: Any, dim: Any, dtype: Any) -> bool:
-    """Whether the kernels cover these arguments; True only for what torch accepts too."""
-    return (
-        _check.plain_logits(input)
-        and type(dim) is int
-        and -input.ndim <= dim < input.ndim
-        and (dtype is None or dtype in _check.FLOATS)
-    )
-
-
 def compute(input: Tensor, dim: int | None, dtype: torch.dtype | None, backend: str, log: bool) -> Tensor:
-    """Compute the softmax, or its logarithm, where it is fastest."""
-    function, torchs = (log_softmax, F.log_softmax) if log else (softmax, F.softmax)
+    """Compute the softmax, or its logarithm, by a backend that offers it or by torch's function."""
+    function, torch_function = (log_softmax, F.log_softmax) if log else (softmax, F.softmax)
     if has_torch_function_unary(input):
-        if isinstance(input, torch.Tensor) and type(input) in _check.TENSORS:  # a mode is watching
+        if isinstance(input, torch.Tensor) and type(input) in TENSORS:  # a mode is active
             overridden: Tensor = handle_torch_function(function, (input,), input, dim, dtype, backend=backend)
             return overridden
-        return torchs(input, dim, dtype=dtype)
-    _check.backend(backend)
-    if torch.compiler.is_compiling() or transformed() or not plain(input, dim, dtype):
-        return torchs(input, dim, 4, dtype=dtype)
-    if operations(backend, input.device) is _torch_path:
-        return torchs(input, dim, dtype=dtype)
+        return torch_function(input, dim, dtype=dtype)
+    check_backend(backend)
+    path = route(SOFTMAX, backend, (input, dim, dtype))
+    operations = get_backend(backend, input.device.type).softmax if path == "backend" else None
+    if operations is None:
+        return torch_function(input, dim, 4, dtype=dtype)
     assert dim is not None
     if dtype is None:
         # torch casts to float32 under a GPU's autocast, but not under the CPU's
         autocast = input.device.type == "cuda" and torch.is_autocast_enabled("cuda")
         dtype = torch.float32 if autocast and input.dtype is not torch.float64 else input.dtype
     if input.requires_grad and torch.is_grad_enabled():
-        differentiable: Tensor = Softmax.apply(input, dim % input.ndim, dtype, log)
+        differentiable: Tensor = Softmax.apply(input, dim % input.ndim, dtype, log, operations)
         return differentiable
-    from softmax_fused import _launch_softmax
-
-    return _launch_softmax.forward(input, dim % input.ndim, dtype, log)
+    return operations.forward(input, dim % input.ndim, dtype, log)
 
 
 def softmax(

@@ -2,8 +2,8 @@
 
 z = x W^T + b,  G = d loss / d z,  d loss / d x = G W,  d loss / d W = G^T x,  d loss / d b = sum of G over the rows
 
-The gradients are kept for the sum of the losses, and multiplied by the upstream gradient and by a mean's 1 / N in
-backward: float16 would round G / N to 0.
+Forward computes the gradients of the sum of the losses; backward multiplies them by the upstream gradient and, for a
+mean, by 1 / N. G / N in forward would be rounded to 0 in float16.
 """
 
 from __future__ import annotations
@@ -13,28 +13,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from softmax_fused import _torch_path
-from softmax_fused._autograd import Operations, Spec, batched
-from softmax_fused._torch_rows import pieces
+from softmax_fused.backends.torch import cross_entropy as torch_loss
+from softmax_fused.backends.torch.chunks import pieces
+from softmax_fused.backends.torch.targets import kind
+from softmax_fused.functional.autograd import batched
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-LEAST = 2**24
-"""Logits in a chunk at least: below 64 MiB of float32 there is no memory worth saving."""
+    from softmax_fused._spec import CrossEntropyOperations, Spec
+
+SMALLEST_CHUNK = 2**24
+"""The fewest logits in a chunk by default: below 64 MiB of float32 there is no memory worth saving."""
 
 
 class Plan(NamedTuple):
     """What a call asks for, beside its tensors."""
 
     spec: Spec
-    operations: Operations
-    sizes: tuple[int, ...]  # (C, d1, ..., dk) of a row of logits
-    rows: int  # in a chunk at most
-    dtype: torch.dtype  # of the layer
-    products: torch.dtype  # in which its tensors are multiplied
+    operations: CrossEntropyOperations
+    sizes: tuple[int, ...]  # shape (C, d1, ..., dk) of a row of logits
+    rows: int  # the most rows in a chunk
+    dtype: torch.dtype  # of the layer: what autocast casts its tensors to, or their own
+    products: torch.dtype  # of the matrix products
 
 
 class Layer(NamedTuple):
@@ -55,21 +58,21 @@ class Layer(NamedTuple):
 
 
 def default_rows(rows: int, features: int, classes: int) -> int:
-    """Return how many rows make a chunk of logits as large as the input or W, whichever is larger: they exist anyway.
+    """Return how many rows make a chunk of logits as large as the input or W, whichever is larger.
 
-    So chunks are few, min(N, C) / D of them, and each product with one is large.
+    Those are in memory anyway. Chunks are few, min(N, C) / D of them, and each matrix product is large.
     """
-    return max(1, max(features * max(rows, classes), LEAST) // classes)
+    return max(1, max(features * max(rows, classes), SMALLEST_CHUNK) // classes)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which products of `dtype` are summed over chunks."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the type to multiply in: not in 16 bits on the CPU, where G W took 50 times as long as in float32."""
-    return wide(dtype) if device.type == "cpu" else dtype
+    """Return the type of the matrix products: not 16 bits on the CPU, where G W took 50 times as long as in float32."""
+    return sum_dtype(dtype) if device.type == "cpu" else dtype
 
 
 def project(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
@@ -104,22 +107,25 @@ def chunk_losses(z: Tensor, layer: Layer, plan: Plan, upstream: Tensor | None, d
     return losses
 
 
-def sweep(
+def run_chunks(
     layer: Layer, plan: Plan, needs: Sequence[bool], upstream: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the loss of each row, and the gradients of x, W and b that `needs` names, for `upstream` (N, ...) or 1."""
+    """Return the loss of each row, and those gradients of x, W and b that `needs` asks for.
+
+    They are for the upstream gradient `upstream` of each row's loss or, where that is None, for 1.
+    """
     x, w, b = layer.operands(plan)
     losses = x.new_empty((len(x), *plan.sizes[1:]), dtype=plan.spec.acc)
     grad_x = torch.empty_like(x) if needs[0] else None
-    grad_w = torch.zeros_like(w, dtype=wide(w.dtype)) if needs[1] else None
-    grad_b = w.new_zeros(len(w), dtype=wide(w.dtype)) if needs[2] else None
+    grad_w = torch.zeros_like(w, dtype=sum_dtype(w.dtype)) if needs[1] else None
+    grad_b = w.new_zeros(len(w), dtype=sum_dtype(w.dtype)) if needs[2] else None
     parts = pieces(len(x), len(w), plan.rows * len(w))
     logits = x.new_empty((parts[0].stop, len(w)))
     for part in parts:
         z = project(x[part], w, b, logits[: len(x[part])])
-        here = layer._replace(target=layer.target[part])
+        chunk = layer._replace(target=layer.target[part])
         g = None if upstream is None else upstream[part]
-        losses[part] = chunk_losses(z.view(-1, *plan.sizes), here, plan, g, any(needs))
+        losses[part] = chunk_losses(z.view(-1, *plan.sizes), chunk, plan, g, any(needs))
         if grad_x is not None:
             torch.mm(z, w, out=grad_x[part])
         if grad_w is not None:
@@ -130,31 +136,22 @@ def sweep(
 
 
 def reduce(losses: Tensor, layer: Layer, plan: Plan) -> tuple[Tensor, Tensor | None]:
-    """Return the loss, and what the gradients of the sum are to be multiplied by for a mean."""
+    """Return the loss and, for a mean, what its gradients are multiplied by: they were computed for the sum."""
     if plan.spec.reduction == "none":
         return losses.to(plan.spec.dtype), None
     if plan.spec.reduction == "sum":
         return losses.sum().to(plan.spec.dtype), None
-    denominator, any_row = mean_over(losses, layer, plan.spec)
+    spec, shape = plan.spec, tuple(losses.shape)
+    denominator, any_row = kind(spec).mean_over(layer.target, layer.weight, spec.ignore_index, shape, losses.dtype)
     denominator = denominator.masked_fill(denominator == 0, torch.nan)
     return (losses.sum() / denominator).to(plan.spec.dtype), torch.where(any_row, 1 / denominator, 0)
 
 
-def mean_over(losses: Tensor, layer: Layer, spec: Spec) -> tuple[Tensor, Tensor]:
-    """Return what a mean divides by, the rows or the weights of their true classes, and whether there is a row."""
-    keep = torch.ones_like(losses, dtype=torch.bool)
-    if spec.indices:
-        keep = layer.target != spec.ignore_index
-    if not spec.indices or layer.weight is None:
-        return keep.sum().to(losses.dtype), keep.any()
-    label = layer.target.long().clamp(0, len(layer.weight) - 1)  # others are ignored, or have made their losses NaN
-    return layer.weight.to(losses.dtype)[label].masked_fill(~keep, 0).sum(), keep.any()
-
-
 class LinearCrossEntropy(torch.autograd.Function):
-    """The gradients of a mean or sum come with the loss; those of each row's loss need its upstream gradient.
+    """Computes the gradients of a mean or sum with the loss; those of single losses need their upstream gradients.
 
-    What comes with the loss is given away once, scaled in place; a second backward computes its own, to the bit.
+    The first backward returns the precomputed gradients, rescaled in place. A second one computes them again, and gets
+    the same bits.
     """
 
     @staticmethod
@@ -162,7 +159,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Compute the loss."""
         layer = Layer(*tensors)
         needs = ctx.needs_input_grad[1:4] if plan.spec.reduction != "none" else (False, False, False)
-        losses, ctx.ready = sweep(layer, plan, needs)
+        losses, ctx.precomputed_grads = run_chunks(layer, plan, needs)
         loss, ctx.factor = reduce(losses, layer, plan)
         ctx.save_for_backward(*tensors)
         ctx.plan = plan
@@ -177,11 +174,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled() or batched(upstream):
             grads = differentiable_gradients(upstream, layer, plan)
         elif plan.spec.reduction == "none":
-            grads = sweep(layer, plan, needs, upstream)[1]
+            grads = run_chunks(layer, plan, needs, upstream)[1]
         else:
-            grads, ctx.ready = ctx.ready, None
+            grads, ctx.precomputed_grads = ctx.precomputed_grads, None
             if grads is None:
-                grads = sweep(layer, plan, needs)[1]
+                grads = run_chunks(layer, plan, needs)[1]
             scale = upstream.to(plan.spec.acc) if ctx.factor is None else upstream.to(plan.spec.acc) * ctx.factor
         results = [
             None if grad is None or tensor is None else scaled(grad, scale).to(tensor.dtype)
@@ -191,8 +188,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def scaled(grad: Tensor, scale: Tensor | None) -> Tensor:
-    """Return grad * scale, in place where it is not of 16 bits: those would round the scale, too."""
-    return grad if scale is None else grad.to(wide(grad.dtype)).mul_(scale)
+    """Return grad * scale: in place, but for 16-bit gradients, where the scale would be rounded to 16 bits, too."""
+    return grad if scale is None else grad.to(sum_dtype(grad.dtype)).mul_(scale)
 
 
 def differentiable_gradients(upstream: Tensor, layer: Layer, plan: Plan) -> list[Tensor | None]:
@@ -200,6 +197,6 @@ def differentiable_gradients(upstream: Tensor, layer: Layer, plan: Plan) -> list
     with torch.autocast(layer.input.device.type, enabled=False):
         x, w, b = layer.operands(plan)
         logits = F.linear(x, w, b).view(-1, *plan.sizes)
-        g = _torch_path.differentiable_gradient(upstream, logits, layer.target, layer.weight, plan.spec)
+        g = torch_loss.differentiable_gradient(upstream, logits, layer.target, layer.weight, plan.spec)
         g = g.reshape(len(x), len(w))
         return [g @ w, g.t() @ x, g.sum(0)]

@@ -6,32 +6,32 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from softmax_fused import _launch, _layout, _tiles
-from softmax_fused._launch import accumulator, as_first, plan
+from softmax_fused.backends.triton import launch, layout, tiles
+from softmax_fused.backends.triton.launch import accumulator, as_first, plan
 from softmax_fused.kernels.rows import RowLayout, Strided
 from softmax_fused.kernels.softmax import SoftmaxTensors, softmax_backward, softmax_forward
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softmax_fused._tiles import Tile
+    from softmax_fused.backends.triton.tiles import Tile
 
 
-def widen(tile: Tile, rows: _layout.Rows) -> Tile:
+def widen(tile: Tile, rows: layout.Rows) -> Tile:
     """Return the tile with all classes in one block where they are few, or the tile itself."""
-    if tile.lanes or rows.classes > _tiles.tables.whole_strided_classes:
+    if tile.lanes or rows.classes > tiles.tables.whole_strided_classes:
         return tile
-    return tile._replace(classes=_tiles.power_of_2(rows.classes), whole=True)
+    return tile._replace(classes=tiles.power_of_2(rows.classes), whole=True)
 
 
 def forward(input: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
     """Compute the softmax, or its logarithm, along `dim`."""
     out = torch.empty_like(input, dtype=dtype)
-    rows = _layout.along(dim, input, out)
+    rows = layout.along(dim, input, out)
     input_strides, out_strides = rows.strides
-    tile, programs = plan(rows, input.itemsize, _tiles.tables.two_pass, *rows.strides)
+    tile, programs = plan(rows, input.itemsize, tiles.tables.two_pass, *rows.strides)
     tile = widen(tile, rows)
-    _launch.launch(
+    launch.launch(
         softmax_forward, programs, tile.warps, input.device,
         SoftmaxTensors(Strided(input, input_strides), None, Strided(out, as_first(input_strides, out_strides, tile))),
         RowLayout(rows.sizes, rows.classes, 1), "log" if log else "softmax",
@@ -43,11 +43,11 @@ def forward(input: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
 def backward(upstream: Tensor, out: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
     """Compute the gradient of the input, of `dtype`, from the output."""
     grad = torch.empty_like(out, dtype=dtype)
-    rows = _layout.along(dim, out, upstream, grad)
+    rows = layout.along(dim, out, upstream, grad)
     out_strides, upstream_strides, grad_strides = rows.strides
-    tile, programs = plan(rows, out.itemsize, _tiles.tables.two_pass, *rows.strides, streams=2)
+    tile, programs = plan(rows, out.itemsize, tiles.tables.two_pass, *rows.strides, streams=2)
     tile = widen(tile, rows)
-    _launch.launch(
+    launch.launch(
         softmax_backward, programs, tile.warps, out.device,
         SoftmaxTensors(
             Strided(out, out_strides),

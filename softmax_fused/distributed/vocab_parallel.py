@@ -1,4 +1,4 @@
-"""Vocabulary-parallel cross-entropy: every rank holds a contiguous slice of the classes."""
+"""Vocabulary-parallel cross-entropy as a function: every rank holds a contiguous slice of the classes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from softmax_fused import _check
-from softmax_fused._autograd import make_spec
-from softmax_fused._exchange import REFUSALS, Arguments, exchange, fault
-from softmax_fused._slices import slice_cross_entropy
-from softmax_fused.functional import operations
+from softmax_fused import _errors
+from softmax_fused._dispatch import check_backend, get_backend, loss_dtype, slice_operations
+from softmax_fused._errors import REFUSALS
+from softmax_fused._spec import class_dim
+from softmax_fused.backends.torch.targets import make_spec
+from softmax_fused.distributed.autograd import slice_cross_entropy
+from softmax_fused.distributed.exchange import Arguments, exchange, validation_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,28 +96,29 @@ def cross_entropy(
     """
     given = Arguments(local_logits, target, weight, ignore_index, reduction, label_smoothing)
     if torch.compiler.is_compiling():
-        from softmax_fused import _untraced
+        from softmax_fused.distributed import untraced
 
-        untraced: Tensor = _untraced.compute(given, group, sizes, backend)
-        return untraced
+        loss: Tensor = untraced.compute(given, group, sizes, backend)
+        return loss
     return compute(given, group, sizes, backend)
 
 
 def compute(it: Arguments, group: dist.ProcessGroup | None, sizes: Sequence[int] | None, backend: str) -> Tensor:
-    """Agree with the other ranks, and compute the loss."""
+    """Check that the ranks' arguments agree, and compute the loss."""
     ranks, rank = members(group)
-    problem = fault(it) or refused(it.logits, backend)
+    problem = validation_error(it) or backend_error(it.logits, backend)
     if sizes is None:
         sizes = exchange(it, problem, ranks)
     elif problem is not None:
         raise problem
     else:
         check_sizes(sizes, it.logits, dist.get_world_size(ranks), rank)
-    dtype = _check.loss_dtype(it.logits, it.target)
+    dtype = loss_dtype(it.logits, it.target)
     spec = make_spec(it.logits, it.target, it.reduction, it.ignore_index, it.label_smoothing, dtype)
     spec = spec._replace(classes=sum(sizes), first=sum(sizes[:rank]))
     others = ranks if len(sizes) > 1 else None
-    return slice_cross_entropy(it.logits, it.target, it.weight, spec, others, operations(backend, it.logits.device))
+    operations = slice_operations(get_backend(backend, it.logits.device.type))
+    return slice_cross_entropy(it.logits, it.target, it.weight, spec, others, operations)
 
 
 def members(group: dist.ProcessGroup | None) -> tuple[Any, int]:
@@ -125,31 +128,29 @@ def members(group: dist.ProcessGroup | None) -> tuple[Any, int]:
         RuntimeError: If there is no group, or the process is not in it.
     """
     if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError("logits divided among ranks need torch.distributed.init_process_group(...) first")
+        raise _errors.no_process_group()
     rank = dist.get_rank(group)
     if rank < 0:
-        raise RuntimeError("group must contain the calling rank; got a group without it")
+        raise _errors.not_in_group()
     return (dist.group.WORLD if group is None else group), rank
 
 
-def refused(logits: Tensor, backend: str) -> Exception | None:
+def backend_error(logits: Tensor, backend: str) -> Exception | None:
     """Return the error for a backend that does not exist or cannot serve the logits."""
     try:
-        _check.backend(backend)
-        operations(backend, logits.device)
+        check_backend(backend)
+        get_backend(backend, logits.device.type)
     except REFUSALS as error:
         return error
     return None
 
 
 def check_sizes(sizes: Sequence[int], logits: Tensor, world: int, rank: int) -> None:
-    """Refuse sizes that are not the ranks'.
+    """Refuse sizes that are not those of the ranks' slices.
 
     Raises:
         ValueError: If so.
     """
-    own = logits.shape[min(logits.ndim - 1, 1)]
+    own = logits.shape[class_dim(logits.ndim)]
     if len(sizes) != world or min(sizes) < 0 or sizes[rank] != own:
-        raise ValueError(
-            f"sizes must hold the number of classes of {world} ranks, {own} for rank {rank}; got {tuple(sizes)}"
-        )
+        raise _errors.wrong_sizes(sizes, world, rank, own)

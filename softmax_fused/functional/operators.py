@@ -1,6 +1,6 @@
 """The loss as operators that torch.compile takes as they are; eager code never comes here.
 
-`softmax_fused::cross_entropy` returns the loss and two tensors that its backward needs, empty where it needs fewer.
+`softmax_fused::cross_entropy` returns the loss and two tensors for backward; those that it does not need are empty.
 """
 
 from __future__ import annotations
@@ -10,20 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmax_fused._autograd import Operations, make_spec
+from softmax_fused._dispatch import get_backend
+from softmax_fused._spec import row_shape
+from softmax_fused.backends.torch.targets import make_spec
 
 OPTIONS = "Tensor? weight, str reduction, SymInt ignore_index, float label_smoothing, ScalarType dtype, str backend"
 
 
-def implementation(backend: str, device: torch.device) -> Operations:
-    """Return the module that computes; asked for when a graph runs, or is shaped."""
-    from softmax_fused.functional import operations
-
-    return operations(backend, device)
-
-
 def padded(loss: Tensor, saved: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three tensors in any case: an operator's outputs cannot vary in number."""
+    """Add empty tensors to what is saved: an operator always has the same number of outputs."""
     first, second, *_ = (*saved, loss.new_empty(0), loss.new_empty(0))
     return loss, first, second
 
@@ -39,16 +34,15 @@ def cross_entropy(
     """Compute the loss and what its backward needs."""
     *rest, backend = options
     spec = make_spec(logits, target, *rest)
-    return padded(*implementation(backend, logits.device).loss(logits, target, weight, spec, save=True))
+    return padded(*get_backend(backend, logits.device.type).cross_entropy.loss(logits, target, weight, spec, save=True))
 
 
 @cross_entropy.register_fake
 def _(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     *rest, backend = options
     spec = make_spec(logits, target, *rest)
-    shapes = implementation(backend, logits.device).saved_shapes(logits, weight, spec)
-    rows = (*logits.shape[:1], *logits.shape[2:]) if logits.ndim > 1 else ()
-    loss = logits.new_empty(rows if spec.reduction == "none" else (), dtype=spec.dtype)
+    shapes = get_backend(backend, logits.device.type).cross_entropy.saved_shapes(logits, weight, spec)
+    loss = logits.new_empty(row_shape(logits.shape) if spec.reduction == "none" else (), dtype=spec.dtype)
     return padded(loss, [logits.new_empty(shape, dtype=spec.acc) for shape in shapes])
 
 
@@ -64,7 +58,7 @@ def cross_entropy_backward(
     *rest, backend = options
     spec = make_spec(logits, target, *rest)
     kept = [tensor for tensor in saved if tensor.numel()]
-    return implementation(backend, logits.device).gradient(upstream, logits, target, weight, kept, spec)
+    return get_backend(backend, logits.device.type).cross_entropy.gradient(upstream, logits, target, weight, kept, spec)
 
 
 @cross_entropy_backward.register_fake

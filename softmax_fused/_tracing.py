@@ -1,12 +1,7 @@
-"""What torch.compile is not to look into; imported when it compiles, because to make such a function imports it."""
+"""What is asked of torch.compile while it traces. Imported then alone: it imports the compiler."""
 
 import torch
 from torch._dynamo.symbolic_convert import InstructionTranslator
-
-from softmax_fused import distributed
-
-compute = torch.compiler.disable(distributed.compute)  # type: ignore[no-untyped-call]
-"""The loss of divided logits: ranks that talk to one another, and read what the others said."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -1,0 +1,316 @@
+"""Who computes a call: which backend serves a device, which transforms are active, what the fused path covers.
+
+`route` is the one decision: every function of `functional` asks it once a call.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch.compiler import is_compiling
+
+from softmax_fused import _errors
+from softmax_fused._errors import REDUCTIONS, TENSORS
+from softmax_fused._spec import FLOATS, class_dim
+from softmax_fused.backends import REGISTRY
+from softmax_fused.backends.torch import BACKEND as TORCH
+from softmax_fused.backends.torch.targets import kind_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+    from softmax_fused._spec import Backend, RowOutputsOperations, VocabParallelOperations
+
+SMALL_CPU_NUMEL = 2**20
+"""On the CPU, fewer logits than this go to torch's own operator. Below this size malloc reuses pages and chunking gains
+nothing: (60000, 10) took 1.0 to 1.5 times as long on the chunked path."""
+
+SMALL_CPU_BYTES = 2**25
+"""The same in bytes of logits, for the loss alone, as torch allocates one buffer of that size: (4096, 1000) took 1.2
+times as long in float32, (512, 32000) in bfloat16. From 32 MiB on, glibc returns a freed buffer to the system. With the
+gradient, too, for 16-bit logits: converting chunks to float32 and back takes what one buffer instead of three saves."""
+
+
+# Backends
+
+
+def check_backend(name: str) -> None:
+    """Refuse a backend that does not exist.
+
+    Raises:
+        ValueError: If so.
+    """
+    if name != "auto" and name not in REGISTRY:
+        raise _errors.unknown_backend(name, REGISTRY)
+
+
+def explain_backend(device: torch.device) -> tuple[str, str]:
+    """Return which backend serves tensors on `device` under backend="auto", and why.
+
+    Example:
+        >>> import torch
+        >>> explain_backend(torch.device("meta"))
+        ('torch', 'meta tensors are served by torch.nn.functional.cross_entropy')
+    """
+    reasons = []
+    for name, registration in REGISTRY.items():
+        suits, reason = registration.suits(device)
+        if reason:
+            reasons.append(reason)
+        if suits:
+            return name, reason if name != TORCH.name else "; ".join(reasons)
+    raise AssertionError("the torch backend suits every device")
+
+
+@functools.cache
+def automatic(device_type: str) -> str:
+    """Return the backend that "auto" stands for. It is decided once a process: TRITON_INTERPRET is read then."""
+    return explain_backend(torch.device(device_type))[0]
+
+
+@functools.cache
+def get_backend(name: str, device_type: str) -> Backend:
+    """Return a backend by its name, loaded at the first call.
+
+    Raises:
+        RuntimeError: If it cannot be had on this machine, or cannot serve such a device.
+    """
+    backend = REGISTRY[automatic(device_type) if name == "auto" else name].load()
+    refusal = backend.refusal(device_type)
+    if refusal:
+        raise RuntimeError(refusal)
+    return backend
+
+
+def row_operations(backend: Backend) -> RowOutputsOperations:
+    """Return a backend's operations for outputs of rows, or those it falls back on."""
+    return backend.row_outputs or TORCH.row_outputs
+
+
+def slice_operations(backend: Backend) -> VocabParallelOperations:
+    """Return a backend's operations for slices of the classes, or those it falls back on."""
+    return backend.vocab_parallel or TORCH.vocab_parallel
+
+
+# Transforms and types
+
+
+def under_transform() -> bool:
+    """Whether torch.func, forward-mode AD, tracing or a dispatch mode (fake tensors among them) is active."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def exporting() -> bool:
+    """Whether torch.export is tracing this call."""
+    from softmax_fused import _tracing
+
+    return bool(_tracing.exporting())
+
+
+def has_subclass(tensors: Iterable[Any]) -> bool:
+    """Whether there is a tensor subclass among them, other than torch.nn.Parameter."""
+    return any(isinstance(t, torch.Tensor) and type(t) not in TENSORS for t in tensors)
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether it is a DTensor; there is none before the module of DTensor has been imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and bool(isinstance(value, module.DTensor))
+
+
+def loss_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+    """Return the type of torch's loss: promoted with that of class probabilities, at least float32 under autocast."""
+    dtype = torch.promote_types(input.dtype, target.dtype) if target.ndim == input.ndim else input.dtype
+    if dtype is not torch.float64 and torch.is_autocast_enabled(input.device.type):
+        return torch.float32
+    return dtype
+
+
+def layer_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the type in which a linear layer uses a tensor: autocast's where it is on, or the tensor's own."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device) and tensor.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+# What the fused path covers
+
+
+def supports_fused(
+    input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
+) -> bool:
+    """Whether the fused path covers a loss's arguments; True only for what torch accepts too."""
+    return (
+        supports_logits(input)
+        and supports_target(input, target, ignore_index)
+        and (weight is None or supports_weight(input, target, weight))
+        and reduction in REDUCTIONS
+        and type(label_smoothing) in (float, int)
+        and label_smoothing <= 1
+    )
+
+
+def supports_logits(input: Any) -> bool:
+    """Whether `input` is an ordinary, non-empty tensor of logits on a CPU or GPU."""
+    return (
+        type(input) in TENSORS
+        and input.layout is torch.strided
+        and input.device.type in ("cuda", "cpu")
+        and input.dtype in FLOATS
+        and input.ndim > 0
+        and input.numel() > 0
+    )
+
+
+def supports_target(input: Tensor, target: Any, ignore_index: Any) -> bool:
+    """Whether `target` is an ordinary tensor beside `input`, and its kind takes it."""
+    return (
+        type(target) in TENSORS
+        and target.device == input.device
+        and type(ignore_index) is int
+        and kind_of(input, target).supports(input, target, ignore_index)
+    )
+
+
+def supports_weight(input: Tensor, target: Tensor, weight: Any) -> bool:
+    """Whether `weight` is one constant a class in the type of the logits or of the loss."""
+    return (
+        type(weight) in TENSORS
+        and weight.shape == (input.shape[class_dim(input.ndim)],)
+        and weight.device == input.device
+        and weight.dtype in (input.dtype, loss_dtype(input, target))
+        and not (weight.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def supports_softmax(input: Any, dim: Any, dtype: Any) -> bool:
+    """Whether the fused path covers the arguments of a softmax; True only for what torch accepts too."""
+    return (
+        supports_logits(input)
+        and type(dim) is int
+        and -input.ndim <= dim < input.ndim
+        and (dtype is None or dtype in FLOATS)
+    )
+
+
+class LayerCall(NamedTuple):
+    """A call of the linear layer's loss."""
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    shape: tuple[int, ...]  # of the logits
+    chunk_rows: int | None
+    loss: tuple[Any, ...]  # target, weight, ignore_index, reduction, label_smoothing
+
+    def logits(self) -> Tensor:
+        """Return a stand-in for the logits: their shape, type and device, one element of memory."""
+        return self.input.new_empty(1, dtype=layer_dtype(self.input)).expand(self.shape)
+
+
+def supports_layer(call: LayerCall) -> bool:
+    """Whether the chunked path covers a linear layer and its loss."""
+    tensors = [tensor for tensor in (call.input, call.linear_weight, call.linear_bias) if tensor is not None]
+    return all(
+        supports_logits(tensor)
+        and tensor.device == call.input.device
+        and layer_dtype(tensor) == layer_dtype(call.input)
+        for tensor in tensors
+    ) and supports_fused(call.logits(), *call.loss)
+
+
+# For which arguments torch's own operators do better
+
+
+def never(*_: Any) -> bool:
+    """Return False: torch's own operator is not preferred for any size."""
+    return False
+
+
+def is_small(input: Tensor, *_: Any) -> bool:
+    """Whether the logits are on the CPU and so few that torch's own operator is faster than the chunked path."""
+    if type(input) is not torch.Tensor or not input.is_cpu or automatic("cpu") != "torch":
+        return False
+    numel = input.numel()
+    if numel < SMALL_CPU_NUMEL:
+        return True
+    if numel * input.itemsize >= SMALL_CPU_BYTES:
+        return False
+    return input.itemsize == 2 or not (input.requires_grad and torch.is_grad_enabled())
+
+
+def is_small_in_place(input: Tensor, *_: Any) -> bool:
+    """Whether the same holds where the gradient, if there is one, is written over the logits: chunks then save more."""
+    if not is_small(input):
+        return False
+    return input.numel() < SMALL_CPU_NUMEL or not (input.requires_grad and torch.is_grad_enabled())
+
+
+def are_small_rows(input: Tensor, target: Any, *_: Any) -> bool:
+    """Whether the same holds for several outputs of each row, of which the loss is one."""
+    return type(target) is torch.Tensor and is_small_in_place(input)
+
+
+def is_small_layer(call: LayerCall) -> bool:
+    """Whether the logits are on the CPU and so few that chunks save neither time nor much memory."""
+    by_torch = is_compiling() or automatic("cpu") == "torch"  # torch.compile warns of caches, and need not ask
+    return call.chunk_rows is None and call.input.is_cpu and by_torch and math.prod(call.shape) < SMALL_CPU_NUMEL
+
+
+def inductor_is_better(input: Tensor, target: Tensor, weight: Tensor | None, *_: Any) -> bool:
+    """Whether Inductor does better with torch's operations: for class indices on the CPU, without weights."""
+    return input.device.type == "cpu" and target.ndim < input.ndim and weight is None
+
+
+# One decision a call
+
+Path = Literal["backend", "operator", "small", "torch"]
+"""Who computes: a backend; our custom operator, in a graph of torch.compile; torch's own operator, because it is faster
+for few numbers; torch's own operator, because the fused path does not cover the call."""
+
+
+class Operation(NamedTuple):
+    """What `route` asks of the arguments of a function."""
+
+    supported: Callable[..., bool]  # Are they covered by the fused path?
+    small: Callable[..., bool]  # Is torch's own operator faster?
+    small_in_graph: Callable[..., bool] | None = None  # The same in a graph. None: there is no custom operator.
+
+
+LOSS = Operation(supports_fused, is_small, inductor_is_better)
+LOSS_IN_PLACE = LOSS._replace(small=is_small_in_place)
+ROWS = Operation(supports_fused, are_small_rows)
+ROWS_WITHOUT_LOSS = Operation(supports_fused, never)
+SOFTMAX = Operation(supports_softmax, never)
+LAYER = Operation(supports_layer, is_small_layer, is_small_layer)
+
+
+def route(operation: Operation, backend: str, arguments: tuple[Any, ...]) -> Path:
+    """Return who computes a call."""
+    if is_compiling():
+        if (
+            operation.small_in_graph is None
+            or (backend == "auto" and operation.small_in_graph(*arguments))
+            or torch._C._are_functorch_transforms_active()
+            or exporting()
+            or not operation.supported(*arguments)
+        ):
+            return "torch"
+        return "operator"
+    if backend == "auto" and operation.small(*arguments):
+        return "small"
+    if under_transform() or not operation.supported(*arguments):
+        return "torch"
+    return "backend"

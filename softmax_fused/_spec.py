@@ -1,0 +1,242 @@
+"""What a call asks for, and what a backend offers: all that the functions and those that compute know of each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+
+import torch
+
+from softmax_fused._row_outputs import OUTPUTS, RowOutputs
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from torch import Tensor
+
+    Upstream = Sequence[Tensor | None]
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The types of logits, class probabilities and results."""
+
+
+def class_dim(ndim: int) -> int:
+    """Return the dimension along which the classes of logits (C,) or (N, C, d1..dk) lie."""
+    return min(ndim - 1, 1)
+
+
+def row_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of logits (C,) or (N, C, d1..dk) without the classes."""
+    return (shape[0], *shape[2:]) if len(shape) > 1 else ()
+
+
+class TargetKind:
+    """A kind of target: what callers and backends ask of it. The kinds are classes of backends/torch/targets.py."""
+
+    reader: ClassVar[str]
+    """What kernels/targets.py calls it."""
+
+    slice_reader: ClassVar[str]
+    """The same where the logits are a slice of the classes."""
+
+    has_labels: ClassVar[bool]
+    """Whether it is a class index a row, of which `ignore_index` stands for no class."""
+
+    dense: ClassVar[bool]
+    """Whether every class has a share of it, also without label smoothing."""
+
+    unit_sum: ClassVar[bool]
+    """Whether a row of it sums to 1, so that without class weights A = 1 need not be saved."""
+
+    weighted_mean: ClassVar[bool]
+    """Whether a mean divides by the weights of the rows' classes instead of the number of rows."""
+
+
+class Spec(NamedTuple):
+    """What a call of the loss asks for, beside its tensors."""
+
+    target: type[TargetKind]
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    dtype: torch.dtype  # of the loss
+    acc: torch.dtype  # arithmetic: float32, or float64 where a tensor is float64
+    classes: int = 0  # of all slices, where the logits are a slice of the classes
+    first: int = 0  # class of the slice
+
+    @property
+    def has_dense_target(self) -> bool:
+        """Whether a is more than the target class's: every class has a share of it."""
+        return self.target.dense or self.label_smoothing > 0
+
+    @property
+    def reader(self) -> str:
+        """What the kernels call the kind of target, or the kind that they read where the logits are a slice."""
+        return self.target.slice_reader if self.classes else self.target.reader
+
+    def saves_target_sum(self, weight: Tensor | None) -> bool:
+        """Whether A is saved beside m and log s of each row: it is 1 otherwise."""
+        return weight is not None or not self.target.unit_sum
+
+
+class RowSpec(NamedTuple):
+    """What a call of :func:`cross_entropy_rows` asks for, beside its tensors."""
+
+    spec: Spec
+    scale: float
+    softcap: float | None
+    outputs: tuple[str, ...]
+
+    def allocate(self, logits: Tensor) -> RowOutputs:
+        """Return memory for the outputs asked for, None for the others."""
+        shape = row_shape(logits.shape)
+        return RowOutputs(
+            *(
+                logits.new_empty(shape, dtype=output.dtype or self.spec.dtype) if name in self.outputs else None
+                for name, output in OUTPUTS.items()
+            )  # type: ignore[arg-type]  # None where the caller named no such output
+        )
+
+
+class CrossEntropyOperations(Protocol):
+    """The loss and its gradient. Every backend offers them."""
+
+    def loss(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Compute the loss and, with `save`, what `gradient` needs."""
+
+    def saved_shapes(self, logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:
+        """Return the shapes of what `loss` saves."""
+
+    def gradient(
+        self,
+        upstream: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        saved: Sequence[Tensor],
+        spec: Spec,
+        grad: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the gradient of the logits, into `grad` where given, which may be the logits themselves."""
+
+    def loss_and_gradient(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, grad: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """Compute the loss, what `gradient` needs, and the gradient for an upstream gradient of 1.
+
+        It is written to `grad` where given, which may be the logits themselves. None for it where a backend does better
+        to compute the gradient apart.
+        """
+
+    def rescale_gradient(
+        self,
+        upstream: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        saved: Sequence[Tensor],
+        spec: Spec,
+        grad: Tensor,
+    ) -> Tensor:
+        """Rescale `grad`, computed for an upstream gradient of 1, without a device synchronisation."""
+
+
+class RowOutputsOperations(Protocol):
+    """Several outputs of each row, and their gradient."""
+
+    def forward(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec, save: bool
+    ) -> tuple[RowOutputs, Tensor | None]:
+        """Compute the outputs asked for and, with `save`, what `gradient` needs."""
+
+    def gradient(
+        self,
+        upstream: Upstream,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        stats: Tensor | None,
+        options: RowSpec,
+    ) -> Tensor:
+        """Compute the gradient of the logits from those of the differentiable outputs, None where there is none."""
+
+
+class SoftmaxOperations(Protocol):
+    """Softmax or, with `log`, its logarithm along a dimension, and the gradient."""
+
+    def forward(self, input: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
+        """Compute it, of `dtype`."""
+
+    def backward(self, upstream: Tensor, out: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
+        """Compute the gradient of the input, of `dtype`, from the output."""
+
+
+class VocabParallelOperations(Protocol):
+    """The loss where the logits are a slice of the classes; `spec` says which. Rows are numbered flat."""
+
+    def prepare(self, logits: Tensor, target: Tensor, spec: Spec) -> Tensor:
+        """Return the target in the form that the others take."""
+
+    def statistics(self, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
+        """Return m, s and, with a dense target, its sum and <a, z - m> of each row of the slice.
+
+        They leave out the target class.
+        """
+
+    def terms(
+        self, parts: Tensor, m: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
+    ) -> Tensor:
+        """Return what is summed over ranks, from the slice's statistics and the m of all slices."""
+
+    def finalize(
+        self, sums: Tensor, m: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the loss and what `gradient` needs, from the sums over ranks: the same on every rank."""
+
+    def gradient(
+        self,
+        upstream: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        saved: Sequence[Tensor],
+        spec: Spec,
+        grad: Tensor,
+    ) -> object:
+        """Fill `grad` with the gradient of the slice."""
+
+
+class Backend(Protocol):
+    """What computes. A family of operations is offered as a whole, or is None and computed as its line says.
+
+    The functions that users call are `cross_entropy` (also chunk by chunk, for a linear layer), `row_outputs`,
+    `softmax` (with its logarithm) and `vocab_parallel`.
+    """
+
+    name: str
+    cross_entropy: CrossEntropyOperations
+    row_outputs: RowOutputsOperations | None = None  # None: the torch backend's
+    softmax: SoftmaxOperations | None = None  # None: torch's own functions
+    vocab_parallel: VocabParallelOperations | None = None  # None: the torch backend's
+    gradient_with_loss: Collection[str] = ()
+    """Types of the devices on which the gradient of a mean or sum is best computed with the loss, also unasked."""
+
+    def refusal(self, device_type: str) -> str | None:  # noqa: ARG002 - a default
+        """Say why it cannot serve tensors on such a device, None if it can."""
+        return None
+
+
+class Registration(Protocol):
+    """A backend before it is loaded: a package of `backends` whose import is cheap."""
+
+    def suits(self, device: torch.device) -> tuple[bool, str]:
+        """Return whether backend="auto" takes it for tensors on `device`, and why or why not, if there is a reason."""
+
+    def load(self) -> Backend:
+        """Import what computes.
+
+        Raises:
+            RuntimeError: If it cannot be had on this machine.
+        """

@@ -1,0 +1,103 @@
+"""The kernels' host side, and the only module that imports triton: tile choice, grid, launch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import struct
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from softmax_fused.backends.triton import tiles
+from softmax_fused.backends.triton.tiles import Tile, choose_tile, long_tile
+from softmax_fused.kernels.reduce import cross_entropy_reduce
+from softmax_fused.kernels.targets import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from softmax_fused._spec import Spec
+    from softmax_fused.backends.triton.layout import Rows
+    from softmax_fused.backends.triton.tiles import LongTile
+
+INTERPRETED = not isinstance(cross_entropy_reduce, triton.JITFunction)
+"""Whether the kernels run through Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
+
+# Triton 3.10 turns fused multiply-add off by default; the kernels count on it and are as accurate with it.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+
+
+def launch(kernel: Any, programs: int, warps: int, device: torch.device, *args: Any) -> None:
+    """Launch `kernel` on the device that holds its tensors."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel[(programs,)](*args, num_warps=warps, **OPTIONS)
+
+
+def plan(
+    rows: Rows,
+    itemsize: int,
+    table: tuple[LongTile, ...],
+    *strides: tuple[int, ...],
+    streams: int = 1,
+    crowded: bool = False,
+) -> tuple[Tile, int]:
+    """Return the tile and the number of programs, before long rows are split.
+
+    `strides` are those of the logits and, where it is written, of the gradient: it may lie otherwise, when the logits
+    share memory. `streams` and `crowded` as in `long_tile`.
+    """
+    adjacent = rows.classes == 1 or all(stride[-1] == 1 for stride in strides)
+    if adjacent and rows.classes > tiles.tables.long_row_classes:
+        return long_tile(rows.classes, itemsize, table, streams, crowded), math.prod(rows.sizes)
+    tile = choose_tile(rows.classes, rows.sizes, adjacent, itemsize)
+    return tile, math.prod(rows.sizes[:-1]) * -(-rows.sizes[-1] // tile.rows)
+
+
+def load_of(weight: Tensor | None, spec: Spec) -> dict[str, Any]:
+    """Return how many rows the loss reads at once, and whether weights of all classes take registers."""
+    return {"streams": 2 if spec.target.dense else 1, "crowded": weight is not None and spec.has_dense_target}
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """Return the type to compute in."""
+    return tl.float64 if dtype is torch.float64 else tl.float32
+
+
+def packed(weight: Tensor | None) -> Tensor | None:
+    """Return the class weights without gaps: C numbers, cheaper to copy than to address by a stride."""
+    return None if weight is None else weight.contiguous()
+
+
+def split(value: float) -> tuple[float, float] | None:
+    """Return a float64 as the sum of two float32, or None for 0: kernels get floats in single precision only."""
+    if not value:
+        return None
+    high: float = struct.unpack("f", struct.pack("f", value))[0]
+    return high, value - high
+
+
+def smoothing(spec: Spec) -> tuple[float | int, ...] | None:
+    """Return the label smoothing as kernels get it, with the number of all classes where the logits are a slice."""
+    terms = split(spec.label_smoothing)
+    return (*terms, spec.classes) if terms and spec.classes else terms
+
+
+def ignored(spec: Spec) -> int | tuple[int, int, int]:
+    """Return the ignored index as kernels get it, with where a slice begins and the number of all classes."""
+    return (spec.ignore_index, spec.first, spec.classes) if spec.classes else spec.ignore_index
+
+
+def as_first(first: tuple[int, ...], strides: tuple[int, ...], tile: Tile) -> tuple[int, ...] | None:
+    """Return strides, or None where they are the first tensor's and rows are long: the kernel then knows it."""
+    return None if strides == first and tile.lanes else strides
+
+
+def target_of(
+    target: Tensor, weight: Tensor | None, spec: Spec, strides: tuple[int, ...], first: tuple[int, ...], tile: Tile
+) -> Target:
+    """Return the target as kernels get it."""
+    return Target(target, as_first(first, strides, tile), packed(weight), smoothing(spec))

@@ -1,0 +1,139 @@
+"""The torch.autograd.Functions: what forward saves, and who computes the gradient in backward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from softmax_fused._row_outputs import OUTPUTS
+from softmax_fused.backends.torch import cross_entropy as torch_loss
+from softmax_fused.backends.torch import row_outputs as torch_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from softmax_fused._spec import CrossEntropyOperations, RowOutputsOperations, RowSpec, SoftmaxOperations, Spec
+
+BATCHED = tuple(torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorchBatched"))
+
+
+def batched(tensor: Tensor) -> bool:
+    """Whether vmap is at work: torch.func.vmap, or torch.autograd.grad(..., is_grads_batched=True)."""
+    keys = torch._C._dispatch_keys(tensor)
+    return any(keys.has(key) for key in BATCHED)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Saves the logits and two or three numbers a row; backward computes the softmax again.
+
+    `gradient_mode` says where the gradient comes from: "backward" computes it into a new tensor, "in place" over the
+    logits, and "forward" with the loss, for an upstream gradient of 1; backward then only rescales it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        spec: Spec,
+        operations: CrossEntropyOperations,
+        gradient_mode: str,
+    ) -> Tensor:
+        """Compute the loss."""
+        ctx.precomputed_grad = None
+        if gradient_mode == "forward":
+            loss, saved, ctx.precomputed_grad = operations.loss_and_gradient(logits, target, weight, spec)
+        else:
+            loss, saved = operations.loss(logits, target, weight, spec, save=True)
+        ctx.save_for_backward(logits, target, weight, *saved)
+        ctx.spec, ctx.operations, ctx.gradient_mode = spec, operations, gradient_mode
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradient of the logits; in torch operations where it is to be differentiated or batched."""
+        logits, target, weight, *saved = ctx.saved_tensors
+        arguments = (upstream, logits, target, weight, saved, ctx.spec)
+        if torch.is_grad_enabled() or batched(upstream):
+            grad = torch_loss.differentiable_gradient(upstream, logits, target, weight, ctx.spec)
+        elif ctx.gradient_mode == "in place":
+            grad = ctx.operations.gradient(*arguments, grad=logits.detach())
+            torch.autograd.graph.increment_version(logits)  # autograd raises where the logits are needed later
+        elif ctx.precomputed_grad is not None:
+            # It is returned once, as the caller may change it: a second backward computes its own.
+            grad, ctx.precomputed_grad = ctx.precomputed_grad, None
+            grad = ctx.operations.rescale_gradient(*arguments, grad)
+        else:
+            grad = ctx.operations.gradient(*arguments)
+        return grad, None, None, None, None, None
+
+
+class CrossEntropyRows(torch.autograd.Function):
+    """Saves the logits and four numbers a row; outputs without an upstream gradient cost backward nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: RowSpec,
+        operations: RowOutputsOperations,
+    ) -> tuple[Tensor, ...]:
+        """Compute the outputs."""
+        out, stats = operations.forward(logits, target, weight, options, save=True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, weight, stats)
+        ctx.options, ctx.operations = options, operations
+        kinds = zip(out, OUTPUTS.values(), strict=True)
+        ctx.mark_non_differentiable(*(it for it, output in kinds if it is not None and not output.differentiable))
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Compute the gradient of the logits; in torch operations where it is to be differentiated or batched."""
+        differentiable = tuple(g for g, output in zip(upstream, OUTPUTS.values(), strict=True) if output.differentiable)
+        given = [g for g in differentiable if g is not None]
+        if not given:
+            return None, None, None, None, None
+        logits, target, weight, stats = ctx.saved_tensors
+        arguments = (differentiable, logits, target, weight)
+        if torch.is_grad_enabled() or any(batched(g) for g in given):
+            grad = torch_rows.differentiable_gradient(*arguments, ctx.options)
+        else:
+            grad = ctx.operations.gradient(*arguments, stats, ctx.options)
+        return grad, None, None, None, None
+
+
+def differentiable_softmax_gradient(upstream: Tensor, out: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
+    """Compute the gradient of softmax's input in operations that autograd follows, for derivatives of higher order."""
+    acc = torch.promote_types(torch.promote_types(out.dtype, dtype), torch.float32)
+    y, g = out.to(acc), upstream.to(acc)
+    grad = g - y.exp() * g.sum(dim, keepdim=True) if log else y * (g - (y * g).sum(dim, keepdim=True))
+    return grad.to(dtype)
+
+
+class Softmax(torch.autograd.Function):
+    """Saves the output alone, from which the gradient is computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, dim: int, dtype: torch.dtype, log: bool, operations: SoftmaxOperations
+    ) -> Tensor:
+        """Compute the softmax, or its logarithm."""
+        out = operations.forward(input, dim, dtype, log)
+        ctx.save_for_backward(out)
+        ctx.options, ctx.operations = (dim, input.dtype, log), operations
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradient of the input; in torch operations where it is to be differentiated or batched."""
+        (out,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or batched(upstream):
+            grad = differentiable_softmax_gradient(upstream, out, *ctx.options)
+        else:
+            grad = ctx.operations.backward(upstream, out, *ctx.options)
+        return grad, None, None, None, None

@@ -1,0 +1,201 @@
+"""The loss as a function."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch.compiler import is_compiling
+from torch.nn import _reduction as _Reduction
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from softmax_fused import _dispatch, _errors
+from softmax_fused._dispatch import LOSS, LOSS_IN_PLACE, check_backend, get_backend, loss_dtype, route, under_transform
+from softmax_fused._fallback import torch_cross_entropy, torch_function
+from softmax_fused.backends.torch.targets import make_spec
+from softmax_fused.functional import operators
+from softmax_fused.functional.autograd import CrossEntropy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    backend: str = "auto",
+    grad_in_forward: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Cross-entropy between logits and class indices or class probabilities, softmax included.
+
+    .. math::
+        \ell_n = -\sum_c w_c \Big((1-\epsilon)\, t_{nc} + \frac{\epsilon}{C}\Big) \log \mathrm{softmax}(z_n)_c
+
+    with t the one-hot row of a class index or the given probabilities. `mean` divides by the number of rows or, for
+    class indices, by the weights of the true classes; ignored rows count nowhere. A drop-in for
+    `torch.nn.functional.cross_entropy`: what the fused path does not cover is handed over to it.
+
+    Args:
+        input: Logits (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64, any strides.
+        target: Class indices, int64 of the input's shape without C, or class probabilities of the input's shape.
+        weight: Weight of each class (C,), of the input's dtype.
+        size_average: Deprecated by torch in favour of `reduction`.
+        ignore_index: Class index whose rows have no loss and no gradient.
+        reduce: Deprecated by torch in favour of `reduction`.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: Share e of the target spread evenly over the classes, at most 1.
+        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        grad_in_forward: Compute the gradient with the loss, in one launch that reads the logits from memory once; right
+            for every upstream gradient, fastest for 1. Holds a logits-sized buffer between forward and backward. On
+            the CPU a mean or sum does so anyway.
+        inplace_backward: Write the gradient over the logits: no further logits-sized buffer. The logits are lost with
+            the backward pass, and autograd refuses operations that still need them.
+
+    A DTensor stays one: logits divided by class take the path of `softmax_fused.distributed.cross_entropy`, logits
+    divided by rows are computed where they are; a mean or sum is whole on every rank, and "none" divided as the rows.
+
+    Both options are for training large classifiers; they change nothing where torch's own operator computes or under
+    torch.compile, and do not combine.
+
+    Returns:
+        A scalar, or with reduction "none" a tensor of the input's shape without C; of the input's dtype (promoted with
+        that of class probabilities, float32 under autocast).
+
+    Raises:
+        IndexError: A class index lies outside [0, C), on the CPU; on a GPU that row's loss and gradient are NaN.
+        ValueError: Unknown reduction or backend, batch sizes that differ, or both gradient options at once.
+        RuntimeError: Shapes or dtypes that do not fit, label_smoothing above 1, kernels asked for where none can run,
+            inplace_backward for a leaf that requires grad or for logits that overlap in memory.
+        TypeError: An argument of the wrong type.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], requires_grad=True)
+        >>> loss = cross_entropy(logits, torch.tensor([0, 2]))
+        >>> loss
+        tensor(0.8607, grad_fn=<...>)
+        >>> loss.backward()
+        >>> logits.grad
+        tensor([[-0.0781,  0.0571,  0.0210],
+                [ 0.1060,  0.2881, -0.3940]])
+
+    References:
+        Zhang et al., Dive into Deep Learning, section 4.1 (softmax regression). Szegedy et al., Rethinking the
+        Inception Architecture, 2016 (label smoothing). Milakov and Gimelshein, Online normalizer calculation for
+        softmax, 2018 (one pass for maximum and sum).
+    """
+    if has_torch_function_variadic(input, target, weight):
+        options = {"backend": backend, "grad_in_forward": grad_in_forward, "inplace_backward": inplace_backward}
+        return overridden(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, options
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    if backend != "auto":
+        check_backend(backend)
+    if grad_in_forward and inplace_backward:
+        raise _errors.both_gradient_options()
+    arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
+    path = route(LOSS_IN_PLACE if inplace_backward else LOSS, backend, arguments)
+    if path == "small":
+        loss = torch_cross_entropy(*arguments)
+        if (weight is None and target.ndim < input.ndim) or not zero_times_infinity(loss):
+            return loss
+        path = "backend" if _dispatch.supports_fused(*arguments) else "torch"
+    if path == "torch":
+        return unfused(*arguments, backend)
+    dtype = loss_dtype(input, target)
+    if path == "operator":
+        options_of_spec = (reduction, ignore_index, float(label_smoothing), dtype)
+        in_graph: Tensor = operators.cross_entropy(input, target, weight, *options_of_spec, backend)[0]
+        return in_graph
+    chosen = get_backend(backend, input.device.type)
+    operations = chosen.cross_entropy
+    spec = make_spec(input, target, reduction, ignore_index, label_smoothing, dtype)
+    if not (input.requires_grad and torch.is_grad_enabled()):
+        return operations.loss(input, target, weight, spec, save=False)[0]
+    if inplace_backward:
+        check_writable(input)
+    with_loss = grad_in_forward or (input.device.type in chosen.gradient_with_loss and reduction != "none")
+    gradient_mode = "in place" if inplace_backward else "forward" if with_loss else "backward"
+    differentiable: Tensor = CrossEntropy.apply(input, target, weight, spec, operations, gradient_mode)
+    return differentiable
+
+
+def zero_times_infinity(loss: Tensor) -> bool:
+    """Whether torch's loss is NaN, as it is where a weight or probability of 0 meets a log-probability of -inf."""
+    return type(loss) is torch.Tensor and not under_transform() and bool(loss.isnan().any())
+
+
+def check_writable(input: Tensor) -> None:
+    """Refuse logits that no gradient may be written over.
+
+    Raises:
+        RuntimeError: If they are a leaf that requires grad, or several of their elements share memory.
+    """
+    owner = input if input._base is None else input._base
+    if owner.is_leaf and owner.requires_grad:
+        raise _errors.leaf_overwritten()
+    if torch._debug_has_internal_overlap(input) == 1:
+        raise _errors.shared_memory(input)
+
+
+def unfused(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    backend: str,
+) -> Tensor:
+    """Compute what the fused path does not cover, by torch's operator; a DTensor's loss from its local parts."""
+    if is_compiling():
+        return torch_function(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    if _dispatch.is_dtensor(input) and not under_transform():
+        from softmax_fused.distributed import dtensor
+
+        loss = dtensor.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, backend)
+        if loss is not None:
+            return loss
+    return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+
+
+def overridden(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    ignore_index: int,
+    reduce: bool | None,
+    reduction: str,
+    label_smoothing: float,
+    options: dict[str, Any],
+) -> Tensor:
+    """Follow __torch_function__: tensor subclasses are handed torch's function, which they know, modes ours."""
+    tensors = (input, target, weight)
+    if _dispatch.has_subclass(tensors):
+        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    loss: Tensor = handle_torch_function(
+        cross_entropy,
+        tensors,
+        input,
+        target,
+        weight,
+        size_average,
+        ignore_index,
+        reduce,
+        reduction,
+        label_smoothing,
+        **options,
+    )
+    return loss
