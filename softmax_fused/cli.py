@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     import torch
 
     from softmax_fused.training.errors import CommonError, LabError, Stopped, UsageError
-    from softmax_fused.training.ranks import torchrun_ranks
+    from softmax_fused.training.ranks.group import torchrun_ranks
     from softmax_fused.training.signals import signals_raise
 
     ranks = torchrun_ranks()

@@ -15,11 +15,11 @@ import torch
 from torchvision.datasets import FashionMNIST
 
 from softmax_fused.cli import main
-from softmax_fused.training import idx
-from softmax_fused.training.checkpoint import load_checkpoint
 from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import ImageData, load_dataset
-from softmax_fused.training.report import Reporter
+from softmax_fused.training.data import idx
+from softmax_fused.training.data.datasets import ImageData, load_dataset
+from softmax_fused.training.report.console import Reporter
+from softmax_fused.training.runs.checkpoint import load_checkpoint
 
 SMALL = TrainConfig(dataset="digits", loss="torch", epochs=2, device="cpu")
 

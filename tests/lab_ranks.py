@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from softmax_fused.training import run as run_module
 from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import ImageData
+from softmax_fused.training.data.datasets import ImageData
 from softmax_fused.training.errors import LabError, UsageError
-from softmax_fused.training.ranks import Ranks
-from softmax_fused.training.report import Reporter
-from softmax_fused.training.run import resume, train
+from softmax_fused.training.ranks.group import Ranks
+from softmax_fused.training.report.console import Reporter
+from softmax_fused.training.runs import run as run_module
+from softmax_fused.training.runs.run import resume, train
 
 LIMIT = 150  # seconds for anything that ends within 20 on an idle machine
 

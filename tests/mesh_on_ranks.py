@@ -21,13 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import softmax_fused
 from softmax_fused import cross_entropy, distributed
-from softmax_fused.training.batches import make_batches
 from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import ImageData, data_root, load_dataset
-from softmax_fused.training.learner import learner_for
-from softmax_fused.training.loop import confusion_matrix, predict_classes, train_epoch
-from softmax_fused.training.ranks import CPU, Ranks
-from softmax_fused.training.shares import Shares
+from softmax_fused.training.data.batches import make_batches
+from softmax_fused.training.data.datasets import ImageData, data_root, load_dataset
+from softmax_fused.training.models.learner import learner_for
+from softmax_fused.training.models.loop import confusion_matrix, predict_classes, train_epoch
+from softmax_fused.training.ranks.group import CPU, Ranks
+from softmax_fused.training.ranks.shards import Shares
 
 README = Path(__file__).parents[1] / "README.md"
 CONFIG = TrainConfig(loss="torch", batch_size=50, epochs=2, device="cpu")

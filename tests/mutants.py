@@ -49,7 +49,9 @@ SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR = (
     "softmax_fused/_dtensor.py",
 )
 LAB = "softmax_fused/training"
-RANKS, SHARES, LOOP, FOLDER = (f"{LAB}/{name}.py" for name in ("ranks", "shares", "loop", "checkpoint"))
+RANKS, SHARES, LOOP, FOLDER = (
+    f"{LAB}/{name}.py" for name in ("ranks/group", "ranks/shards", "models/loop", "runs/checkpoint")
+)
 OWN = {
     PATCHING: ("patch", "patch_compile"),
     LINEAR: LINEAR_TESTS,
@@ -179,13 +181,13 @@ MUTANTS = {
     "ranks: any job's run is continued": Mutant(FOLDER, 'load_checkpoint(f).get("job") == job', 'load_checkpoint(f).get("job")'),
     "ranks: test loss of one rank": Mutant(LOOP, 'ranks, of="test")', 'of="test")'),
     "test loss: a short slice weighs as much": Mutant(LOOP, "sizes.append(len(target))", "sizes.append(1)", ("training_loop",)),
-    "test loss: logits not scaled": Mutant("softmax_fused/training/learner.py", "return replace(self, forward=body,", "return replace(self, scale=1.0, forward=body,", ("training_loop",)),
-    "claim: two may hold it": Mutant(f"{LAB}/claim.py", "fcntl.LOCK_EX", "fcntl.LOCK_SH", ("training_run",)),
-    "claim: workers hold it too": Mutant(f"{LAB}/claim.py", "            _close_in_children(file)\n", "", ("training_run",)),
+    "test loss: logits not scaled": Mutant(f"{LAB}/models/learner.py", "return replace(self, forward=body,", "return replace(self, scale=1.0, forward=body,", ("training_loop",)),
+    "claim: two may hold it": Mutant(f"{LAB}/runs/lock.py", "fcntl.LOCK_EX", "fcntl.LOCK_SH", ("training_run",)),
+    "claim: workers hold it too": Mutant(f"{LAB}/runs/lock.py", "            _close_in_children(file)\n", "", ("training_run",)),
     "checkpoint: checksums are not read": Mutant(FOLDER, "wrong = archive.testzip()", "wrong = None", ("training_checkpoint",)),
-    "checkpoint: an optimizer's state is not tried": Mutant(f"{LAB}/restore.py", "        _try_step(learner)\n", "", ("training_checkpoint",)),
-    "pictures: white strokes on white": Mutant(f"{LAB}/pictures.py", "return 255 if (middle > BRIGHT) == own_background else 0", "return 255", ("training_predict",)),
-    "pictures: 12 bits of 16 are dark": Mutant(f"{LAB}/pictures.py", "1023, 4095, 16383, 65535", "65535", ("training_predict",)),
+    "checkpoint: an optimizer's state is not tried": Mutant(f"{LAB}/runs/restore.py", "        _try_step(learner)\n", "", ("training_checkpoint",)),
+    "pictures: white strokes on white": Mutant(f"{LAB}/data/pictures.py", "return 255 if (middle > BRIGHT) == own_background else 0", "return 255", ("training_predict",)),
+    "pictures: 12 bits of 16 are dark": Mutant(f"{LAB}/data/pictures.py", "1023, 4095, 16383, 65535", "65535", ("training_predict",)),
     "loop: the last step's weights are not looked at": Mutant(LOOP, "    check_weights(learner)\n", "", ("training_loop",)),
     "patch: no lock": Mutant(PATCHING, "lock = threading.Lock()", "import contextlib\nlock = contextlib.nullcontext()"),
 }  # fmt: skip

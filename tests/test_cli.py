@@ -15,10 +15,10 @@ import torch
 from typer.main import get_command
 
 from softmax_fused import __version__, cli
-from softmax_fused.training import run as run_module
 from softmax_fused.training.commands import EXAMPLES, app
-from softmax_fused.training.data import DATASETS
+from softmax_fused.training.data.datasets import DATASETS
 from softmax_fused.training.errors import Stopped
+from softmax_fused.training.runs import run as run_module
 from softmax_fused.training.signals import signals_held, signals_raise
 from tests.lab import assert_consistent, fake_fashion, run_cli, subprocess_arguments, subprocess_environment
 

@@ -38,8 +38,10 @@ def test_wheel_from_the_sdist(built: Path, tmp_path: Path) -> None:
         names = [name.partition("/")[2] for name in archive.getnames()]
     assert {"kernels/rows.py", "kernels/cross_entropy.py", "LICENSE", "README.md"} <= set(names)
     files = zipfile.ZipFile(wheel).namelist()
-    assert {"softmax_fused/kernels/rows.py", "softmax_fused/py.typed", "softmax_fused/training/loop.py"} <= set(files)
-    assert "softmax_fused/training/templates/report.html" in files
+    assert {"softmax_fused/kernels/rows.py", "softmax_fused/py.typed", "softmax_fused/training/models/loop.py"} <= set(
+        files
+    )
+    assert "softmax_fused/training/report/templates/report.html" in files
     tops = {name.partition("/")[0] for name in files}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"softmax_fused"}
 

@@ -5,13 +5,13 @@ import signal
 import pytest
 import torch
 
-from softmax_fused.training.batches import (
+from softmax_fused.training.data.batches import (
     LoaderBatches,
     MemoryBatches,
     leave_signals_to_the_parent,
     make_batches,
 )
-from softmax_fused.training.shares import shuffled
+from softmax_fused.training.ranks.shards import shuffled
 from softmax_fused.training.signals import SIGNALS
 from tests.lab import few_digits
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from softmax_fused import __version__
-from softmax_fused.training import run as run_module
-from softmax_fused.training.checkpoint import load_checkpoint
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.predict import load_trained
-from softmax_fused.training.run import resume, train
+from softmax_fused.training.runs import run as run_module
+from softmax_fused.training.runs.checkpoint import load_checkpoint
+from softmax_fused.training.runs.run import resume, train
 from tests.lab import QUIET, SMALL, assert_consistent, few_digits, metrics_of, run_cli
 
 State = dict[str, Any]

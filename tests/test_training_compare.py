@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from softmax_fused.training.compare import compare
-from softmax_fused.training.comparison import describe_accuracies, describe_identical
 from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import pair
+from softmax_fused.training.data.datasets import pair
 from softmax_fused.training.errors import LabError, UsageError
-from softmax_fused.training.losses import NATS
-from softmax_fused.training.page import write_report
-from softmax_fused.training.plots_comparison import plot_comparison
-from softmax_fused.training.report import Reporter
-from softmax_fused.training.run import train
+from softmax_fused.training.models.losses import NATS
+from softmax_fused.training.report.comparison import describe_accuracies, describe_identical
+from softmax_fused.training.report.console import Reporter
+from softmax_fused.training.report.page import write_report
+from softmax_fused.training.report.plots_comparison import plot_comparison
+from softmax_fused.training.runs.compare import compare
+from softmax_fused.training.runs.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, run_cli
 
 KNOWN = "fused, torch, scratch, scratch-naive, mse, softmax-twice for --dataset fashion-mnist"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torchvision.datasets import MNIST, FashionMNIST
 
-from softmax_fused.training import idx
-from softmax_fused.training.data import data_root, load_dataset
+from softmax_fused.training.data import idx
+from softmax_fused.training.data.datasets import data_root, load_dataset
+from softmax_fused.training.data.idx import decode
 from softmax_fused.training.errors import LabError, MissingDataError, UsageError
-from softmax_fused.training.idx import decode
 from tests.lab import digits, fake_fashion, idx_bytes, md5_of, real_data
 
 IMAGES = "FashionMNIST/raw/train-images-idx3-ubyte"

@@ -3,7 +3,7 @@
 import pytest
 
 from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import DATASETS
+from softmax_fused.training.data.datasets import DATASETS
 from softmax_fused.training.errors import UsageError
 from softmax_fused.training.fitting import losses_for, models_for
 from tests.lab import run_cli

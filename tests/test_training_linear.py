@@ -10,10 +10,10 @@ from torch import nn
 
 from softmax_fused import linear
 from softmax_fused.training.errors import UsageError
-from softmax_fused.training.learner import build_learner, learner_for
-from softmax_fused.training.losses import build_loss
-from softmax_fused.training.models import build_model
-from softmax_fused.training.run import train
+from softmax_fused.training.models.architectures import build_model
+from softmax_fused.training.models.learner import build_learner, learner_for
+from softmax_fused.training.models.losses import build_loss
+from softmax_fused.training.runs.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, run_cli
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from softmax_fused.training import loading
-from softmax_fused.training.data import Split, to_input
-from softmax_fused.training.report import Reporter
-from softmax_fused.training.samples import GAP, SHOWN, pixel_moments, plot_samples
+from softmax_fused.training.data import loading
+from softmax_fused.training.data.datasets import Split, to_input
+from softmax_fused.training.report.console import Reporter
+from softmax_fused.training.report.samples import GAP, SHOWN, pixel_moments, plot_samples
 from tests.lab import digits, fake_fashion, few_digits, run_cli, subprocess_arguments, subprocess_environment
 
 

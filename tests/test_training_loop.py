@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softmax_fused.training import loop
-from softmax_fused.training.batches import MemoryBatches
+from softmax_fused.training.data.batches import MemoryBatches
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.evaluation import evaluate
-from softmax_fused.training.learner import build_learner, learner_for
-from softmax_fused.training.loop import confusion_matrix, predict_classes, train_epoch
-from softmax_fused.training.losses import build_loss, naive_cross_entropy, scratch_cross_entropy
-from softmax_fused.training.models import MODELS, build_model
+from softmax_fused.training.models import loop
+from softmax_fused.training.models.architectures import MODELS, build_model
+from softmax_fused.training.models.evaluation import evaluate
+from softmax_fused.training.models.learner import build_learner, learner_for
+from softmax_fused.training.models.loop import confusion_matrix, predict_classes, train_epoch
+from softmax_fused.training.models.losses import build_loss, naive_cross_entropy, scratch_cross_entropy
 from softmax_fused.training.tasks import Task
 from tests.lab import SMALL, few_digits
 

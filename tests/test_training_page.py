@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from softmax_fused.training.charts import HEIGHT, MOST_POINTS, WIDTH, line_chart
-from softmax_fused.training.compare import compare
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.page import write_report
-from softmax_fused.training.run import train
+from softmax_fused.training.report.charts import HEIGHT, MOST_POINTS, WIDTH, line_chart
+from softmax_fused.training.report.page import write_report
+from softmax_fused.training.runs.compare import compare
+from softmax_fused.training.runs.run import train
 from tests.browser import browser, find_chromium
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, run_cli
 

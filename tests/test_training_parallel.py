@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from softmax_fused.training import ranks as ranks_module
-from softmax_fused.training import run as run_module
-from softmax_fused.training.batches import make_batches
-from softmax_fused.training.checkpoint import load_checkpoint
-from softmax_fused.training.data import ImageData, data_root, load_dataset
+from softmax_fused.training.data.batches import make_batches
+from softmax_fused.training.data.datasets import ImageData, data_root, load_dataset
 from softmax_fused.training.errors import LabError, Stopped, UsageError
-from softmax_fused.training.parallel import check_parallel
-from softmax_fused.training.ranks import ALONE, CPU, Ranks
-from softmax_fused.training.run import resume, train
-from softmax_fused.training.shares import Shares
+from softmax_fused.training.models.parallel import check_parallel
+from softmax_fused.training.ranks import group as ranks_module
+from softmax_fused.training.ranks.group import ALONE, CPU, Ranks
+from softmax_fused.training.ranks.shards import Shares
+from softmax_fused.training.runs import run as run_module
+from softmax_fused.training.runs.checkpoint import load_checkpoint
+from softmax_fused.training.runs.run import resume, train
 from tests.lab import QUIET, SMALL, assert_consistent, digits, metrics_of, real_data, run_cli
 from tests.lab_ranks import LIMIT, Runs, on_ranks, train_all, train_and_talk
 from tests.test_training_resume import interrupt_in_epoch

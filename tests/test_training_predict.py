@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from softmax_fused.training import figures, pictures
 from softmax_fused.training import predict as predict_module
-from softmax_fused.training.data import Split
+from softmax_fused.training.data import pictures
+from softmax_fused.training.data.datasets import Split
+from softmax_fused.training.data.pictures import read_picture
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.figures import write_gallery
-from softmax_fused.training.pictures import read_picture
 from softmax_fused.training.predict import classify, load_trained
-from softmax_fused.training.run import train
+from softmax_fused.training.report import figures
+from softmax_fused.training.report.figures import write_gallery
+from softmax_fused.training.runs.run import train
 from tests.lab import QUIET, SMALL, digits, run_cli
 
 

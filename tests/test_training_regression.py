@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from softmax_fused.training.checkpoint import load_checkpoint
 from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import load_dataset
+from softmax_fused.training.data.datasets import load_dataset
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.run import resume, train
+from softmax_fused.training.runs.checkpoint import load_checkpoint
+from softmax_fused.training.runs.run import resume, train
 from tests.lab import QUIET, assert_consistent, metrics_of, run_cli
 
 

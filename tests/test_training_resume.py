@@ -12,12 +12,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from softmax_fused.training import checkpoint as checkpoint_module
-from softmax_fused.training import run as run_module
-from softmax_fused.training.checkpoint import load_checkpoint, save_run
 from softmax_fused.training.errors import LabError, Stopped, UsageError
-from softmax_fused.training.page import write_report
-from softmax_fused.training.run import resume, train
+from softmax_fused.training.report.page import write_report
+from softmax_fused.training.runs import checkpoint as checkpoint_module
+from softmax_fused.training.runs import run as run_module
+from softmax_fused.training.runs.checkpoint import load_checkpoint, save_run
+from softmax_fused.training.runs.run import resume, train
 from tests.lab import (
     QUIET,
     SMALL,

@@ -17,16 +17,16 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from softmax_fused.training import claim
-from softmax_fused.training import run as run_module
-from softmax_fused.training.claim import LOCK
-from softmax_fused.training.compare import compare
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.evaluation import CURVES
-from softmax_fused.training.plots import plot_curves
-from softmax_fused.training.record import default_folder, device_name
-from softmax_fused.training.report import Reporter
-from softmax_fused.training.run import resume, train
+from softmax_fused.training.models.evaluation import CURVES
+from softmax_fused.training.report.console import Reporter
+from softmax_fused.training.report.plots import plot_curves
+from softmax_fused.training.runs import lock as claim
+from softmax_fused.training.runs import run as run_module
+from softmax_fused.training.runs.compare import compare
+from softmax_fused.training.runs.lock import LOCK
+from softmax_fused.training.runs.record import default_folder, device_name
+from softmax_fused.training.runs.run import resume, train
 from tests.lab import QUIET, SMALL, assert_consistent, few_digits, metrics_of
 
 

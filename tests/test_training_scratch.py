@@ -8,17 +8,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from softmax_fused.training.activations import slopes
-from softmax_fused.training.batches import MemoryBatches
 from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import data_root, load_dataset, pair
+from softmax_fused.training.data.batches import MemoryBatches
+from softmax_fused.training.data.datasets import data_root, load_dataset, pair
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.learner import learner_for
-from softmax_fused.training.loop import predict_classes, train_epoch
-from softmax_fused.training.losses import build_loss
-from softmax_fused.training.models import ACTIVATIONS, MODELS, build_model
-from softmax_fused.training.run import train
-from softmax_fused.training.scratch import ScratchSGD
+from softmax_fused.training.models.architectures import ACTIVATIONS, MODELS, build_model
+from softmax_fused.training.models.learner import learner_for
+from softmax_fused.training.models.loop import predict_classes, train_epoch
+from softmax_fused.training.models.losses import build_loss
+from softmax_fused.training.models.scratch import ScratchSGD
+from softmax_fused.training.report.activations import slopes
+from softmax_fused.training.runs.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, real_data, run_cli
 
 CPU = torch.device("cpu")

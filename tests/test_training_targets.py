@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from softmax_fused.training.batches import MemoryBatches
-from softmax_fused.training.losses import build_loss
-from softmax_fused.training.run import train
-from softmax_fused.training.targets import SoftBatches
+from softmax_fused.training.data.batches import MemoryBatches
+from softmax_fused.training.data.targets import SoftBatches
+from softmax_fused.training.models.losses import build_loss
+from softmax_fused.training.runs.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of
 
 CPU = torch.device("cpu")

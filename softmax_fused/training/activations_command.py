@@ -10,7 +10,7 @@ def activations(
     output: Annotated[Path, typer.Option(help="The PNG file with the curves.")] = Path("activations.png"),
 ) -> None:
     """Draw ReLU, sigmoid and tanh above their slopes, which autograd computes, and print some of these."""
-    from softmax_fused.training.activations import describe_activations, draw_activations
+    from softmax_fused.training.report.activations import describe_activations, draw_activations
 
     for line in describe_activations():
         typer.echo(line)

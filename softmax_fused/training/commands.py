@@ -8,15 +8,15 @@ import typer
 from softmax_fused.cli import describe_version
 from softmax_fused.training.activations_command import activations
 from softmax_fused.training.config import TrainConfig, check_range
-from softmax_fused.training.data import DATASETS
+from softmax_fused.training.data.datasets import DATASETS
 from softmax_fused.training.data_command import data
 from softmax_fused.training.errors import LabError, UsageError
 from softmax_fused.training.fitting import check_name, losses_for
-from softmax_fused.training.learner import OPTIMIZERS
-from softmax_fused.training.losses import LOSSES
-from softmax_fused.training.models import ACTIVATIONS, MODELS
+from softmax_fused.training.models.architectures import ACTIVATIONS, MODELS
+from softmax_fused.training.models.learner import OPTIMIZERS
+from softmax_fused.training.models.losses import LOSSES
 from softmax_fused.training.options import DataDir
-from softmax_fused.training.ranks import connected, refuse_several, torchrun_ranks
+from softmax_fused.training.ranks.group import connected, refuse_several, torchrun_ranks
 from softmax_fused.training.report_command import report
 
 EXAMPLES = (
@@ -165,8 +165,8 @@ def train(
     Without --dataset, scikit-learn's digits stand in for Fashion-MNIST where it cannot be downloaded.
     Under torchrun, each rank takes its share of every batch.
     """
-    from softmax_fused.training import run
-    from softmax_fused.training.report import Reporter
+    from softmax_fused.training.report.console import Reporter
+    from softmax_fused.training.runs import run
 
     given, ranks = _given_settings(context), torchrun_ranks()
     reporter = Reporter(quiet=quiet, mute=ranks.rank > 0)
@@ -200,8 +200,8 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Train with several losses side by side, from the same weights on the same batches, and time them."""
-    from softmax_fused.training.compare import compare
-    from softmax_fused.training.report import Reporter
+    from softmax_fused.training.report.console import Reporter
+    from softmax_fused.training.runs.compare import compare
 
     given = _given_settings(context)
     config = TrainConfig.fitting(given)
@@ -228,7 +228,7 @@ def predict(
     ] = None,
 ) -> None:
     """Name what is in your own pictures, or draw the test set with right and wrong predictions."""
-    from softmax_fused.training.pictures import read_picture
+    from softmax_fused.training.data.pictures import read_picture
     from softmax_fused.training.predict import check_classifier, classify, draw_gallery, load_trained
 
     check_range("top", top, 1, 1000)

@@ -8,7 +8,7 @@ import torch
 
 from softmax_fused.training.errors import LabError, UsageError
 from softmax_fused.training.fitting import check_name, check_names, check_options, fitting_settings
-from softmax_fused.training.learner import OPTIMIZERS
+from softmax_fused.training.models.learner import OPTIMIZERS
 
 MACHINE = ("device", "data_dir", "workers")  # what may differ between ranks
 MAY_CHANGE = ("epochs", *MACHINE)  # when a run is resumed

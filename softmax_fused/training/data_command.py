@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from softmax_fused.training.config import TrainConfig, check_range
-from softmax_fused.training.data import DATASETS
+from softmax_fused.training.data.datasets import DATASETS
 from softmax_fused.training.errors import UsageError
 from softmax_fused.training.fitting import check_name
 from softmax_fused.training.options import DataDir
@@ -28,10 +28,10 @@ def data(
 
     Without --dataset, scikit-learn's digits stand in for Fashion-MNIST where it cannot be downloaded.
     """
-    from softmax_fused.training.data import data_root, load_dataset
-    from softmax_fused.training.loading import time_loading
-    from softmax_fused.training.report import Reporter
-    from softmax_fused.training.samples import describe_data, draw_samples
+    from softmax_fused.training.data.datasets import data_root, load_dataset
+    from softmax_fused.training.data.loading import time_loading
+    from softmax_fused.training.report.console import Reporter
+    from softmax_fused.training.report.samples import describe_data, draw_samples
 
     check_name("dataset", dataset, DATASETS)
     check_range("batch-size", batch_size, 1, 2**31 - 1)

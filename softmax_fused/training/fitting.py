@@ -4,10 +4,10 @@ import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from softmax_fused.training.data import DATASETS
+from softmax_fused.training.data.datasets import DATASETS
 from softmax_fused.training.errors import UsageError
-from softmax_fused.training.losses import LOSSES
-from softmax_fused.training.models import ACTIVATIONS, MODELS
+from softmax_fused.training.models.architectures import ACTIVATIONS, MODELS
+from softmax_fused.training.models.losses import LOSSES
 from softmax_fused.training.tasks import Task
 
 if TYPE_CHECKING:

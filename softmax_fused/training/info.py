@@ -3,7 +3,7 @@
 import torch
 
 from softmax_fused.functional import explain_backend
-from softmax_fused.training.record import device_name, versions
+from softmax_fused.training.runs.record import device_name, versions
 
 
 def describe_installation() -> list[str]:

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import torch
 
-from softmax_fused.training.checkpoint import checkpoint_file, load_checkpoint
 from softmax_fused.training.config import TrainConfig, pick_device
-from softmax_fused.training.data import data_root, load_dataset, to_input
+from softmax_fused.training.data.datasets import data_root, load_dataset, to_input
+from softmax_fused.training.data.pictures import Picture
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.evaluation import read_parameters
-from softmax_fused.training.figures import run_title, write_fit, write_gallery
-from softmax_fused.training.learner import Learner, learner_for
-from softmax_fused.training.loop import predict_classes
-from softmax_fused.training.losses import class_scores
-from softmax_fused.training.pictures import Picture
-from softmax_fused.training.record import Metrics
-from softmax_fused.training.restore import restore_config, restore_metrics, restore_model
+from softmax_fused.training.models.evaluation import read_parameters
+from softmax_fused.training.models.learner import Learner, learner_for
+from softmax_fused.training.models.loop import predict_classes
+from softmax_fused.training.models.losses import class_scores
+from softmax_fused.training.report.figures import run_title, write_fit, write_gallery
+from softmax_fused.training.runs.checkpoint import checkpoint_file, load_checkpoint
+from softmax_fused.training.runs.record import Metrics
+from softmax_fused.training.runs.restore import restore_config, restore_metrics, restore_model
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,6 @@ def report(
     ] = None,
 ) -> None:
     """Put runs on one HTML page with everything inside: curves, tables, pictures, settings and versions."""
-    from softmax_fused.training.page import write_report
+    from softmax_fused.training.report.page import write_report
 
     typer.echo(write_report(folders, output))

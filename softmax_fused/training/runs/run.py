@@ -12,8 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmax_fused.training.batches import Batches, make_batches
-from softmax_fused.training.checkpoint import (
+from softmax_fused.training.config import MACHINE, TrainConfig, check_changes
+from softmax_fused.training.data.batches import Batches, make_batches
+from softmax_fused.training.data.datasets import ImageData, data_root, load_dataset
+from softmax_fused.training.data.targets import SoftBatches
+from softmax_fused.training.errors import LabError, Stopped, WriteError
+from softmax_fused.training.models.evaluation import curve_names, evaluate
+from softmax_fused.training.models.learner import Learner, learner_for
+from softmax_fused.training.models.loop import train_epoch
+from softmax_fused.training.models.parallel import check_parallel, parallel_learner
+from softmax_fused.training.ranks.group import ALONE, Ranks, describe_lost_rank, is_lost_rank
+from softmax_fused.training.ranks.shards import Shares
+from softmax_fused.training.report.console import Reporter, describe, describe_parameters
+from softmax_fused.training.report.events import EventWriter, event_writer
+from softmax_fused.training.report.figures import draw_figures
+from softmax_fused.training.runs.checkpoint import (
     CHECKPOINT,
     Checkpoint,
     begun_folder,
@@ -23,22 +36,9 @@ from softmax_fused.training.checkpoint import (
     remove_figures,
     save_run,
 )
-from softmax_fused.training.config import MACHINE, TrainConfig, check_changes
-from softmax_fused.training.data import ImageData, data_root, load_dataset
-from softmax_fused.training.errors import LabError, Stopped, WriteError
-from softmax_fused.training.evaluation import curve_names, evaluate
-from softmax_fused.training.events import EventWriter, event_writer
-from softmax_fused.training.figures import draw_figures
-from softmax_fused.training.learner import Learner, learner_for
-from softmax_fused.training.loop import train_epoch
-from softmax_fused.training.parallel import check_parallel, parallel_learner
-from softmax_fused.training.ranks import ALONE, Ranks, describe_lost_rank, is_lost_rank
-from softmax_fused.training.record import Metrics, add_results, continued_metrics, default_folder, new_metrics
-from softmax_fused.training.report import Reporter, describe, describe_parameters
-from softmax_fused.training.restore import restore_config, restore_metrics, restore_model, restore_training
-from softmax_fused.training.shares import Shares
+from softmax_fused.training.runs.record import Metrics, add_results, continued_metrics, default_folder, new_metrics
+from softmax_fused.training.runs.restore import restore_config, restore_metrics, restore_model, restore_training
 from softmax_fused.training.signals import signals_held
-from softmax_fused.training.targets import SoftBatches
 from softmax_fused.training.wording import plural
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from softmax_fused.training.ranks import ALONE, CPU, Ranks
+from softmax_fused.training.ranks.group import ALONE, CPU, Ranks
 
 
 def shuffled(size: int, seed: int, epoch: int) -> Tensor:

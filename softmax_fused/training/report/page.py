@@ -8,13 +8,12 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from softmax_fused import __version__
-from softmax_fused.training import charts
-from softmax_fused.training.charts import Chart, line_chart
-from softmax_fused.training.checkpoint import write_atomically
-from softmax_fused.training.comparison import describe_identical
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.runs import RunRecord, read_runs
-from softmax_fused.training.summaries import (
+from softmax_fused.training.report import charts
+from softmax_fused.training.report.charts import Chart, line_chart
+from softmax_fused.training.report.comparison import describe_identical
+from softmax_fused.training.report.records import RunRecord, read_runs
+from softmax_fused.training.report.summaries import (
     LossRow,
     as_number,
     as_setting,
@@ -26,6 +25,7 @@ from softmax_fused.training.summaries import (
     series,
     summary_rows,
 )
+from softmax_fused.training.runs.checkpoint import write_atomically
 
 CAPTIONS = {
     "predictions": "Predictions on the test set",
@@ -78,7 +78,7 @@ def write_report(folders: list[Path], output: Path | None = None) -> Path:
 def render(runs: list[RunRecord]) -> str:
     """Return the page as HTML."""
     environment = Environment(
-        loader=PackageLoader("softmax_fused.training"),
+        loader=PackageLoader("softmax_fused.training.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

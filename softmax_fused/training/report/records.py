@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softmax_fused.training.checkpoint import COMPARISON, METRICS
 from softmax_fused.training.errors import LabError
+from softmax_fused.training.runs.checkpoint import COMPARISON, METRICS
 
 Curve = Sequence[float | None]  # a value an epoch; None where that epoch did not record it
 Curves = dict[str, list[float | None]]

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from softmax_fused.training.charts import Chart, line_chart
-from softmax_fused.training.comparison import DIFFERENCE, differ
-from softmax_fused.training.losses import as_decimal
-from softmax_fused.training.runs import Curves, RunRecord, curves_of, is_number
+from softmax_fused.training.models.losses import as_decimal
+from softmax_fused.training.report.charts import Chart, line_chart
+from softmax_fused.training.report.comparison import DIFFERENCE, differ
+from softmax_fused.training.report.records import Curves, RunRecord, curves_of, is_number
 
 WHAT = ("dataset", "model", "loss")
 HOW = ("optimizer", "lr", "batch_size")

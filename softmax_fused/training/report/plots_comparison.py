@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from softmax_fused.training.charts import WIDE
-from softmax_fused.training.comparison import differ
-from softmax_fused.training.plots import BLUE, SKY, draw_accuracies, draw_lines
+from softmax_fused.training.report.charts import WIDE
+from softmax_fused.training.report.comparison import differ
+from softmax_fused.training.report.plots import BLUE, SKY, draw_accuracies, draw_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from softmax_fused.training.batches import Batch, Batches
-from softmax_fused.training.ranks import ALONE, Ranks
+from softmax_fused.training.data.batches import Batch, Batches
+from softmax_fused.training.ranks.group import ALONE, Ranks
 
 
 class SoftBatches:

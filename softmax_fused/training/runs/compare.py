@@ -9,26 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmax_fused.training.batches import Batch, Batches, make_batches
-from softmax_fused.training.checkpoint import COMPARISON, new_folder, write_atomically, write_json
-from softmax_fused.training.comparison import (
+from softmax_fused.training.config import TrainConfig, pick_device
+from softmax_fused.training.data.batches import Batch, Batches, make_batches
+from softmax_fused.training.data.datasets import ImageData, data_root, load_dataset
+from softmax_fused.training.errors import CommonError, UsageError
+from softmax_fused.training.models.learner import Learner, learner_for
+from softmax_fused.training.models.loop import check_weights, mean_loss, predict_classes
+from softmax_fused.training.models.losses import LOSSES, NATS, as_decimal
+from softmax_fused.training.report.comparison import (
     REFERENCE,
     describe_accuracies,
     describe_identical,
     largest_differences,
     microseconds,
 )
-from softmax_fused.training.config import TrainConfig, pick_device
-from softmax_fused.training.data import ImageData, data_root, load_dataset
-from softmax_fused.training.errors import CommonError, UsageError
-from softmax_fused.training.figures import run_title
-from softmax_fused.training.learner import Learner, learner_for
-from softmax_fused.training.loop import check_weights, mean_loss, predict_classes
-from softmax_fused.training.losses import LOSSES, NATS, as_decimal
-from softmax_fused.training.plots import to_png
-from softmax_fused.training.plots_comparison import plot_comparison
-from softmax_fused.training.record import default_folder, surroundings
-from softmax_fused.training.report import Reporter
+from softmax_fused.training.report.console import Reporter
+from softmax_fused.training.report.figures import run_title
+from softmax_fused.training.report.plots import to_png
+from softmax_fused.training.report.plots_comparison import plot_comparison
+from softmax_fused.training.runs.checkpoint import COMPARISON, new_folder, write_atomically, write_json
+from softmax_fused.training.runs.record import default_folder, surroundings
 
 
 @dataclass

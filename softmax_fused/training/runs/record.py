@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from softmax_fused.training.checkpoint import write_error
 from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import ImageData
-from softmax_fused.training.evaluation import curve_names
-from softmax_fused.training.ranks import ALONE, Ranks
+from softmax_fused.training.data.datasets import ImageData
+from softmax_fused.training.models.evaluation import curve_names
+from softmax_fused.training.ranks.group import ALONE, Ranks
+from softmax_fused.training.runs.checkpoint import write_error
 from softmax_fused.training.wording import plural
 
 Metrics = dict[str, Any]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.losses import LOSSES, Fused, Loss, LossEntry, build_loss, class_scores
-from softmax_fused.training.models import MODELS, Model, build_model, split_head
-from softmax_fused.training.scratch import ScratchSGD
+from softmax_fused.training.models.architectures import MODELS, Model, build_model, split_head
+from softmax_fused.training.models.losses import LOSSES, Fused, Loss, LossEntry, build_loss, class_scores
+from softmax_fused.training.models.scratch import ScratchSGD
 
 if TYPE_CHECKING:
     from softmax_fused.training.config import TrainConfig

@@ -7,13 +7,13 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from softmax_fused.training.batches import Batch
-from softmax_fused.training.data import Split, to_input
+from softmax_fused.training.data.batches import Batch
+from softmax_fused.training.data.datasets import Split, to_input
 from softmax_fused.training.errors import CommonError
-from softmax_fused.training.learner import Learner
-from softmax_fused.training.losses import class_scores
-from softmax_fused.training.ranks import ALONE, Ranks
-from softmax_fused.training.shares import Shares
+from softmax_fused.training.models.learner import Learner
+from softmax_fused.training.models.losses import class_scores
+from softmax_fused.training.ranks.group import ALONE, Ranks
+from softmax_fused.training.ranks.shards import Shares
 
 EVALUATION_BATCH = 2000  # rows whose float32 pixels, 6 MB, stay in a core's cache
 

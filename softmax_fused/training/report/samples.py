@@ -7,9 +7,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from softmax_fused.training.checkpoint import write_atomically
-from softmax_fused.training.data import ImageData, Split
-from softmax_fused.training.plots import to_png
+from softmax_fused.training.data.datasets import ImageData, Split
+from softmax_fused.training.report.plots import to_png
+from softmax_fused.training.runs.checkpoint import write_atomically
 
 SHOWN = 10  # images of each class
 GAP, PAPER = 2, 255  # pixels between images, and their grey

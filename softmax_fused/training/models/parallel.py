@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from softmax_fused.training.errors import UsageError
-from softmax_fused.training.learner import Learner
-from softmax_fused.training.models import MODELS
-from softmax_fused.training.ranks import Ranks
+from softmax_fused.training.models.architectures import MODELS
+from softmax_fused.training.models.learner import Learner
+from softmax_fused.training.ranks.group import Ranks
 
 
 class LossModule(nn.Module):

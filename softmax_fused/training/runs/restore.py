@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from softmax_fused import __version__
-from softmax_fused.training.checkpoint import Checkpoint, damaged
 from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import DATASETS
+from softmax_fused.training.data.datasets import DATASETS
 from softmax_fused.training.errors import CommonError, UsageError
-from softmax_fused.training.evaluation import CURVES, REGRESSION_CURVES
-from softmax_fused.training.learner import Learner
-from softmax_fused.training.runs import is_number
+from softmax_fused.training.models.evaluation import CURVES, REGRESSION_CURVES
+from softmax_fused.training.models.learner import Learner
+from softmax_fused.training.report.records import is_number
+from softmax_fused.training.runs.checkpoint import Checkpoint, damaged
 from softmax_fused.training.tasks import Task
 
 # Settings that version 0.1.0 had not; its runs were what the defaults describe.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from softmax_fused.training.checkpoint import write_error
-from softmax_fused.training.record import Metrics
+from softmax_fused.training.runs.checkpoint import write_error
+from softmax_fused.training.runs.record import Metrics
 
 NAMES = {
     "train_loss": "loss/train",

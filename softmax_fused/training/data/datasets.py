@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softmax_fused.training.data.idx import read_folder
 from softmax_fused.training.errors import MissingDataError, UsageError
-from softmax_fused.training.idx import read_folder
 from softmax_fused.training.tasks import Task
 
 SIDE = 28  # pixels

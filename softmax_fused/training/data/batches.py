@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from softmax_fused.training.data import Split, to_input
-from softmax_fused.training.ranks import ALONE, Ranks
-from softmax_fused.training.shares import ShareSampler
+from softmax_fused.training.data.datasets import Split, to_input
+from softmax_fused.training.ranks.group import ALONE, Ranks
+from softmax_fused.training.ranks.shards import ShareSampler
 from softmax_fused.training.signals import ignore_signals
 
 Batch = tuple[Tensor, Tensor]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softmax_fused.training.errors import UsageError
-from softmax_fused.training.scratch import ScratchModel, relu
+from softmax_fused.training.models.scratch import ScratchModel, relu
 from softmax_fused.training.tasks import Task
 
 STD = 0.01

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from softmax_fused.training.data import SIDE
+from softmax_fused.training.data.datasets import SIDE
 from softmax_fused.training.errors import LabError
 
 BRIGHT = 127.5  # a border lighter than this is taken for a light background

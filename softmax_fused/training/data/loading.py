@@ -12,10 +12,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from softmax_fused.training.batches import Batch, MemoryBatches, leave_signals_to_the_parent
-from softmax_fused.training.data import Split
+from softmax_fused.training.data.batches import Batch, MemoryBatches, leave_signals_to_the_parent
+from softmax_fused.training.data.datasets import Split
 from softmax_fused.training.errors import Stopped
-from softmax_fused.training.report import UPDATES, Reporter
+from softmax_fused.training.report.console import UPDATES, Reporter
 from softmax_fused.training.signals import signals_held
 from softmax_fused.training.wording import plural
 

@@ -9,10 +9,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from softmax_fused.training.batches import Batch
-from softmax_fused.training.comparison import differ
-from softmax_fused.training.data import ImageData
-from softmax_fused.training.losses import LARGE, as_decimal
+from softmax_fused.training.data.batches import Batch
+from softmax_fused.training.data.datasets import ImageData
+from softmax_fused.training.models.losses import LARGE, as_decimal
+from softmax_fused.training.report.comparison import differ
 
 UPDATES = 50  # of the bar, an epoch: redrawing costs as much as a training step
 

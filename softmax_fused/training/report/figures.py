@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softmax_fused.training.checkpoint import write_atomically
-from softmax_fused.training.data import Split
-from softmax_fused.training.learner import Learner
-from softmax_fused.training.loop import predict_classes
-from softmax_fused.training.losses import LOSSES
-from softmax_fused.training.plots import plot_confusion, plot_curves, plot_fit, plot_predictions, to_png
-from softmax_fused.training.record import Metrics
+from softmax_fused.training.data.datasets import Split
+from softmax_fused.training.models.learner import Learner
+from softmax_fused.training.models.loop import predict_classes
+from softmax_fused.training.models.losses import LOSSES
+from softmax_fused.training.report.plots import plot_confusion, plot_curves, plot_fit, plot_predictions, to_png
+from softmax_fused.training.runs.checkpoint import write_atomically
+from softmax_fused.training.runs.record import Metrics
 from softmax_fused.training.wording import plural
 
 SHOWN = 16  # right ones and as many wrong ones

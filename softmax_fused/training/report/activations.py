@@ -8,9 +8,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from softmax_fused.training.checkpoint import write_atomically
-from softmax_fused.training.models import ACTIVATIONS
-from softmax_fused.training.plots import BLUE, ORANGE, to_png
+from softmax_fused.training.models.architectures import ACTIVATIONS
+from softmax_fused.training.report.plots import BLUE, ORANGE, to_png
+from softmax_fused.training.runs.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmax_fused.training.data import ImageData, Split
+from softmax_fused.training.data.datasets import ImageData, Split
 from softmax_fused.training.errors import CommonError
-from softmax_fused.training.learner import Learner
-from softmax_fused.training.loop import confusion_matrix, evaluate_split
-from softmax_fused.training.losses import class_scores
-from softmax_fused.training.ranks import ALONE, Ranks
+from softmax_fused.training.models.learner import Learner
+from softmax_fused.training.models.loop import confusion_matrix, evaluate_split
+from softmax_fused.training.models.losses import class_scores
+from softmax_fused.training.ranks.group import ALONE, Ranks
 
 CURVES = ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "epoch_seconds")
 REGRESSION_CURVES = ("train_loss", "test_loss", "epoch_seconds")

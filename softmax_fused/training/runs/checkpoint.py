@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from softmax_fused.training.claim import claimed
 from softmax_fused.training.errors import CommonError, LabError, WriteError
+from softmax_fused.training.runs.lock import claimed
 from softmax_fused.training.signals import signals_held
 
 FORMAT = 1

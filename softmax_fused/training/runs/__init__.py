@@ -1,0 +1,1 @@
+"""Runs and comparisons: what they train, and the folders that keep their results."""
