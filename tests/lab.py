@@ -86,7 +86,7 @@ def fake_fashion(folder: Path, monkeypatch: pytest.MonkeyPatch, train: int = 40,
             packed = gzip.compress(plain, mtime=0)
             (raw / f"{name}.gz").write_bytes(packed)
             resources.append((f"{name}.gz", md5_of(packed)))
-            monkeypatch.setitem(idx.UNPACKED, md5_of(packed), md5_of(plain))
+            monkeypatch.setitem(idx.UNPACKED_MD5, md5_of(packed), md5_of(plain))
     monkeypatch.setattr(FashionMNIST, "resources", resources)
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     return folder

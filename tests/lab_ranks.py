@@ -59,15 +59,15 @@ def train_and_talk(ranks: Ranks, folder: Path, runs: Runs, begun: Path, data: Im
     train_all(ranks, folder, runs)
     resume(begun, {"epochs": 2}, data=data, ranks=ranks, reporter=Reporter(quiet=True))
     assert ranks.sum(torch.tensor(2**53 - ranks.rank)).item() == ranks.size * 2**53 - sum(range(ranks.size))
-    assert ranks.from_first(lambda: ranks.rank) == 0
-    assert ranks.by_turns(lambda: ranks.rank) == ranks.rank
-    ranks.check_same("settings", {"lr": 0.1})
+    assert ranks.call_on_first(lambda: ranks.rank) == 0
+    assert ranks.call_local_first(lambda: ranks.rank) == ranks.rank
+    ranks.check_equal("settings", {"lr": 0.1})
     with pytest.raises(LabError, match=r"expected the same data on every rank, got 0 on rank 0 and 1 on rank 1; give"):
-        ranks.check_same("data", ranks.rank)
+        ranks.check_equal("data", ranks.rank)
 
     def fail() -> None:
         raise UsageError("told by the first rank")
 
     with pytest.raises(SystemExit if ranks.rank else UsageError) as stop:
-        ranks.from_first(fail)
+        ranks.call_on_first(fail)
     assert ranks.rank == 0 or (isinstance(stop.value, SystemExit) and stop.value.code == UsageError.status)

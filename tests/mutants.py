@@ -49,8 +49,17 @@ SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR = (
     "softmax_fused/_dtensor.py",
 )
 LAB = "softmax_fused/training"
-RANKS, SHARES, LOOP, FOLDER = (
-    f"{LAB}/{name}.py" for name in ("ranks/group", "ranks/shards", "models/loop", "runs/checkpoint")
+RANKS, SHARDS, LOOP, EVALUATION, FOLDER, CHECKPOINT, LOCK = (
+    f"{LAB}/{name}.py"
+    for name in (
+        "ranks/group",
+        "ranks/shards",
+        "models/loop",
+        "models/evaluation",
+        "runs/folder",
+        "runs/checkpoint",
+        "runs/lock",
+    )
 )
 OWN = {
     PATCHING: ("patch", "patch_compile"),
@@ -60,7 +69,7 @@ OWN = {
     LONG_OUTPUTS: ("row_outputs",),
     TORCH_OUTPUTS: ("row_outputs",),
     **dict.fromkeys((SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR), ("distributed_loss",)),
-    **dict.fromkeys((RANKS, SHARES, LOOP, FOLDER), ("training_parallel",)),
+    **dict.fromkeys((RANKS, SHARDS, LOOP, EVALUATION, FOLDER), ("training_parallel",)),
 }
 MUTANTS = {
     "tile reads classes beyond C": Mutant(KERNEL, "inside = exists[:, None] & live[None, :]\n        z = load_tile", "inside = (exists | True)[:, None] & live[None, :]\n        z = load_tile"),
@@ -174,19 +183,19 @@ MUTANTS = {
     "slices: another's bad arguments go unnoticed": Mutant(EXCHANGE, "if bad:", "if False:"),
     "slices: ranks may differ in their targets": Mutant(EXCHANGE, "for name, meaning in AGREED.items():", "for name, meaning in list(AGREED.items())[:-1]:"),
     "dtensor: mean of the ranks' means": Mutant(DTENSOR, 'here = "sum" if mean_of_parts else reduction', "here, mean_of_parts = reduction, False"),
-    "ranks: uneven shares weigh the same": Mutant(LOOP, "loss * share.factor", "loss"),
-    "ranks: an empty share is empty": Mutant(RANKS, "return part if len(part) else rows[:1]", "return part"),
-    "ranks: an empty share counts": Mutant(SHARES, "yield Share(own,", "yield Share(max(own, 1),"),
+    "ranks: uneven shards weigh the same": Mutant(LOOP, "loss * shard.factor", "loss"),
+    "ranks: an empty shard stays empty": Mutant(RANKS, "return part if len(part) else rows[:1]", "return part"),
+    "ranks: the filler of an empty shard counts": Mutant(SHARDS, "yield Shard(own,", "yield Shard(max(own, 1),"),
     "ranks: metrics of one rank": Mutant(RANKS, "dist.all_reduce(total)", "pass"),
-    "ranks: any job's run is continued": Mutant(FOLDER, 'load_checkpoint(f).get("job") == job', 'load_checkpoint(f).get("job")'),
-    "ranks: test loss of one rank": Mutant(LOOP, 'ranks, of="test")', 'of="test")'),
-    "test loss: a short slice weighs as much": Mutant(LOOP, "sizes.append(len(target))", "sizes.append(1)", ("training_loop",)),
-    "test loss: logits not scaled": Mutant(f"{LAB}/models/learner.py", "return replace(self, forward=body,", "return replace(self, scale=1.0, forward=body,", ("training_loop",)),
-    "claim: two may hold it": Mutant(f"{LAB}/runs/lock.py", "fcntl.LOCK_EX", "fcntl.LOCK_SH", ("training_run",)),
-    "claim: workers hold it too": Mutant(f"{LAB}/runs/lock.py", "            _close_in_children(file)\n", "", ("training_run",)),
-    "checkpoint: checksums are not read": Mutant(FOLDER, "wrong = archive.testzip()", "wrong = None", ("training_checkpoint",)),
-    "checkpoint: an optimizer's state is not tried": Mutant(f"{LAB}/runs/restore.py", "        _try_step(learner)\n", "", ("training_checkpoint",)),
-    "pictures: white strokes on white": Mutant(f"{LAB}/data/pictures.py", "return 255 if (middle > BRIGHT) == own_background else 0", "return 255", ("training_predict",)),
+    "ranks: the run of any job is resumed": Mutant(FOLDER, 'load_checkpoint(f).get("job") == job', 'load_checkpoint(f).get("job")'),
+    "ranks: test loss of one rank": Mutant(EVALUATION, 'ranks, split="test")', 'split="test")'),
+    "test loss: a smaller batch weighs as much": Mutant(EVALUATION, "sizes.append(len(target))", "sizes.append(1)", ("training_loop",)),
+    "test loss: logits not scaled": Mutant(f"{LAB}/models/learner.py", "return replace(self, forward=body,", "return replace(self, logit_scale=1.0, forward=body,", ("training_loop",)),
+    "lock: two processes may hold it": Mutant(LOCK, "fcntl.LOCK_EX", "fcntl.LOCK_SH", ("training_run",)),
+    "lock: workers hold it too": Mutant(LOCK, "            _close_in_children(file)\n", "", ("training_run",)),
+    "checkpoint: checksums are not verified": Mutant(CHECKPOINT, "wrong = archive.testzip()", "wrong = None", ("training_checkpoint",)),
+    "checkpoint: an optimizer's state is not tried": Mutant(f"{LAB}/runs/restore.py", "        _try_steps(learner)\n", "", ("training_checkpoint",)),
+    "pictures: white strokes on white": Mutant(f"{LAB}/data/pictures.py", "return 255 if (median > MIDDLE_GREY) == has_background else 0", "return 255", ("training_predict",)),
     "pictures: 12 bits of 16 are dark": Mutant(f"{LAB}/data/pictures.py", "1023, 4095, 16383, 65535", "65535", ("training_predict",)),
     "loop: the last step's weights are not looked at": Mutant(LOOP, "    check_weights(learner)\n", "", ("training_loop",)),
     "patch: no lock": Mutant(PATCHING, "lock = threading.Lock()", "import contextlib\nlock = contextlib.nullcontext()"),

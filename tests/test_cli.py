@@ -19,7 +19,7 @@ from softmax_fused.training.commands import EXAMPLES, app
 from softmax_fused.training.data.datasets import DATASETS
 from softmax_fused.training.errors import Stopped
 from softmax_fused.training.runs import run as run_module
-from softmax_fused.training.signals import signals_held, signals_raise
+from softmax_fused.training.signals import signals_as_exception, signals_delayed
 from tests.lab import assert_consistent, fake_fashion, run_cli, subprocess_arguments, subprocess_environment
 
 DIGITS = ["--dataset", "digits", "--loss", "torch", "--device", "cpu", "--epochs", "1"]
@@ -286,8 +286,8 @@ def test_signals_before_a_run_exists(
 def test_signals_wait_for_the_end_of_a_write() -> None:
     steps = []
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped) as stop, signals_raise():  # noqa: PT012
-        with signals_held():
+    with pytest.raises(Stopped) as stop, signals_as_exception():  # noqa: PT012
+        with signals_delayed():
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGINT)
             steps.append("written")

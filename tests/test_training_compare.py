@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data.datasets import pair
+from softmax_fused.training.data.datasets import select_pair
 from softmax_fused.training.errors import LabError, UsageError
 from softmax_fused.training.models.losses import NATS
-from softmax_fused.training.report.comparison import describe_accuracies, describe_identical
 from softmax_fused.training.report.console import Reporter
 from softmax_fused.training.report.page import write_report
-from softmax_fused.training.report.plots_comparison import plot_comparison
+from softmax_fused.training.report.plots import plot_comparison
+from softmax_fused.training.report.sentences import describe_accuracies, describe_identical
 from softmax_fused.training.runs.compare import compare
 from softmax_fused.training.runs.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, run_cli
@@ -142,12 +142,14 @@ def test_one_line_ranks_the_losses() -> None:
 
 
 def test_two_classes_are_compared_and_regressions_are_not(tmp_path: Path) -> None:
-    data = pair(few_digits(), "fashion-pair", 3, 8)
-    config = TrainConfig.fitting({"dataset": "fashion-pair", "epochs": 1, "device": "cpu"})
+    data = select_pair(few_digits(), "fashion-pair", 3, 8)
+    config = TrainConfig.with_defaults({"dataset": "fashion-pair", "epochs": 1, "device": "cpu"})
     compare(["logistic", "logistic-squared"], config, output=tmp_path / "pair", data=data, reporter=QUIET)
     assert set(comparison(tmp_path / "pair")["losses"]) == {"logistic", "logistic-squared"}
     with pytest.raises(UsageError, match="expected a data set of classes to compare losses on, got linear; use"):
-        compare(["squared"], TrainConfig.fitting({"dataset": "linear"}), output=tmp_path / "linear", reporter=QUIET)
+        compare(
+            ["squared"], TrainConfig.with_defaults({"dataset": "linear"}), output=tmp_path / "linear", reporter=QUIET
+        )
 
 
 def test_a_comparison_is_not_overwritten(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_file_of_another_data_set_or_part_is_recognised(
     root = fake_fashion(tmp_path, monkeypatch)
     plain = idx_bytes(torch.arange(6).view(1, 2, 3))
     zipped = gzip.compress(plain, mtime=1)
-    monkeypatch.setitem(idx.UNPACKED, md5_of(zipped), md5_of(plain))
+    monkeypatch.setitem(idx.UNPACKED_MD5, md5_of(zipped), md5_of(plain))
     if other == "MNIST":
         monkeypatch.setattr(MNIST, "resources", [(f"{name}.gz", md5_of(zipped))])
     else:

@@ -2,26 +2,25 @@
 
 import pytest
 
-from softmax_fused.training.config import TrainConfig
+from softmax_fused.training.config import TrainConfig, losses_for, models_for
 from softmax_fused.training.data.datasets import DATASETS
 from softmax_fused.training.errors import UsageError
-from softmax_fused.training.fitting import losses_for, models_for
 from tests.lab import run_cli
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_every_data_set_has_settings_that_fit(dataset: str) -> None:
     for model in models_for(dataset):
-        config = TrainConfig.fitting({"dataset": dataset, "model": model})
+        config = TrainConfig.with_defaults({"dataset": dataset, "model": model})
         assert config.loss in losses_for(dataset)
-    assert TrainConfig.fitting({"dataset": dataset}).lr == DATASETS[dataset].lr
+    assert TrainConfig.with_defaults({"dataset": dataset}).lr == DATASETS[dataset].lr
 
 
 def test_what_is_given_is_kept() -> None:
-    config = TrainConfig.fitting({"dataset": "mnist", "lr": 0.1, "model": "scratch-mlp", "optimizer": "adam"})
+    config = TrainConfig.with_defaults({"dataset": "mnist", "lr": 0.1, "model": "scratch-mlp", "optimizer": "adam"})
     assert (config.lr, config.batch_size, config.loss, config.optimizer) == (0.1, 64, "scratch", "adam")
     assert config.activation == "relu"
-    assert TrainConfig.fitting({}) == TrainConfig()
+    assert TrainConfig.with_defaults({}) == TrainConfig()
 
 
 @pytest.mark.parametrize(

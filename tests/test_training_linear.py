@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from softmax_fused import linear
+from softmax_fused.training.config import learner_for
 from softmax_fused.training.errors import UsageError
 from softmax_fused.training.models.architectures import build_model
-from softmax_fused.training.models.learner import build_learner, learner_for
+from softmax_fused.training.models.learner import build_learner
 from softmax_fused.training.models.losses import build_loss
 from softmax_fused.training.runs.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, run_cli
@@ -76,7 +77,7 @@ def test_models_that_do_not_end_in_a_linear_layer_are_refused(capsys: pytest.Cap
     )
     for model in (build_model("scratch-mlp", 10), nn.Sequential(nn.Linear(784, 10), nn.ReLU())):
         with pytest.raises(UsageError, match=r"expected a model that ends in nn\.Linear"):
-            build_learner(model, build_loss("fused-linear"), device=torch.device("cpu"), layer=True)
+            build_learner(model, build_loss("fused-linear"), device=torch.device("cpu"), includes_last_layer=True)
 
 
 def test_losses_of_logits_alone_are_compared(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from softmax_fused.training.data import loading
 from softmax_fused.training.data.datasets import Split, to_input
 from softmax_fused.training.report.console import Reporter
-from softmax_fused.training.report.samples import GAP, SHOWN, pixel_moments, plot_samples
+from softmax_fused.training.report.samples import GAP, SAMPLES, pixel_moments, plot_samples
 from tests.lab import digits, fake_fashion, few_digits, run_cli, subprocess_arguments, subprocess_environment
 
 
@@ -50,7 +50,7 @@ def test_each_class_has_its_row_and_may_have_few_images() -> None:
     sheet = axes.images[0].get_array()
     side = 28 + GAP
     corners = sheet[::side, ::side]
-    assert corners.shape == (3, SHOWN)
+    assert corners.shape == (3, SAMPLES)
     assert corners[:, :3].tolist() == [[10, 255, 255], [0, 20, 255], [255, 255, 255]]
 
 
@@ -90,7 +90,7 @@ def test_every_way_reads_every_image_once_and_the_same_pixels(monkeypatch: pytes
     split = few_digits().train
     truth = sorted(zip(to_input(split.images).sum(dim=(1, 2)).tolist(), split.labels.tolist(), strict=True))
     names = []
-    for name, batches in loading.ways(split, 64):
+    for name, batches in loading.loaders(split, 64):
         names.append(name)
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         sums = images.reshape(-1, 28, 28).sum(dim=(1, 2))
@@ -114,15 +114,15 @@ def test_times_are_printed_a_line_each(
 def test_more_workers_than_cores_are_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    batches = loading.start_workers(loading.book_loader(few_digits().train, 300, workers=2))
+    batches = loading.start_workers(loading.textbook_loader(few_digits().train, 300, workers=2))
     assert sum(len(labels) for _, labels in batches) == 300
 
 
 def test_a_terminal_sees_a_bar() -> None:
     reporter = Reporter()
     reporter.console = Console(file=io.StringIO(), force_terminal=True, width=70, _environ={"TERM": "xterm"})
-    assert list(loading.tracked([1, 2, 3], 3, "three", reporter)) == [1, 2, 3]
-    assert all(share in reporter.console.file.getvalue() for share in ("three", "33%", "67%", "100%"))
+    assert list(reporter.track([1, 2, 3], 3, "three")) == [1, 2, 3]
+    assert all(text in reporter.console.file.getvalue() for text in ("three", "1/3", "2/3", "3/3"))
 
 
 def test_ctrl_c_between_two_ways_leaves_one_line(tmp_path: Path) -> None:

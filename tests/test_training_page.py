@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.report.charts import HEIGHT, MOST_POINTS, WIDTH, line_chart
+from softmax_fused.training.report.charts import HEIGHT, MAX_POINTS, WIDTH, line_chart
 from softmax_fused.training.report.page import write_report
 from softmax_fused.training.runs.compare import compare
 from softmax_fused.training.runs.run import train
@@ -211,10 +211,10 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_charts_stay_in_their_box(values: list[float]) -> None:
     chart = line_chart("title", {"a": values, "b": [values[0]]})
     points = [point for line in chart.lines for point in line.points]
-    assert len(points) <= MOST_POINTS + 1
+    assert len(points) <= MAX_POINTS + 1
     assert all(0 < point.x < WIDTH and 0 < point.y < HEIGHT for point in points)
     assert 1 <= len(chart.y_ticks) <= 8
-    assert all(0 < tick.place < HEIGHT for tick in chart.y_ticks)
+    assert all(0 < tick.position < HEIGHT for tick in chart.y_ticks)
     assert all(tick.text.isdigit() for tick in chart.x_ticks)
     assert chart.lines[0].points[-1].epoch <= len(values)
 

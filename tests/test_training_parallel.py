@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from softmax_fused.training.config import check_ranks
 from softmax_fused.training.data.batches import make_batches
 from softmax_fused.training.data.datasets import ImageData, data_root, load_dataset
 from softmax_fused.training.errors import LabError, Stopped, UsageError
-from softmax_fused.training.models.parallel import check_parallel
-from softmax_fused.training.ranks import group as ranks_module
-from softmax_fused.training.ranks.group import ALONE, CPU, Ranks
-from softmax_fused.training.ranks.shards import Shares
+from softmax_fused.training.ranks import group
+from softmax_fused.training.ranks.group import CPU, SINGLE_PROCESS, Ranks
+from softmax_fused.training.ranks.shards import EpochShards
 from softmax_fused.training.runs import run as run_module
 from softmax_fused.training.runs.checkpoint import load_checkpoint
 from softmax_fused.training.runs.run import resume, train
@@ -60,7 +60,7 @@ def assert_same_curves(one: Path, other: Path) -> None:
 def test_any_number_of_ranks_trains_to_the_same_curve(tmp_path: Path, size: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
     runs = all_runs()
-    train_all(ALONE, tmp_path / "alone", runs)
+    train_all(SINGLE_PROCESS, tmp_path / "alone", runs)
     train(replace(SMALL, epochs=1), output=tmp_path / "begun", data=few(), reporter=QUIET)
     train(SMALL, output=tmp_path / "whole", data=few(), reporter=QUIET)
     on_ranks(size, train_and_talk, tmp_path, tmp_path / "ranks", runs, tmp_path / "begun", few())
@@ -81,28 +81,28 @@ def test_ranks_train_to_the_same_curve_on_the_real_data(tmp_path: Path, monkeypa
     data = load_dataset("fashion-mnist", data_root()).head(12_000, 2_000)
     runs = {"run": (replace(SMALL, dataset="fashion-mnist", loss="fused"), data)}
     monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
-    train_all(ALONE, tmp_path / "alone", runs)
+    train_all(SINGLE_PROCESS, tmp_path / "alone", runs)
     on_ranks(2, train_all, tmp_path, tmp_path / "ranks", runs)
     assert_same_curves(tmp_path / "ranks" / "run", tmp_path / "alone" / "run")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("batch_size", [1, 3, 50, 400])
-def test_shares_are_the_batches_without_padding(size: int, batch_size: int) -> None:
+def test_shards_are_the_batches_without_padding(size: int, batch_size: int) -> None:
     split = digits().head(301, 1).train
     everyone = [Ranks(rank, size) for rank in range(size)]
     whole = list(make_batches(split, batch_size, 7, CPU).epoch(3))
     batches = [list(make_batches(split, batch_size, 7, CPU, 0, ranks).epoch(3)) for ranks in everyone]
-    shares = [list(Shares(ranks, len(split), batch_size)) for ranks in everyone]
-    assert {len(part) for part in (*batches, *shares)} == {len(whole)}
+    shards = [list(EpochShards(ranks, len(split), batch_size)) for ranks in everyone]
+    assert {len(part) for part in (*batches, *shards)} == {len(whole)}
     for step, (images, labels) in enumerate(whole):
         dealt = torch.full_like(labels, -1)
         for rank in range(size):
-            share, (own_images, own_labels) = shares[rank][step], batches[rank][step]
-            assert len(own_labels) == max(1, share.examples)
-            assert torch.equal(own_images, images[rank::size] if share.examples else images[:1])
-            assert share.factor == pytest.approx(size * share.examples / len(labels))
-            dealt[rank::size] = own_labels[: share.examples]
+            shard, (own_images, own_labels) = shards[rank][step], batches[rank][step]
+            assert len(own_labels) == max(1, shard.examples)
+            assert torch.equal(own_images, images[rank::size] if shard.examples else images[:1])
+            assert shard.factor == pytest.approx(size * shard.examples / len(labels))
+            dealt[rank::size] = own_labels[: shard.examples]
         assert torch.equal(dealt, labels)
 
 
@@ -215,11 +215,11 @@ def test_what_no_rank_can_do_is_refused_once(
 
 
 def test_scratch_models_and_shared_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_parallel("scratch-mlp", ALONE)
+    check_ranks("scratch-mlp", SINGLE_PROCESS)
     with pytest.raises(UsageError, match="expected --model softmax or mlp with several ranks, got scratch-mlp; start"):
-        check_parallel("scratch-mlp", Ranks(0, 2))
+        check_ranks("scratch-mlp", Ranks(0, 2))
     for device in ("cuda:1", "mps"):
-        monkeypatch.setattr(ranks_module, "pick_device", torch.device)
+        monkeypatch.setattr(group, "pick_device", torch.device)
         with pytest.raises(
             UsageError, match=rf"expected --device auto, cpu or cuda with several ranks, .* got {device}"
         ):
@@ -229,7 +229,7 @@ def test_scratch_models_and_shared_devices_are_refused(monkeypatch: pytest.Monke
 
 def test_each_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    monkeypatch.setattr(ranks_module, "pick_device", torch.device)
+    monkeypatch.setattr(group, "pick_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     assert [str(Ranks(rank, 4, rank % 2, 2).pick_device("cuda")) for rank in range(4)] == ["cuda:0", "cuda:1"] * 2

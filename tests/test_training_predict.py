@@ -15,7 +15,7 @@ from softmax_fused.training.data.pictures import read_picture
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.predict import classify, load_trained
 from softmax_fused.training.report import figures
-from softmax_fused.training.report.figures import write_gallery
+from softmax_fused.training.report.figures import draw_gallery
 from softmax_fused.training.runs.run import train
 from tests.lab import QUIET, SMALL, digits, run_cli
 
@@ -245,7 +245,7 @@ def test_a_gallery_says_how_its_images_were_chosen(
     labels = torch.zeros(right + wrong, dtype=torch.long)
     test = Split(torch.zeros(right + wrong, 1, 1, dtype=torch.uint8), labels)
     predicted = torch.cat([labels[:right], labels[right:] + 1])
-    write_gallery(tmp_path / "gallery.png", "softmax", ["a", "b"], test, predicted)
+    draw_gallery(tmp_path / "gallery.png", "softmax", ["a", "b"], test, predicted)
     assert titles == [f"softmax\ntest set: {accuracy}\nshown, in the test set's order: {choice}"]
 
 

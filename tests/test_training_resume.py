@@ -12,9 +12,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from softmax_fused.training import files as files_module
 from softmax_fused.training.errors import LabError, Stopped, UsageError
 from softmax_fused.training.report.page import write_report
-from softmax_fused.training.runs import checkpoint as checkpoint_module
 from softmax_fused.training.runs import run as run_module
 from softmax_fused.training.runs.checkpoint import load_checkpoint, save_run
 from softmax_fused.training.runs.run import resume, train
@@ -167,7 +167,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str, writes: int) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(descriptor)
 
-    monkeypatch.setattr(checkpoint_module.os, "fsync", fsync)
+    monkeypatch.setattr(files_module.os, "fsync", fsync)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds the file being written through /proc")

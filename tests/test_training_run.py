@@ -19,13 +19,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.models.evaluation import CURVES
+from softmax_fused.training.ranks.devices import device_name
 from softmax_fused.training.report.console import Reporter
 from softmax_fused.training.report.plots import plot_curves
-from softmax_fused.training.runs import lock as claim
+from softmax_fused.training.runs import lock
 from softmax_fused.training.runs import run as run_module
 from softmax_fused.training.runs.compare import compare
+from softmax_fused.training.runs.folder import default_folder
 from softmax_fused.training.runs.lock import LOCK
-from softmax_fused.training.runs.record import default_folder, device_name
 from softmax_fused.training.runs.run import resume, train
 from tests.lab import QUIET, SMALL, assert_consistent, few_digits, metrics_of
 
@@ -138,7 +139,7 @@ def test_a_claim_ends_with_its_process_however_that_ends(tmp_path: Path, monkeyp
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # the child does nothing
 def test_a_worker_that_outlives_its_parent_holds_no_claim(tmp_path: Path) -> None:
-    file = claim._locked(tmp_path / LOCK)
+    file = lock._open_locked(tmp_path / LOCK)
     assert file is not None
     reader, writer = os.pipe()
     worker = os.fork()
@@ -150,7 +151,7 @@ def test_a_worker_that_outlives_its_parent_holds_no_claim(tmp_path: Path) -> Non
     os.close(writer)
     file.close()  # as the system does when it ends the parent
     try:
-        with claim.claimed(tmp_path):
+        with lock.locked(tmp_path):
             pass
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -161,8 +162,8 @@ def test_a_file_system_without_locks_is_used_without_claims(tmp_path: Path, monk
     def unsupported(_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(claim, "_lock", unsupported)
-    with claim.claimed(tmp_path):
+    monkeypatch.setattr(lock, "_lock", unsupported)
+    with lock.locked(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
 

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from softmax_fused.training.config import TrainConfig
+from softmax_fused.training.config import TrainConfig, learner_for
 from softmax_fused.training.data.batches import MemoryBatches
-from softmax_fused.training.data.datasets import data_root, load_dataset, pair
+from softmax_fused.training.data.datasets import data_root, load_dataset, select_pair
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.models.architectures import ACTIVATIONS, MODELS, build_model
-from softmax_fused.training.models.learner import learner_for
-from softmax_fused.training.models.loop import predict_classes, train_epoch
+from softmax_fused.training.models.evaluation import predict_classes
+from softmax_fused.training.models.loop import train_epoch
 from softmax_fused.training.models.losses import build_loss
 from softmax_fused.training.models.scratch import ScratchSGD
 from softmax_fused.training.report.activations import slopes
@@ -30,7 +30,7 @@ PAIRS = [("softmax", None), *(("mlp", activation) for activation in ACTIVATIONS)
 def test_a_model_from_scratch_is_the_library_model(name: str, activation: str | None) -> None:
     library, scratch = (build_model(each, 10, 3, activation) for each in (name, f"scratch-{name}"))
     assert not isinstance(scratch, nn.Module)
-    inputs = torch.rand(7, *MODELS[name].inputs)
+    inputs = torch.rand(7, *MODELS[name].input_shape)
     outputs = [model(inputs) for model in (library, scratch)]
     assert outputs[0].shape == ((7,) if name == "linear" else (7, 10))
     torch.testing.assert_close(*outputs)
@@ -86,7 +86,7 @@ def test_a_mean_divided_by_the_batch_again_is_a_smaller_learning_rate() -> None:
 def test_scratch_parts_train_as_library_parts_do(tmp_path: Path) -> None:
     records = {}
     for model in ("softmax", "scratch-softmax"):
-        config = TrainConfig.fitting({"dataset": "digits", "model": model, "epochs": 5, "device": "cpu"})
+        config = TrainConfig.with_defaults({"dataset": "digits", "model": model, "epochs": 5, "device": "cpu"})
         records[model] = metrics_of(train(config, output=tmp_path / model, reporter=QUIET))
     scratch, library = records["scratch-softmax"], records["softmax"]
     assert (scratch["config"]["loss"], scratch["config"]["optimizer"]) == ("scratch", "scratch-sgd")
@@ -124,7 +124,7 @@ def test_squared_loss_halves_the_square() -> None:
 
 @pytest.mark.parametrize("name", ["logistic", "logistic-squared"])
 def test_the_gradient_of_two_classes_is_the_input_times_the_error(name: str) -> None:
-    data = pair(few_digits(), "fashion-pair", 3, 8).train
+    data = select_pair(few_digits(), "fashion-pair", 3, 8).train
     inputs, target = data.images.flatten(1).double() / 255, data.labels
     weight = torch.randn(784, dtype=torch.float64, requires_grad=True)
     loss = build_loss(name)(inputs @ weight, target)
@@ -152,10 +152,10 @@ def test_mean_squared_error_and_the_trap_follow_their_formulas() -> None:
 def test_two_classes_are_told_apart_drawn_and_predicted(
     tmp_path: Path, loss: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = pair(few_digits(), "fashion-pair", 3, 8)
+    data = select_pair(few_digits(), "fashion-pair", 3, 8)
     assert data.classes == ("3", "8")
     settings = {"dataset": "fashion-pair", "loss": loss, "batch_size": 8, "epochs": 10, "device": "cpu"}
-    folder = train(TrainConfig.fitting(settings), output=tmp_path, data=data, reporter=QUIET)
+    folder = train(TrainConfig.with_defaults(settings), output=tmp_path, data=data, reporter=QUIET)
     metrics = metrics_of(folder)
     assert metrics["test_accuracy"][-1] > 0.8
     assert torch.tensor(metrics["confusion_matrix"]).shape == (2, 2)
@@ -166,7 +166,9 @@ def test_two_classes_are_told_apart_drawn_and_predicted(
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_learns(activation: str) -> None:
-    config = TrainConfig.fitting({"dataset": "digits", "model": "mlp", "activation": activation, "optimizer": "adam"})
+    config = TrainConfig.with_defaults(
+        {"dataset": "digits", "model": "mlp", "activation": activation, "optimizer": "adam"}
+    )
     learner, data = learner_for(replace(config, lr=0.01), 10, CPU), few_digits()
     for epoch in range(1, 9):
         train_epoch(learner, MemoryBatches(data.train, 16, 0, CPU).epoch(epoch))
@@ -179,7 +181,7 @@ def test_softmax_regression_from_scratch_on_fashion_mnist() -> None:
     data = load_dataset("fashion-mnist", data_root())
     accuracies = []
     for model in ("softmax", "scratch-softmax"):
-        learner = learner_for(TrainConfig.fitting({"model": model}), 10, CPU)
+        learner = learner_for(TrainConfig.with_defaults({"model": model}), 10, CPU)
         for epoch in range(1, 4):
             train_epoch(learner, MemoryBatches(data.train, 256, 0, CPU).epoch(epoch))
         accuracies.append((predict_classes(learner, data.test) == data.test.labels).double().mean().item())

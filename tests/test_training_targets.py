@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from softmax_fused.training.data.batches import MemoryBatches
-from softmax_fused.training.data.targets import SoftBatches
+from softmax_fused.training.data.batches import MemoryBatches, SoftLabelBatches
 from softmax_fused.training.models.losses import build_loss
 from softmax_fused.training.runs.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of
@@ -18,9 +17,9 @@ CPU = torch.device("cpu")
 FUSED = replace(SMALL, loss="fused")
 
 
-def soft(mixup: float, seed: int = 0) -> tuple[MemoryBatches, SoftBatches]:
+def soft(mixup: float, seed: int = 0) -> tuple[MemoryBatches, SoftLabelBatches]:
     hard = MemoryBatches(few_digits().train, 64, 0, CPU)
-    return hard, SoftBatches(hard, 10, mixup, seed)
+    return hard, SoftLabelBatches(hard, 10, mixup, seed)
 
 
 def record(tmp_path: Path, **changes: Any) -> dict[str, Any]:

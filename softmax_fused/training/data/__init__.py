@@ -1,4 +1,4 @@
-"""Data sets, batches of them, and pictures of one's own."""
+"""Data sets, batches of them, and users' own pictures."""
 
 from softmax_fused.training.data.datasets import data_root, load_dataset, to_input
 

@@ -1,8 +1,9 @@
-"""Data sets, decoded once into uint8 tensors."""
+"""Data sets, read once into uint8 tensors that hold one byte a pixel."""
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,27 @@ from torch import Tensor
 
 from softmax_fused.training.data.idx import read_folder
 from softmax_fused.training.errors import MissingDataError, UsageError
-from softmax_fused.training.tasks import Task
 
 SIDE = 28  # pixels
-DIGITS_FOR_TEST = 360  # of 1,797
-PAIR = (2, 4)  # pullover and coat: alike enough to be a task
-WEIGHTS, BIAS, NOISE = (2.0, -1.2), 3.1, 0.01
-EXAMPLES = 1000
+TEST_DIGITS = 360  # of scikit-learn's 1,797
+PULLOVER, COAT = 2, 4  # two classes of Fashion-MNIST that are alike, which makes telling them apart a task
+LINEAR_WEIGHTS, LINEAR_BIAS, LINEAR_NOISE = (2.0, -1.2), 3.1, 0.01
+LINEAR_EXAMPLES = 1000  # to train on, and as many to test on
+
+
+class Task(Enum):
+    """The kind of target that a data set has, which decides the models and losses that fit it."""
+
+    CLASSES = "several classes"  # logits (N, C); targets are class indices, or probabilities (N, C)
+    BINARY = "two classes"  # one logit per example, (N,), that of class 1; targets are class indices 0 and 1
+    REGRESSION = "a regression"  # values (N,)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 of shape (N, 28, 28) and class indices int64 of shape (N,), on one device.
+    """Images, uint8 of shape (N, 28, 28), and class indices, int64 of shape (N,), on one device.
 
-    A regression has features float32 of shape (N, D) for images, and values float32 of shape (N,) for labels.
+    For a regression, `images` are features, float32 of shape (N, D), and `labels` are values, float32 of shape (N,).
     """
 
     images: Tensor
@@ -47,9 +55,16 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set of 28x28 grey images; `fallback` says why it stands in for the one that was asked for.
+    """A data set of 28x28 grey images, or of features for a regression, which has no classes.
 
-    A regression has no classes; `truth` are the weights, then the bias, that its examples were made with.
+    Attributes:
+        name: One of `DATASETS`.
+        classes: The names of the classes; none for a regression.
+        train: The training set.
+        test: The test set.
+        source: Where the data come from.
+        fallback: Why these data replace the data set that was asked for; None where they do not.
+        true_parameters: The weights, then the bias, from which a regression's values were generated.
     """
 
     name: str
@@ -58,18 +73,18 @@ class ImageData:
     test: Split
     source: str
     fallback: str | None = None
-    truth: tuple[float, ...] = ()
+    true_parameters: tuple[float, ...] = ()
 
     def to(self, device: torch.device) -> "ImageData":
         """Return the same data on `device`."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     def head(self, train: int, test: int) -> "ImageData":
-        """Return the first `train` training and `test` test images: for short runs."""
+        """Return the first `train` training and `test` test images, for short runs."""
         return replace(self, train=self.train.head(train), test=self.test.head(test))
 
     def describe(self) -> dict[str, Any]:
-        """Return what a run's record says about its data."""
+        """Return what the record of a run says about its data."""
         return {
             "name": self.name,
             "classes": list(self.classes),
@@ -81,7 +96,7 @@ class ImageData:
 
 
 def to_input(images: Tensor) -> Tensor:
-    """Return pixels as the models take them, float32 from 0 to 1; features are that already."""
+    """Return a model's input: pixels as float32 from 0 to 1; features, which are float32, unchanged."""
     if images.is_floating_point():
         return images
     return images.to(torch.float32).div_(255)
@@ -103,11 +118,11 @@ def mnist(root: Path) -> ImageData:
 
 def fashion_pair(root: Path) -> ImageData:
     """Load the pullovers and coats of Fashion-MNIST, 12,000 + 2,000."""
-    return pair(fashion_mnist(root), "fashion-pair", *PAIR)
+    return select_pair(fashion_mnist(root), "fashion-pair", PULLOVER, COAT)
 
 
 def digits(root: Path) -> ImageData:  # noqa: ARG001 - the files come with scikit-learn
-    """Load scikit-learn's digits: 1,797 images of 8x8 in 17 greys, upscaled; their split is drawn with seed 0."""
+    """Load scikit-learn's digits: 1,797 images of 8x8 pixels in 17 greys, upscaled; seed 0 splits them."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -115,30 +130,34 @@ def digits(root: Path) -> ImageData:  # noqa: ARG001 - the files come with sciki
     images = F.interpolate(small, (SIDE, SIDE), mode="bilinear").squeeze(1).round().to(torch.uint8)
     labels = torch.from_numpy(bunch.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    held_out, kept = order[:DIGITS_FOR_TEST], order[DIGITS_FOR_TEST:]
-    train, test = Split(images[kept], labels[kept]), Split(images[held_out], labels[held_out])
+    test, train = (Split(images[rows], labels[rows]) for rows in (order[:TEST_DIGITS], order[TEST_DIGITS:]))
     return ImageData("digits", tuple("0123456789"), train, test, "scikit-learn")
 
 
-def pair(data: ImageData, name: str, first: int, second: int) -> ImageData:
-    """Return two classes of a data set, as classes 0 and 1."""
+def select_pair(data: ImageData, name: str, first: int, second: int) -> ImageData:
+    """Return the examples of two classes of a data set, as classes 0 and 1."""
 
-    def of_both(split: Split) -> Split:
+    def select(split: Split) -> Split:
         rows = (split.labels == first) | (split.labels == second)
         return Split(split.images[rows], (split.labels[rows] == second).long())
 
     classes = data.classes[first], data.classes[second]
-    return replace(data, name=name, classes=classes, train=of_both(data.train), test=of_both(data.test))
+    return replace(data, name=name, classes=classes, train=select(data.train), test=select(data.test))
 
 
-def linear(root: Path) -> ImageData:  # noqa: ARG001 - made, not read
-    """Make 1,000 + 1,000 examples y = <(2, -1.2), x> + 3.1 + noise, x from N(0, 1), noise from N(0, 0.01), seed 0."""
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(2 * EXAMPLES, len(WEIGHTS), generator=generator)
-    values = features @ torch.tensor(WEIGHTS) + BIAS + NOISE * torch.randn(2 * EXAMPLES, generator=generator)
-    train = Split(features[:EXAMPLES], values[:EXAMPLES])
-    test = Split(features[EXAMPLES:], values[EXAMPLES:])
-    return ImageData("linear", (), train, test, "made with seed 0", truth=(*WEIGHTS, BIAS))
+def linear(root: Path) -> ImageData:  # noqa: ARG001 - generated, not read
+    r"""Generate 1,000 + 1,000 examples of a plane with noise, with seed 0.
+
+    .. math::
+        y = 2 x_1 - 1.2 x_2 + 3.1 + \epsilon, \qquad
+        x_i \sim \mathcal N(0, 1), \qquad \epsilon \sim \mathcal N(0, 0.01^2)
+    """
+    size, generator = 2 * LINEAR_EXAMPLES, torch.Generator().manual_seed(0)
+    features = torch.randn(size, len(LINEAR_WEIGHTS), generator=generator)
+    values = features @ torch.tensor(LINEAR_WEIGHTS) + LINEAR_BIAS
+    values += LINEAR_NOISE * torch.randn(size, generator=generator)
+    train, test = map(Split, features.chunk(2), values.chunk(2))
+    return ImageData("linear", (), train, test, "made with seed 0", true_parameters=(*LINEAR_WEIGHTS, LINEAR_BIAS))
 
 
 def _mnist_family(name: str, root: Path, family: Any, classes: tuple[str, ...]) -> ImageData:
@@ -151,8 +170,8 @@ def _mnist_family(name: str, root: Path, family: Any, classes: tuple[str, ...]) 
 
 
 @dataclass(frozen=True)
-class DataEntry:
-    """A data set: how to load it, what it asks of a model, and the settings that fit it."""
+class DatasetEntry:
+    """How to load a data set, its kind of target, and the default settings of a run on it."""
 
     load: Callable[[Path], ImageData]
     task: Task = Task.CLASSES
@@ -162,28 +181,27 @@ class DataEntry:
     lr: float = 0.1
 
 
-DATASETS: dict[str, DataEntry] = {
-    "fashion-mnist": DataEntry(fashion_mnist),
-    "mnist": DataEntry(mnist, batch_size=64, lr=0.5),
-    "digits": DataEntry(digits),
-    "fashion-pair": DataEntry(fashion_pair, Task.BINARY, "logistic", lr=0.01),
-    "linear": DataEntry(linear, Task.REGRESSION, "linear", epochs=3, batch_size=10, lr=0.03),
+DATASETS: dict[str, DatasetEntry] = {
+    "fashion-mnist": DatasetEntry(fashion_mnist),
+    "mnist": DatasetEntry(mnist, batch_size=64, lr=0.5),
+    "digits": DatasetEntry(digits),
+    "fashion-pair": DatasetEntry(fashion_pair, Task.BINARY, "logistic", lr=0.01),
+    "linear": DatasetEntry(linear, Task.REGRESSION, "linear", epochs=3, batch_size=10, lr=0.03),
 }
 
 
 def data_root(folder: str | Path | None = None) -> Path:
-    """Return `folder`, else ``$SOFTMAX_FUSED_DATA``, else this user's cache; absolute, as it is recorded."""
+    """Return `folder`, else ``$SOFTMAX_FUSED_DATA``, else this user's cache; absolute, because runs record it."""
     from platformdirs import user_cache_path
 
-    return (
-        Path(folder or os.environ.get("SOFTMAX_FUSED_DATA") or user_cache_path("softmax-fused")).expanduser().absolute()
-    )
+    root = folder or os.environ.get("SOFTMAX_FUSED_DATA") or user_cache_path("softmax-fused")
+    return Path(root).expanduser().absolute()
 
 
 def load_dataset(name: str, root: Path, *, fallback: bool = False) -> ImageData:
-    """Load a data set, or with `fallback` scikit-learn's digits where its files cannot be had.
+    """Load a data set; with `fallback`, scikit-learn's digits where its files are absent and cannot be downloaded.
 
-    Files that are there but wrong are an error all the same: training on something else would hide them.
+    Damaged files are an error even with `fallback`: training on other data would hide the damage.
     """
     try:
         return DATASETS[name].load(root)

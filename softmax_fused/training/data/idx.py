@@ -1,8 +1,8 @@
 """The IDX files of the MNIST family: found or downloaded, verified, decoded.
 
-torchvision names the files, their md5 and their mirrors, but checks a sum only right after a download and then reads
-whatever unpacked files it finds. Here every file is verified each time it is read, packed or unpacked, and nothing is
-unpacked on disk, so a read-only data folder works.
+torchvision provides the names of the files, their md5 and their mirrors. It verifies a file right after the download,
+unpacks it, and from then on reads the unpacked file unverified. Here every file is verified each time it is read,
+packed or not, and nothing is unpacked on disk, so that a read-only data folder works.
 """
 
 import gzip
@@ -22,11 +22,11 @@ from softmax_fused.training.errors import LabError, MissingDataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-GZIP = b"\x1f\x8b"  # how its files begin
+GZIP = b"\x1f\x8b"  # the first bytes of every gzip file
 TIMEOUT = 20.0  # seconds without a byte before a mirror counts as unreachable
 
-# md5 of each unpacked file, by the md5 of its .gz in torchvision's list.
-UNPACKED = {
+# The md5 of each unpacked file, by the md5 of its .gz in torchvision's list.
+UNPACKED_MD5 = {
     "8d4fb7e6c68d591d4c3dfef9ec88bf0d": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "25c81989df183df01b3e8a0aad5dffbe": "9018921c3c673c538a1fc5bad174d6f9",
     "bef4ecab320f06d8554ea6380940ec79": "8181f5470baa50b63fa0f6fddb340f0a",
@@ -42,11 +42,11 @@ def read_folder(root: Path, family: Any) -> "dict[str, Tensor]":
     """Read the four files of a data set.
 
     Args:
-        root: A torchvision root: the files are in ``root/<class name>/raw``.
+        root: A folder laid out as torchvision does: the files are in ``root/<class name>/raw``.
         family: torchvision's class, ``FashionMNIST`` or ``MNIST``.
 
     Returns:
-        File name without ``.gz`` to uint8 tensor.
+        The uint8 tensor of each file, by its name without ``.gz``.
 
     Raises:
         MissingDataError: if files are absent and cannot be downloaded.
@@ -61,7 +61,10 @@ def read_folder(root: Path, family: Any) -> "dict[str, Tensor]":
 
 
 def decode(data: bytes) -> "Tensor":
-    """Return the uint8 array in an IDX file's bytes: two zero bytes, type 8, rank, big-endian sizes, elements."""
+    """Return the array in the bytes of an IDX file of type uint8.
+
+    The format: two zero bytes, the type (8), the number of dimensions, their sizes as big-endian uint32, the elements.
+    """
     sizes = struct.unpack_from(f">{data[3]}I", data, 4)
     start = 4 + 4 * data[3]
     return torch.frombuffer(bytearray(data[start : start + math.prod(sizes)]), dtype=torch.uint8).view(sizes)
@@ -76,25 +79,25 @@ def _read(path: Path, md5: str) -> bytes:
 
 
 def _verified(path: Path, md5: str) -> bytes:
-    """Return the content of a published file, packed or not; one that was unpacked and packed again will do.
+    """Return the unpacked content of a published file; it may be packed as published, packed anew, or unpacked.
 
     Args:
         path: The file.
-        md5: What torchvision's list says of the packed file.
+        md5: The md5 of the packed file in torchvision's list.
 
     Raises:
-        LabError: if it is another file.
+        LabError: if the file is another one or damaged.
     """
     data = path.read_bytes()
     content = _decompressed(data)
     found = _md5(data)
     if found == md5 and content is not None:
         return content
-    sums = {found, found if content is None else _md5(content)}
-    if UNPACKED.get(md5) in sums:
+    checksums = {found, found if content is None else _md5(content)}
+    if UNPACKED_MD5.get(md5) in checksums:
         return data if content is None else content
     published = _published_files()
-    others = [name for other, name in published.items() if other in sums]
+    others = [name for other, name in published.items() if other in checksums]
     if others:
         what = f"expected {published.get(md5, md5)} in {path}, got {others[0]}"
     else:
@@ -107,7 +110,7 @@ def _md5(data: bytes) -> str:
 
 
 def _decompressed(data: bytes) -> bytes | None:
-    """Return what a whole gzip file holds, None for any other file."""
+    """Return the content of a complete gzip file, None for any other file."""
     try:
         return gzip.decompress(data) if data.startswith(GZIP) else None
     except (OSError, EOFError, zlib.error):
@@ -115,11 +118,11 @@ def _decompressed(data: bytes) -> bytes | None:
 
 
 def _published_files() -> dict[str, str]:
-    """Return the names of files that go by the names of one another, by their md5, packed and unpacked."""
+    """Return, by md5, the packed and unpacked files of torchvision's data sets whose files have the same names."""
     from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
     packed = {md5: (family, name) for family in (FashionMNIST, MNIST, KMNIST) for name, md5 in family.resources}
-    unpacked = {UNPACKED[md5]: (family, name[:-3]) for md5, (family, name) in packed.items() if md5 in UNPACKED}
+    unpacked = {UNPACKED_MD5[md5]: (family, name[:-3]) for md5, (family, name) in packed.items() if md5 in UNPACKED_MD5}
     return {md5: f"{family.__name__}'s {name}" for md5, (family, name) in (packed | unpacked).items()}
 
 
@@ -135,7 +138,7 @@ def _download(folder: Path, files: dict[str, str], mirrors: list[str]) -> None:
 
 
 def _download_one(path: Path, md5: str, mirrors: list[str]) -> None:
-    """Fetch to a side file first: a download that is cut off must not look like a corrupted data set."""
+    """Download to a temporary file first, so that an interrupted download is not taken for a damaged data set."""
     partial = path.with_name(f".{path.name}.part")
     for mirror in mirrors:
         try:
@@ -146,7 +149,7 @@ def _download_one(path: Path, md5: str, mirrors: list[str]) -> None:
             _verified(partial, md5)
             partial.replace(path)
             return
-        except (OSError, LabError):  # noqa: PERF203 - a mirror
+        except (OSError, LabError):  # noqa: PERF203 - one try for each mirror
             if mirror == mirrors[-1]:
                 raise
         finally:

@@ -1,29 +1,27 @@
-"""How fast a data set is read: image by image through a DataLoader, as textbooks do it, and from memory, as we do."""
+"""How long it takes to read a data set: image by image through a DataLoader, as textbooks do it, or from memory."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from time import perf_counter
 
 import torch
 from PIL import Image
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from softmax_fused.training.data.batches import Batch, MemoryBatches, leave_signals_to_the_parent
+from softmax_fused.training.data.batches import Batch, MemoryBatches, ignore_signals_in_worker
 from softmax_fused.training.data.datasets import Split
-from softmax_fused.training.errors import Stopped
-from softmax_fused.training.report.console import UPDATES, Reporter
-from softmax_fused.training.signals import signals_held
+from softmax_fused.training.signals import signals_delayed
 from softmax_fused.training.wording import plural
 
 WORKERS = (0, 1, 2, 4)
 
+Track = Callable[[Iterable[Batch], int, str], Iterable[Batch]]
 
-class OneByOne(Dataset[tuple[Tensor, int]]):
-    """A split as torchvision's data sets give it: a Pillow image each time, through `ToTensor`."""
+
+class PillowDataset(Dataset[tuple[Tensor, int]]):
+    """A split as torchvision's data sets present it: each image as a Pillow image, converted by `ToTensor`."""
 
     def __init__(self, split: Split) -> None:
         from torchvision.transforms import ToTensor
@@ -38,85 +36,58 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
         return image, int(self.split.labels[row])
 
 
-def time_loading(split: Split, batch_size: int, reporter: Reporter, kept: Path) -> dict[str, float]:
-    """Read one shuffled epoch in each way, workers' start included, and print how long it took.
+def time_loading(split: Split, batch_size: int, track: Track) -> Iterator[tuple[str, float]]:
+    """Read one shuffled epoch with each loader, and yield the loader's name and its seconds, workers' start included.
 
     Args:
         split: The images, on the CPU.
-        batch_size: Images a step.
-        reporter: Where the lines go.
-        kept: A file written before, which a message after Ctrl-C names.
-
-    Returns:
-        Seconds by the name of the way.
-
-    Raises:
-        Stopped: on Ctrl-C or SIGTERM; what was printed holds.
+        batch_size: Images per batch.
+        track: Called with batches, their number and the loader's name; returns the same batches and shows progress.
     """
     steps = -(-len(split) // batch_size)
-    seconds: dict[str, float] = {}
-    try:
-        for name, batches in ways(split, batch_size):
-            start = perf_counter()
-            started = start_workers(batches)
-            images = sum(len(labels) for _, labels in tracked(started, steps, name, reporter))
-            seconds[name] = perf_counter() - start
-            speed = f"{images / seconds[name]:13,.0f} images/s"
-            reporter.line(f"{name:22}{seconds[name]:8.2f} s{speed}")
-    except (KeyboardInterrupt, Stopped) as stop:
-        done = f"{len(seconds)} of {len(WORKERS) + 1} ways timed"
-        raise Stopped(f"stopped; {kept} is written, {done}", getattr(stop, "status", 130)) from None
-    return seconds
+    for name, batches in loaders(split, batch_size):
+        start = perf_counter()
+        for _ in track(start_workers(batches), steps, name):
+            pass
+        yield name, perf_counter() - start
 
 
-def start_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Return an iterator whose workers run, if it has any; one forked here inherits a handler that does not raise."""
-    with signals_held(), more_workers_than_cores():
-        return iter(batches)
-
-
-@contextmanager
-def more_workers_than_cores() -> Iterator[None]:
-    """Leave out torch's warning of them, when a loader is made and when it starts: they are measured on purpose."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        yield
-
-
-def ways(split: Split, batch_size: int) -> Iterator[tuple[str, Iterable[Batch]]]:
-    """Yield the names of ways to read an epoch, and its batches, which are read when they are iterated over."""
+def loaders(split: Split, batch_size: int) -> Iterator[tuple[str, Iterable[Batch]]]:
+    """Yield the name of each loader, and its batches of one epoch, which are read while they are iterated over."""
     for workers in WORKERS:
-        yield f"DataLoader, {workers} {plural('worker', workers)}", book_loader(split, batch_size, workers)
+        yield f"DataLoader, {workers} {plural('worker', workers)}", textbook_loader(split, batch_size, workers)
     yield "tensor in memory", MemoryBatches(split, batch_size, 0, torch.device("cpu")).epoch(1)
 
 
-def book_loader(split: Split, batch_size: int, workers: int) -> Iterable[Batch]:
+def textbook_loader(split: Split, batch_size: int, workers: int) -> Iterable[Batch]:
     """Return the DataLoader of Dive into Deep Learning, section 4.2."""
-    with more_workers_than_cores():
+    with ignore_worker_count_warning():
         loader: DataLoader[tuple[Tensor, int]] = DataLoader(
-            OneByOne(split),
+            PillowDataset(split),
             batch_size=batch_size,
             shuffle=True,
             num_workers=workers,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=ignore_signals_in_worker,
             generator=torch.Generator().manual_seed(0),
         )
     return loader
 
 
-def tracked(batches: Iterable[Batch], steps: int, name: str, reporter: Reporter) -> Iterator[Batch]:
-    """Yield the same batches, counted by a bar on a terminal.
+def start_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Return an iterator whose workers, if it has any, have started.
 
-    The bar is redrawn from here: a thread of its own would run while worker processes are forked.
+    Workers start with signals delayed: a worker inherits the handler of the moment, and the usual one raises.
     """
-    if not reporter.console.is_terminal:
-        yield from batches
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
-    with Progress(*columns, console=reporter.console, transient=True, auto_refresh=False) as bar:
-        task = bar.add_task(name, total=steps)
-        stride = max(1, steps // UPDATES)
-        for step, batch in enumerate(batches, start=1):
-            yield batch
-            if step % stride == 0 or step == steps:
-                bar.update(task, completed=step, refresh=True)
+    with signals_delayed(), ignore_worker_count_warning():
+        return iter(batches)
+
+
+@contextmanager
+def ignore_worker_count_warning() -> Iterator[None]:
+    """Ignore torch's warning of more workers than cores, which are timed on purpose.
+
+    torch warns when a DataLoader is made and again when it starts its workers.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield

@@ -1,1 +1,1 @@
-"""Models, losses, and the loop that trains and evaluates them."""
+"""Models, losses and optimisers, and the loop that trains and evaluates them."""

@@ -1,4 +1,4 @@
-"""From scratch: models on raw tensors and minibatch SGD, without nn.Module and torch.optim; autograd differentiates."""
+"""Models and minibatch SGD from scratch: on plain tensors, without nn.Module and torch.optim, but with autograd."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ def relu(x: Tensor) -> Tensor:
 
 
 class ScratchModel:
-    r"""Affine maps with an activation between them, as the textbook writes them.
+    r"""Affine layers with an activation between them, as the textbook writes them.
 
     .. math::
         h_0 = x, \qquad h_i = \phi(h_{i-1} W_i + b_i), \qquad o = h_{k-1} W_k + b_k
@@ -21,14 +21,16 @@ class ScratchModel:
     Args:
         layers: Pairs (W, b) of shapes (inputs, outputs) and (outputs,).
         activation: The function between two layers.
-        flat: Whether one output is returned with shape (N,) instead of (N, 1).
+        single_output: Whether to return the one output as shape (N,) instead of (N, 1).
     """
 
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], activation: Callable[[Tensor], Tensor], flat: bool):
+    def __init__(
+        self, layers: Sequence[tuple[Tensor, Tensor]], activation: Callable[[Tensor], Tensor], single_output: bool
+    ) -> None:
         self.tensors: dict[str, Tensor] = {}
         for number, (weight, bias) in enumerate(layers, start=1):
             self.tensors |= {f"W{number}": weight.requires_grad_(), f"b{number}": bias.requires_grad_()}
-        self.depth, self.activation, self.flat = len(layers), activation, flat
+        self.depth, self.activation, self.single_output = len(layers), activation, single_output
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return outputs of shape (N, outputs), or (N,), for inputs of shape (N, ...)."""
@@ -37,36 +39,36 @@ class ScratchModel:
             hidden = hidden @ self.tensors[f"W{number}"] + self.tensors[f"b{number}"]
             if number < self.depth:
                 hidden = self.activation(hidden)
-        return hidden.squeeze(1) if self.flat else hidden
+        return hidden.squeeze(1) if self.single_output else hidden
 
     def parameters(self) -> list[Tensor]:
         """Return the tensors to train."""
         return list(self.tensors.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors by name, as a checkpoint holds them."""
+        """Return the tensors by name, for a checkpoint."""
         return {name: tensor.detach() for name, tensor in self.tensors.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy a checkpoint's values."""
+        """Copy the values of a checkpoint."""
         for name, tensor in self.tensors.items():
             tensor.copy_(state[name])
 
     def to(self, device: torch.device) -> "ScratchModel":
-        """Move to a device; call it before anything holds the parameters."""
+        """Move to a device. It replaces the parameters, so call it before an optimiser is built on them."""
         self.tensors = {name: tensor.detach().to(device).requires_grad_() for name, tensor in self.tensors.items()}
         return self
 
     def train(self) -> None:
-        """Do nothing: these layers are the same in training and evaluation."""
+        """Do nothing: these layers compute the same in training and in evaluation."""
 
     def eval(self) -> None:
-        """Do nothing, likewise."""
+        """Do nothing, as `train` does."""
 
 
 class ScratchSGD:
-    r"""Minibatch stochastic gradient descent: :math:`w \leftarrow w - \eta\, g`, g being the batch's mean gradient."""
+    r"""Minibatch stochastic gradient descent: :math:`w \leftarrow w - \eta\, g`, with g the mean loss's gradient."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
         self.parameters, self.lr = list(parameters), lr
@@ -79,14 +81,14 @@ class ScratchSGD:
                 parameter -= self.lr * parameter.grad
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, float]:
-        """Return the learning rate: there is no other state."""
+        """Return the learning rate, which is the only state."""
         return {"lr": self.lr}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a checkpoint's learning rate."""
+        """Take the learning rate of a checkpoint."""
         self.lr = state["lr"]

@@ -1,1 +1,1 @@
-"""The processes that train one model together: who they are, what each computes on, and its part of a batch."""
+"""The processes that train one model together: their communication, devices and parts of a batch."""

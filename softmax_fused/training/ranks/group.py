@@ -1,4 +1,4 @@
-"""Ranks: the processes that torchrun starts to train one model, and what they tell one another."""
+"""Ranks, the processes that torchrun starts to train one model, and their communication."""
 
 import os
 import re
@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from softmax_fused.training.config import pick_device
-from softmax_fused.training.errors import CommonError, LabError, UsageError
+from softmax_fused.training.errors import AllRanksError, LabError, UsageError
+from softmax_fused.training.ranks.devices import pick_device
 from softmax_fused.training.signals import ignore_signals
 from softmax_fused.training.wording import plural
 
@@ -26,41 +26,45 @@ NO_ID = "none"  # what torchrun calls a job without --rdzv-id
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together; alone, it asks nobody.
+    """This process among the `size` that train together. A single process communicates with no other.
 
-    `local` and `local_size` count the ranks of this machine. `job` is the same when torchrun starts its ranks again.
+    `local_rank` and `local_size` count the ranks on this machine. `job` names the torchrun job and stays the same when
+    torchrun restarts the ranks.
     """
 
     rank: int = 0
     size: int = 1
-    local: int = 0
+    local_rank: int = 0
     local_size: int = 1
     job: str | None = None
 
     @property
     def program(self) -> str:
-        """Return how this program is started on this machine, with as many ranks."""
+        """Return the command that starts this program with as many ranks on this machine."""
         if self.size == 1:
             return "softmax-fused"
         return f"torchrun --nproc-per-node={self.local_size} -m softmax_fused"
 
-    def share(self, rows: Tensor) -> Tensor:
-        """Return every size-th row, from the rank-th on; where there is none, the first, to be counted 0 times."""
+    def shard(self, rows: Tensor) -> Tensor:
+        """Return rows `rank`, `rank` + `size`, ...; a rank without rows gets the first one, whose loss counts 0 times.
+
+        Every rank must take part in the averaging of gradients, also with nothing to add.
+        """
         if self.size == 1:
             return rows
         part = rows[self.rank :: self.size]
         return part if len(part) else rows[:1]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over all ranks, on the CPU; alone, the values as they are."""
+        """Return the sum over all ranks, on the CPU; for a single process, the values as they are."""
         if self.size == 1:
             return values
         total = values.to(CPU, copy=True)
         dist.all_reduce(total)
         return total
 
-    def from_first(self, call: Callable[[], T]) -> T:
-        """Return on every rank what `call` returns on the first; if it fails there, that rank alone reports it."""
+    def call_on_first(self, call: Callable[[], T]) -> T:
+        """Call on rank 0 and return its result on every rank; if it fails, rank 0 reports that and the others exit."""
         if self.size == 1:
             return call()
         if self.rank == 0:
@@ -76,37 +80,37 @@ class Ranks:
             raise SystemExit(answer[1])
         return answer[0]  # type: ignore[return-value]
 
-    def by_turns(self, call: Callable[[], T]) -> T:
-        """Return what `call` returns; the first rank of a machine calls it before the others, which find its files."""
+    def call_local_first(self, call: Callable[[], T]) -> T:
+        """Call on every rank, on a machine's first rank before its others, which then find the files it has written."""
         if self.size == 1:
             return call()
         try:
-            result = call() if self.local == 0 else None
+            result = call() if self.local_rank == 0 else None
         except Exception:
-            self._meet()
+            self._barrier()
             raise
-        self._meet()
+        self._barrier()
         return call() if result is None else result
 
-    def check_same(self, what: str, value: Any) -> None:
-        """Raise `CommonError` unless all have an equal `value`."""
+    def check_equal(self, what: str, value: Any) -> None:
+        """Raise `AllRanksError` unless `value` is equal on all ranks."""
         if self.size == 1:
             return
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise CommonError(
+                raise AllRanksError(
                     f"expected the same {what} on every rank, got {values[0]} on rank 0 and {other} on rank {rank}; "
                     "give torchrun the same command on every machine"
                 )
 
     def pick_device(self, name: str) -> torch.device:
-        """Return the device called `name`: of several ranks on GPUs each takes its own.
+        """Return the device called `name`; of several ranks, each takes a GPU of its own.
 
         Raises:
-            UsageError: if several ranks are to share a device that is not the CPU.
-            LabError: if this machine has too few GPUs.
+            UsageError: if several ranks would use one device that is not the CPU.
+            LabError: if this machine has fewer GPUs than ranks.
         """
         device = pick_device(name)
         if self.size == 1 or device.type == "cpu":
@@ -116,48 +120,48 @@ class Ranks:
                 f"expected --device auto, cpu or cuda with several ranks, each of which takes its own GPU, got {name}"
             )
         found = torch.cuda.device_count()
-        if self.local >= found:
+        if self.local_rank >= found:
             raise LabError(
                 f"expected {self.local_size} {plural('GPU', self.local_size)}, one for each rank here, got {found}; "
                 f"choose --nproc-per-node={found} or --device cpu"
             )
-        torch.cuda.set_device(self.local)
-        return torch.device("cuda", self.local)
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
 
-    def _meet(self) -> None:
+    def _barrier(self) -> None:
         self.sum(torch.zeros(1))
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 def torchrun_ranks() -> Ranks:
-    """Return what torchrun's environment says of this process; without torchrun it is alone."""
+    """Return this process's place among the ranks that torchrun started, `SINGLE_PROCESS` without torchrun."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
-        return ALONE
-    rank, size, local, here = (int(os.environ[name]) for name in ENVIRONMENT)
-    return Ranks(rank, size, local, here, _job(os.environ["TORCHELASTIC_RUN_ID"]))
+        return SINGLE_PROCESS
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in ENVIRONMENT)
+    return Ranks(rank, size, local_rank, local_size, _job(os.environ["TORCHELASTIC_RUN_ID"]))
 
 
 def _job(run_id: str) -> str:
-    """Return the name of the job, fit for a file name; without an id it is that of torchrun's process."""
+    """Return the job's name, fit for a file name: its id, or else the host and number of torchrun's process."""
     name = f"{socket.gethostname()}-{os.getppid()}" if run_id == NO_ID else run_id
     return re.sub(r"[^\w.-]", "_", name)
 
 
 @contextmanager
-def connected(ranks: Ranks) -> Iterator[None]:
-    """Have several ranks reach one another inside the block: by gloo, and from GPU to GPU by NCCL.
+def process_group(ranks: Ranks) -> Iterator[None]:
+    """Connect several ranks inside the block: by gloo between CPUs, by NCCL between GPUs.
 
     Raises:
-        LabError: if one of them ends before the block does.
+        LabError: if a rank ends before the block does.
     """
     if ranks.size == 1:
         yield
         return
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
     try:
-        with ending_heard_out():
+        with signals_ignored_on_failure():
             backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
             dist.init_process_group(backend, store=_store(ranks), rank=ranks.rank, world_size=ranks.size)
             yield
@@ -167,11 +171,12 @@ def connected(ranks: Ranks) -> Iterator[None]:
 
 
 def _store(ranks: Ranks) -> Any:
-    """Return torchrun's store, which on one machine outlives a restart: no rank may find addresses of dead ones there.
+    """Return torchrun's store with a prefix of its own for each restart.
 
-    Machines count restarts each by itself, so that their ranks have no number in common.
+    On one machine the store outlives a restart and still holds the addresses of ranks that have ended. Several machines
+    count restarts independently, so that their ranks have no common number to use as a prefix.
     """
-    from torch.distributed.rendezvous import rendezvous  # not there where torch was built without distributed
+    from torch.distributed.rendezvous import rendezvous  # absent where torch was built without distributed
 
     store = next(rendezvous("env://"))[0]
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if ranks.local_size == ranks.size else "any"
@@ -179,8 +184,11 @@ def _store(ranks: Ranks) -> Any:
 
 
 @contextmanager
-def ending_heard_out() -> Iterator[None]:
-    """Have a rank that fails say why, though torchrun tells it to stop as soon as another has failed."""
+def signals_ignored_on_failure() -> Iterator[None]:
+    """Ignore torchrun's SIGTERM while a failing rank reports its own error.
+
+    torchrun stops the other ranks as soon as one has failed, and these fail as well, from the lost connection.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -194,20 +202,20 @@ def ending_heard_out() -> Iterator[None]:
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether an error is that of a collective whose other ranks no longer answer; gloo's has no class of its own."""
+    """Whether a collective failed because another rank no longer answers; gloo raises a plain RuntimeError for it."""
     if isinstance(error, LabError):
         return False
     return isinstance(error, dist.DistError) or re.search(r"gloo|nccl|connection", str(error), re.I) is not None
 
 
 def describe_lost_rank(error: RuntimeError) -> str:
-    """Return what to say of it: the other rank's own output, or torchrun's report, says why it ended."""
+    """Return the message for a lost rank; why that rank ended is in its own output or in torchrun's report."""
     reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]  # without gloo's source line
     return f"expected every rank to go on, got one that ended ({reason}); torchrun names the first to fail"
 
 
-def refuse_several(command: str) -> None:
-    """Raise `UsageError` if torchrun started several ranks of a command that one process does."""
+def refuse_several_ranks(command: str) -> None:
+    """Raise `UsageError` if torchrun started several ranks of a command that one process carries out."""
     if torchrun_ranks().size > 1:
         raise UsageError(
             f"expected softmax-fused {command} in one process, got several ranks; start it without torchrun"

@@ -1,4 +1,4 @@
-"""Which examples of a global batch fall to a rank, and what they weigh."""
+"""Which examples of a global batch a rank computes, and the factor of their mean loss."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,25 +8,28 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from softmax_fused.training.ranks.group import ALONE, CPU, Ranks
+from softmax_fused.training.ranks.group import CPU, SINGLE_PROCESS, Ranks
 
 
-def shuffled(size: int, seed: int, epoch: int) -> Tensor:
-    """Return the order of the images, a function of (seed, epoch): resuming needs no state of a sampler."""
-    # torch's CPU generator keeps 32 bits of its seed; an odd factor gives each of 2^32 seeds its own.
+def epoch_permutation(size: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of the examples in an epoch.
+
+    The order is a function of (seed, epoch), so that resuming a run needs no saved state of a sampler.
+    """
+    # torch's CPU generator keeps 32 bits of its seed; an odd factor gives each of the 2^32 seeds its own.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32)
     return torch.randperm(size, generator=generator)
 
 
-class ShareSampler(DistributedSampler[Tensor]):
-    """The rows of this rank's share of every global batch.
+class ShardSampler(DistributedSampler[Tensor]):
+    """The row numbers of this rank's shard of every global batch.
 
-    torch's sampler deals out the permutation of an epoch, to rank r its examples r, r + size, ..., and pads it so that
-    every rank gets as many: which examples meet in a step depends on the number of ranks, and some count twice. This
-    one cuts the permutation into the batches of a single process and deals out each of them, without padding.
+    torch's sampler splits an epoch's permutation: rank r gets its examples r, r + size, ..., padded so that all ranks
+    get equally many. Which examples share a step then depends on the number of ranks, and some examples count twice.
+    This sampler splits the permutation into the batches of a single process, and each batch over the ranks, unpadded.
     """
 
-    def __init__(self, dataset: Dataset[Any], batch_size: int, seed: int, ranks: Ranks = ALONE) -> None:
+    def __init__(self, dataset: Dataset[Any], batch_size: int, seed: int, ranks: Ranks = SINGLE_PROCESS) -> None:
         super().__init__(dataset, ranks.size, ranks.rank, seed=seed)
         self.batch_size, self.ranks, self.size = batch_size, ranks, len(dataset)  # type: ignore[arg-type]
 
@@ -37,37 +40,37 @@ class ShareSampler(DistributedSampler[Tensor]):
         return self.rows(CPU)
 
     def rows(self, device: torch.device) -> Iterator[Tensor]:
-        """Yield the rows of each share on a device."""
-        order = shuffled(self.size, self.seed, self.epoch).to(device)
-        return map(self.ranks.share, torch.split(order, self.batch_size))
+        """Yield the row numbers of each shard, on a device."""
+        order = epoch_permutation(self.size, self.seed, self.epoch).to(device)
+        return map(self.ranks.shard, torch.split(order, self.batch_size))
 
 
 @dataclass(frozen=True)
-class Share:
-    """A rank's part of one batch: the number of its examples, and the factor of their mean loss."""
+class Shard:
+    """A rank's part of one global batch: its number of examples, and the factor of their mean loss."""
 
     examples: int
     factor: float
 
 
 @dataclass(frozen=True)
-class Shares:
-    r"""A rank's parts of the batches of an epoch.
+class EpochShards:
+    r"""A rank's parts of the global batches of an epoch, in order.
 
-    DistributedDataParallel averages gradients over ranks. Of a batch of B examples rank r of R has :math:`n_r`, and
+    DistributedDataParallel averages gradients over ranks. Of a batch of B examples, rank r of R has :math:`n_r`, and
 
     .. math::
-        \frac{1}{R} \sum_r \frac{R\, n_r}{B} \nabla \bar\ell_r = \nabla \frac{1}{B} \sum_i \ell_i,
+        \frac{1}{R} \sum_r \frac{R\, n_r}{B} \nabla \bar\ell_r = \nabla \frac{1}{B} \sum_i \ell_i.
 
-    so :math:`R\, n_r / B` is the factor: 1 where all have as many, 0 for a rank that has none.
+    The factor is therefore :math:`R\, n_r / B`: 1 where all ranks have equally many, 0 for a rank without examples.
     """
 
     ranks: Ranks
     examples: int
     batch_size: int
 
-    def __iter__(self) -> Iterator[Share]:
+    def __iter__(self) -> Iterator[Shard]:
         for start in range(0, self.examples, self.batch_size):
             size = min(self.batch_size, self.examples - start)
             own = len(range(self.ranks.rank, size, self.ranks.size))
-            yield Share(own, self.ranks.size * own / size)
+            yield Shard(own, self.ranks.size * own / size)

@@ -1,1 +1,1 @@
-"""What the lab shows: lines and bars, figures, TensorBoard events, and an HTML page."""
+"""What the lab shows of runs and data: console output, figures, TensorBoard events and an HTML page."""

@@ -1,24 +1,19 @@
-"""The activations of an MLP and their slopes, as numbers and as a picture."""
+"""The activations of an MLP and their slopes, as numbers and as a figure."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from softmax_fused.training.files import write_atomically
 from softmax_fused.training.models.architectures import ACTIVATIONS
-from softmax_fused.training.report.plots import BLUE, ORANGE, to_png
-from softmax_fused.training.runs.checkpoint import write_atomically
+from softmax_fused.training.report.plots import BLUE, ORANGE, Array, new_figure, to_png
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-REACH = 8.0  # the picture's inputs are from -REACH to REACH
-POINTS = 1601  # an odd number, so that 0 is among them
-PLACES = (-REACH, -2.0, 0.0, 2.0, REACH)
-JUMP = 0.5  # a larger step between neighbouring points is a jump, through which no line is drawn
+LIMIT = 8.0  # curves are drawn from -LIMIT to LIMIT
+POINTS = 1601  # of a curve; an odd number, so that 0 is among them
+TABLE_INPUTS = (-LIMIT, -2.0, 0.0, 2.0, LIMIT)
+JUMP = 0.5  # curves are interrupted where neighbouring points differ by more
 
 FORMULAS = {
     "relu": ("max(0, x)", "1 for x > 0, else 0"),
@@ -28,7 +23,7 @@ FORMULAS = {
 
 
 def slopes(name: str, inputs: Tensor) -> Tensor:
-    """Return an activation's derivative at every input, by autograd.
+    """Return the derivative of an activation at every input, computed by autograd.
 
     Args:
         name: One of `ACTIVATIONS`.
@@ -48,47 +43,41 @@ def slopes(name: str, inputs: Tensor) -> Tensor:
 
 
 def describe_activations() -> list[str]:
-    """Return a line of headings, then a line for each activation: its slope at some places, and the largest."""
-    places = torch.tensor(PLACES, dtype=torch.float64)
-    lines = [f"{'slope at':10}" + "".join(f"{place:>10g}" for place in PLACES) + f"{'largest':>10}"]
+    """Return a line of headings, then a line for each activation: its slope at some inputs, and the largest slope."""
+    inputs = torch.tensor(TABLE_INPUTS, dtype=torch.float64)
+    lines = [f"{'slope at':10}" + "".join(f"{place:>10g}" for place in TABLE_INPUTS) + f"{'largest':>10}"]
     for name in ACTIVATIONS:
-        values = [*slopes(name, places).tolist(), slopes(name, _inputs()).max().item()]
+        values = [*slopes(name, inputs).tolist(), slopes(name, _curve_inputs()).max().item()]
         lines.append(f"{name:10}" + "".join(f"{value:>10.3g}" for value in values))
     return lines
 
 
 def draw_activations(path: Path) -> None:
-    """Write a picture of the activations above their slopes."""
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    """Write a figure of the activations above their slopes."""
+    figure, inputs = new_figure(11, 6), _curve_inputs()
     panels = figure.subplots(2, len(ACTIVATIONS), sharex=True)
-    inputs = _inputs()
-    for (name, (_, function)), (above, below) in zip(ACTIVATIONS.items(), panels.T, strict=True):
+    for column, (name, (_, function)) in enumerate(ACTIVATIONS.items()):
         formula, derivative = FORMULAS[name]
-        _draw(above, inputs, function(inputs), BLUE, f"{name}\n{formula}")
-        _draw(below, inputs, slopes(name, inputs), ORANGE, f"slope of {name}\n{derivative}")
-        below.set(xlabel="input x", ylim=(-0.05, 1.08))  # one scale, so that heights can be compared
+        curves = (
+            (BLUE, function(inputs), f"{name}\n{formula}"),
+            (ORANGE, slopes(name, inputs), f"slope of {name}\n{derivative}"),
+        )
+        for axes, (colour, values, title) in zip(panels[:, column], curves, strict=True):
+            axes.plot(*_split_at_jumps(inputs, values), color=colour, linewidth=2)
+            axes.set_title(title, fontsize="medium")
+            axes.grid(alpha=0.3)
+        panels[1, column].set(xlabel="input x", ylim=(-0.05, 1.08))  # one scale, so that slopes can be compared
     panels[0, 0].set_ylabel("output")
     panels[1, 0].set_ylabel("slope")
     write_atomically(path, to_png(figure))
 
 
-def _inputs() -> Tensor:
-    return torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64)
+def _curve_inputs() -> Tensor:
+    return torch.linspace(-LIMIT, LIMIT, POINTS, dtype=torch.float64)
 
 
-def _draw(axes: "Axes", inputs: Tensor, values: Tensor, colour: str, title: str) -> None:
-    x, y = _split_at_jumps(inputs, values)
-    axes.plot(x, y, color=colour, linewidth=2)
-    axes.set_title(title, fontsize="medium")
-    axes.grid(alpha=0.3)
-
-
-def _split_at_jumps(inputs: Tensor, values: Tensor) -> tuple[Sequence[float], Sequence[float]]:
-    """Return both with NaN between the points of a jump, so that a line through them is interrupted there."""
+def _split_at_jumps(inputs: Tensor, values: Tensor) -> tuple[Array, Array]:
+    """Return inputs and values with NaN inserted at each jump, where a curve through the points is interrupted."""
     after = (values.diff().abs() > JUMP).nonzero().flatten() + 1
-    places = after.tolist()
-    x, y = inputs.tolist(), values.tolist()
-    for place in reversed(places):
-        x.insert(place, float("nan"))
-        y.insert(place, float("nan"))
+    x, y = (np.insert(tensor.numpy(), after.numpy(), np.nan) for tensor in (inputs, values))
     return x, y

@@ -1,22 +1,23 @@
-"""Line charts as numbers that a template draws in SVG: no colours, so that the page's own, light or dark, apply."""
+"""Curves over epochs as the coordinates that the report's template draws in SVG.
+
+There are no colours here, because the page's own apply, which differ between light and dark.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from matplotlib.ticker import MaxNLocator
+from softmax_fused.training.report.plots import LOG_SCALE_RATIO, MAX_MARKED
 
-WIDTH, HEIGHT = 360, 230  # about a phone's width, so that text keeps its size there
+WIDTH, HEIGHT = 360, 230  # about the width of a phone, on which text then has its usual size
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 34  # margins
-INSET = 8  # between the vertical axis and the first point
-WIDE = 1000  # from this ratio on, small values would all lie on the axis
-MOST_MARKS = 30
-MOST_POINTS = 500  # more would not be told apart in this width
+INSET = 8  # from the vertical axis to the first point
+MAX_POINTS = 500  # of a curve; more could not be told apart in this width
 
 
 @dataclass(frozen=True)
 class Point:
-    """A value and its place."""
+    """The value of an epoch, and its position in the chart."""
 
     x: float
     y: float
@@ -26,7 +27,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve."""
+    """A curve; its points have markers if `marked`."""
 
     label: str
     points: list[Point]
@@ -40,9 +41,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Tick:
-    """A place on an axis and what it says."""
+    """A position on an axis and its text."""
 
-    place: float
+    position: float
     text: str
 
 
@@ -60,38 +61,40 @@ def line_chart(title: str, curves: Mapping[str, Sequence[float | None]]) -> Char
     """Return curves over epochs 1, 2, ..., scaled to the box.
 
     Args:
-        title: What they show.
-        curves: Values by label, None for an epoch without one; at least one value in all.
+        title: What the curves show.
+        curves: Values by label, None for an epoch without one; there is at least one value.
     """
-    longest = max(len(values) for values in curves.values())
-    every = [value for values in curves.values() for value in values if value is not None]
-    wide = min(every) > 0 and max(every) / min(every) > WIDE
-    scale = math.log10 if wide else float
-    low, high = _apart(scale(min(every)), scale(max(every)))
-    between = MaxNLocator(nbins=5, integer=wide).tick_values(low, high)
-    heights = [10.0**height if wide else float(height) for height in between if low <= height <= high]
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = max(len(values) for values in curves.values())
+    known = [value for values in curves.values() for value in values if value is not None]
+    logarithmic = min(known) > 0 and max(known) / min(known) > LOG_SCALE_RATIO
+    scale = math.log10 if logarithmic else float
+    low, high = _axis_limits(scale(min(known)), scale(max(known)))
+    ticks = [float(tick) for tick in MaxNLocator(nbins=5, integer=logarithmic).tick_values(low, high)]
+    levels = [10.0**tick if logarithmic else tick for tick in ticks if low <= tick <= high]
 
     def x(epoch: float) -> float:
-        return LEFT + INSET + (WIDTH - LEFT - RIGHT - INSET) * ((epoch - 1) / (longest - 1) if longest > 1 else 0.5)
+        return LEFT + INSET + (WIDTH - LEFT - RIGHT - INSET) * ((epoch - 1) / (epochs - 1) if epochs > 1 else 0.5)
 
     def y(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - scale(value)) / (high - low)
 
     def line(label: str, values: Sequence[float | None]) -> Line:
-        kept = list(enumerate(values, start=1))[:: -(-len(values) // MOST_POINTS) or 1]
+        kept = list(enumerate(values, start=1))[:: -(-len(values) // MAX_POINTS) or 1]
         points = [Point(x(epoch), y(value), epoch, value) for epoch, value in kept if value is not None]
-        return Line(label, points, len(values) <= MOST_MARKS)
+        return Line(label, points, len(values) <= MAX_MARKED)
 
-    epochs = MaxNLocator(nbins=6, integer=True).tick_values(1, longest) if longest > 1 else [1]
+    epoch_ticks = MaxNLocator(nbins=6, integer=True).tick_values(1, epochs) if epochs > 1 else [1]
     return Chart(
-        f"{title} (logarithmic scale)" if wide else title,
+        f"{title} (logarithmic scale)" if logarithmic else title,
         [line(label, values) for label, values in curves.items()],
-        [Tick(x(epoch), f"{epoch:g}") for epoch in epochs if 1 <= epoch <= longest],
-        [Tick(y(value), f"{value:.6g}") for value in heights],
+        [Tick(x(epoch), f"{epoch:g}") for epoch in epoch_ticks if 1 <= epoch <= epochs],
+        [Tick(y(level), f"{level:.6g}") for level in levels],
     )
 
 
-def _apart(low: float, high: float) -> tuple[float, float]:
-    """Return the ends of an axis, a little beyond the values and never at the same place."""
+def _axis_limits(low: float, high: float) -> tuple[float, float]:
+    """Return limits a little beyond the values, and apart even if the values are equal."""
     margin = 0.04 * (high - low) or abs(low) / 10 or 1.0
     return low - margin, high + margin

@@ -1,6 +1,7 @@
-"""What a run says while it runs: a bar on a terminal, then a line, for each epoch, the folder at the end."""
+"""What a command prints while it works: a progress bar on a terminal, a line for each epoch, warnings, a table."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -11,24 +12,28 @@ from rich.text import Text
 
 from softmax_fused.training.data.batches import Batch
 from softmax_fused.training.data.datasets import ImageData
-from softmax_fused.training.models.losses import LARGE, as_decimal
-from softmax_fused.training.report.comparison import differ
+from softmax_fused.training.report.sentences import any_difference
+from softmax_fused.training.wording import format_decimal
 
-UPDATES = 50  # of the bar, an epoch: redrawing costs as much as a training step
+REDRAWS = 50  # of a progress bar; redrawing takes as long as a training step
+DIVERGED_LOSS = 1e5  # a finite loss from here on only shows that training has diverged
 
-DISTANCE_NOTE = "off torch by: largest difference of a step's loss from torch's\n"
+DIFFERENCE_NOTE = "off torch by: largest difference of a step's loss from torch's\n"
 TIME_NOTE = "us: median microseconds of the loss, forward + backward, and of the whole step"
 
 
 class Reporter:
-    """Progress on standard output; warnings go to standard error, and `quiet` does not silence them.
+    """Prints progress and results to standard output, warnings to standard error.
 
-    One that is `mute` prints nothing at all: of several ranks one speaks.
+    Args:
+        quiet: Leave out everything but results and warnings.
+        mute: Print nothing at all; of several ranks only rank 0 prints.
     """
 
     def __init__(self, *, quiet: bool = False, mute: bool = False) -> None:
         self.quiet = quiet or mute
         self.console = Console(highlight=False, soft_wrap=True, quiet=mute)
+        self.errors = Console(highlight=False, stderr=True, quiet=mute)
 
     def line(self, text: str) -> None:
         """Print one line, unless quiet."""
@@ -36,119 +41,85 @@ class Reporter:
             self.console.print(text, markup=False)
 
     def result(self, text: str) -> None:
-        """Print one line, always."""
+        """Print one line, also if quiet."""
         self.console.print(text, markup=False)
 
     def warning(self, text: str) -> None:
         """Print a warning in one line."""
-        console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=self.console.quiet)
-        console.print(f"warning: {text}", markup=False)
+        self.errors.print(f"warning: {text}", markup=False, soft_wrap=True)
 
-    def large_loss(self, losses: Sequence[float], advice: str, of: str = "") -> None:
-        """Warn of the first epoch whose mean loss is finite and yet hopeless.
+    def warn_if_diverged(self, losses: Sequence[float], advice: str, name: str = "") -> None:
+        """Warn of the first epoch whose mean loss is finite and yet so large that training has diverged.
 
         It does not stop the run as NaN does: softmax regression goes on to learn, as a perceptron, at any --lr.
         """
-        if losses[-1] >= LARGE > max(losses[:-1], default=0.0):
-            of = f" of {of}" if of else ""
-            loss = f"the training loss{of} in epoch {len(losses)} is {as_decimal(losses[-1], 4)}"
+        if losses[-1] >= DIVERGED_LOSS > max(losses[:-1], default=0.0):
+            name = f" of {name}" if name else ""
+            loss = f"the training loss{name} in epoch {len(losses)} is {format_decimal(losses[-1], 4)}"
             self.warning(f"{loss}: the steps are far too large; {advice}")
 
-    def fallback(self, wanted: str, data: ImageData) -> None:
-        """Print a framed warning that other data stand in for those that were wanted."""
+    def announce_fallback(self, wanted: str, data: ImageData) -> None:
+        """Print a framed warning that other data replace those that were wanted."""
         text = (
             f"NOT {wanted}: this run uses {data.source}'s small {data.name} instead "
             f"({len(data.train):,} + {len(data.test):,} images). Its results say nothing about {wanted}.\n\n"
             f"{data.fallback}"
         )
-        panel = Panel(
-            Text(text), title="WARNING: other data", title_align="left", border_style="bold red", padding=(1, 2)
+        self.errors.print(
+            Panel(Text(text), title="WARNING: other data", title_align="left", border_style="bold red", padding=(1, 2))
         )
-        Console(stderr=True, highlight=False, quiet=self.console.quiet).print(panel)
 
-    def comparison(self, losses: dict[str, dict[str, Any]]) -> None:
-        """Print a table of losses trained side by side."""
+    def compared(self, losses: dict[str, dict[str, Any]]) -> None:
+        """Print a table of losses trained side by side, unless quiet."""
         if self.quiet:
             return
-        apart = differ(losses)
-        table = Table(caption=DISTANCE_NOTE * apart + TIME_NOTE)
-        for heading in ("loss", "final loss", "test accuracy", *["off torch by"] * apart, "loss (us)", "step (us)"):
+        differ = any_difference(losses)
+        table = Table(caption=DIFFERENCE_NOTE * differ + TIME_NOTE)
+        for heading in ("loss", "final loss", "test accuracy", *["off torch by"] * differ, "loss (us)", "step (us)"):
             table.add_column(heading, justify="left" if heading == "loss" else "right", no_wrap=True)
         for name, loss in losses.items():
-            cells = [name, as_decimal(loss["train_loss"][-1], 6), f"{loss['test_accuracy'][-1]:.4f}"]
-            if apart:
-                far = loss["largest_difference"]
-                cells.append("-" if far is None else f"{max(far):.1e}" if any(far) else "0")
+            cells = [name, format_decimal(loss["train_loss"][-1], 6), f"{loss['test_accuracy'][-1]:.4f}"]
+            if differ:
+                values = loss["largest_difference"]
+                cells.append("-" if values is None else f"{max(values):.1e}" if any(values) else "0")
             table.add_row(*cells, *[f"{loss[key]['median']:.0f}" for key in ("loss_us", "step_us")])
         self.console.print(table)
 
-    def epoch(self, number: int, epochs: int) -> "EpochReport":
-        """Return a context for one epoch."""
-        label = f"epoch {number:{len(str(epochs))}}/{epochs}"
-        live = self.console.is_terminal and not self.quiet
-        return EpochReport(self, label, _bar(self.console, label) if live else None)
+    def epoch(self, number: int, epochs: int) -> AbstractContextManager["ProgressBar"]:
+        """Show a progress bar for one epoch inside the block."""
+        return self.bar(f"epoch {number:{len(str(epochs))}}/{epochs}")
+
+    @contextmanager
+    def bar(self, label: str) -> Iterator["ProgressBar"]:
+        """Show a progress bar inside the block, if this is a terminal and not quiet."""
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps")
+        hidden = self.quiet or not self.console.is_terminal
+        # Without auto_refresh there is no thread that redraws, which must not run while DataLoader forks its workers.
+        with Progress(*columns, console=self.console, transient=True, auto_refresh=False, disable=hidden) as progress:
+            yield ProgressBar(self, label, progress)
+
+    def track(self, batches: Iterable[Batch], steps: int, label: str) -> Iterator[Batch]:
+        """Yield the same batches, counted by a progress bar."""
+        with self.bar(label) as bar:
+            yield from bar.track(batches, steps)
 
 
-class EpochReport:
-    """The bar, or the line, of one epoch."""
+class ProgressBar:
+    """A progress bar over batches, and the line of results that replaces it."""
 
-    def __init__(self, reporter: Reporter, label: str, bar: Progress | None) -> None:
-        self.reporter, self.label, self.bar = reporter, label, bar
-
-    def __enter__(self) -> "EpochReport":
-        if self.bar:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar:
-            self.bar.stop()
+    def __init__(self, reporter: Reporter, label: str, progress: Progress) -> None:
+        self.reporter, self.label, self.progress = reporter, label, progress
 
     def track(self, batches: Iterable[Batch], steps: int) -> Iterator[Batch]:
         """Yield the same batches, counted by the bar."""
-        if not self.bar:
-            yield from batches
-            return
-        self.bar.update(self.bar.task_ids[0], total=steps)
-        stride = max(1, steps // UPDATES)
+        task = self.progress.add_task(self.label, total=steps)
+        stride = max(1, steps // REDRAWS)
         for step, batch in enumerate(batches, start=1):
             yield batch
             if step % stride == 0 or step == steps:
-                self.bar.update(self.bar.task_ids[0], completed=step)
+                self.progress.update(task, completed=step, refresh=True)
 
     def finish(self, text: str) -> None:
-        """Put the results of the epoch in the place of its bar."""
-        if self.bar:
-            self.bar.stop()
+        """Replace the bar with a line of results."""
+        self.progress.stop()
         self.reporter.line(f"{self.label}  {text}")
-
-
-def describe(results: dict[str, float], images: int) -> str:
-    """Return one epoch in one line, units included."""
-    seconds = results["epoch_seconds"]
-    scores, unit = "", "examples"
-    if "test_accuracy" in results:
-        scores = f"  accuracy train {results['train_accuracy']:.4f} test {results['test_accuracy']:.4f}"
-        unit = "images"
-    train, test = (
-        as_decimal(results[name], 4) if unit == "images" else f"{results[name]:.3g}"
-        for name in ("train_loss", "test_loss")
-    )
-    return f"train loss {train}  test loss {test}{scores}  {seconds:.2f} s  {images / seconds:,.0f} {unit}/s"
-
-
-def describe_parameters(parameters: dict[str, Any]) -> str:
-    """Return a linear model's weights and bias, beside those the data were made with."""
-
-    def text(weights: list[float], bias: float, digits: int) -> str:
-        return f"weights {', '.join(as_decimal(weight, digits) for weight in weights)}  bias {as_decimal(bias, digits)}"
-
-    found = text(parameters["weights"], parameters["bias"], 4)
-    return f"{found}  (made with {text(parameters['true_weights'], parameters['true_bias'], 1)})"
-
-
-def _bar(console: Console, label: str) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps")
-    progress = Progress(*columns, console=console, transient=True)
-    progress.add_task(label, total=None)
-    return progress

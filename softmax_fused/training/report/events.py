@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
+from softmax_fused.training.files import write_error
+from softmax_fused.training.report.records import Metrics
 
-from softmax_fused.training.runs.checkpoint import write_error
-from softmax_fused.training.runs.record import Metrics
-
-NAMES = {
+SCALARS = {
     "train_loss": "loss/train",
     "train_accuracy": "accuracy/train",
     "test_accuracy": "accuracy/test",
@@ -20,23 +18,25 @@ NAMES = {
 
 
 class EventWriter:
-    """TensorBoard's writer, with its errors turned into ours."""
+    """TensorBoard's writer, whose OSErrors become `WriteError`."""
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         self.folder = folder
-        with self._explained():
+        with self._write_errors():
             self.writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def add_epoch(self, metrics: Metrics) -> None:
-        """Add the last epoch of a record and hand it to the system."""
-        with self._explained():
-            for curve, name in NAMES.items():
+        """Write the last epoch of a record."""
+        with self._write_errors():
+            for curve, name in SCALARS.items():
                 if curve in metrics and metrics[curve][-1] is not None:
                     self.writer.add_scalar(name, metrics[curve][-1], len(metrics[curve]))
             self.writer.flush()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _write_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -45,10 +45,12 @@ class EventWriter:
 
 @contextmanager
 def event_writer(folder: Path, metrics: Metrics) -> Iterator[EventWriter]:
-    """Open the events of a run that stands where `metrics` does.
+    """Open the events of a run whose record so far is `metrics`.
 
-    The last epoch is written again: a run that was cut off may have lost it. The writer's own thread meets a full disk
-    first and would print a traceback; the next flush raises the same error here, which is enough.
+    The last epoch is written again, because a run that was interrupted may have lost its events.
+
+    A full disk first fails in a thread of TensorBoard's, which would print a traceback. That is suppressed: the next
+    flush raises the same error here.
     """
     epochs = len(metrics["train_loss"])
     hook = threading.excepthook
@@ -60,7 +62,7 @@ def event_writer(folder: Path, metrics: Metrics) -> Iterator[EventWriter]:
                 events.add_epoch(metrics)
             yield events
         finally:
-            with suppress(OSError):  # every epoch was flushed; an earlier error is the one to report
+            with suppress(OSError):  # all epochs have been flushed, so that an earlier error is the one to report
                 events.writer.close()
     finally:
         threading.excepthook = hook

@@ -1,4 +1,4 @@
-"""Runs on one HTML page that needs nothing else: no network, no scripts, pictures inside."""
+"""One HTML page about runs, which needs neither a network nor scripts: its figures are inside the file."""
 
 import base64
 from dataclasses import dataclass
@@ -9,23 +9,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from softmax_fused import __version__
 from softmax_fused.training.errors import LabError
+from softmax_fused.training.files import write_atomically
 from softmax_fused.training.report import charts
-from softmax_fused.training.report.charts import Chart, line_chart
-from softmax_fused.training.report.comparison import describe_identical
+from softmax_fused.training.report.charts import Chart
 from softmax_fused.training.report.records import RunRecord, read_runs
+from softmax_fused.training.report.sentences import describe_identical
 from softmax_fused.training.report.summaries import (
     LossRow,
-    as_number,
-    as_setting,
-    as_words,
-    grouped,
+    curves_by_loss,
     loss_rows,
-    overlays,
-    plotted,
-    series,
+    overlay_charts,
+    run_charts,
     summary_rows,
 )
-from softmax_fused.training.runs.checkpoint import write_atomically
+from softmax_fused.training.wording import format_setting, format_value, heading
 
 CAPTIONS = {
     "predictions": "Predictions on the test set",
@@ -47,7 +44,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """What the page shows of a run."""
+    """The part of the page about one run."""
 
     anchor: str
     run: RunRecord
@@ -84,34 +81,30 @@ def render(runs: list[RunRecord]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": as_number, "setting": as_setting, "words": as_words}
-    rows = [row for place, run in enumerate(runs, start=1) for row in summary_rows(run, f"run-{place}")]
+    environment.filters |= {"value": format_value, "setting": format_setting, "heading": heading}
+    rows = [row for number, run in enumerate(runs, start=1) for row in summary_rows(run, f"run-{number}")]
     return environment.get_template("report.html").render(
-        sections=[section(run, f"run-{place}") for place, run in enumerate(runs, start=1)],
+        sections=[run_section(run, f"run-{number}") for number, run in enumerate(runs, start=1)],
         columns=list(dict.fromkeys(name for row in rows for name in row.cells)),
         rows=rows,
-        overlays=overlays(runs),
+        overlays=overlay_charts(runs),
         box=charts,
         version=__version__,
         written=f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
     )
 
 
-def section(run: RunRecord, anchor: str) -> Section:
-    """Return a run as the page shows it; pictures that it draws itself are left out."""
-    drawn = [line_chart(as_words(group), lines) for group, lines in grouped(plotted(run)).items()]
-    again = {"curves", "compare"} if drawn else set()
-    again |= {"confusion"} if run.confusion else set()
-    kept = [picture(path) for path in pictures(run.folder) if path.stem not in again]
-    return Section(anchor, run, drawn, loss_rows(run), describe_identical(series(run)), kept)
+def run_section(run: RunRecord, anchor: str) -> Section:
+    """Return the section of a run; figures that the page draws itself are left out of its pictures."""
+    drawn = run_charts(run)
+    repeated = {"curves", "compare"} if drawn else set()
+    repeated |= {"confusion"} if run.confusion else set()
+    files = sorted(path for path in run.folder.glob("*.png") if not path.name.startswith("."))
+    pictures = [read_png(path) for path in files if path.stem not in repeated]
+    return Section(anchor, run, drawn, loss_rows(run), describe_identical(curves_by_loss(run)), pictures)
 
 
-def pictures(folder: Path) -> list[Path]:
-    """Return the PNG files of a folder."""
-    return sorted(path for path in folder.glob("*.png") if not path.name.startswith("."))
-
-
-def picture(path: Path) -> Picture:
+def read_png(path: Path) -> Picture:
     """Return a PNG file as a data URI.
 
     Raises:
@@ -122,4 +115,4 @@ def picture(path: Path) -> Picture:
     except OSError as error:
         raise LabError(f"expected a picture in {path}, got {error.strerror or error}; check the file") from error
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    return Picture(CAPTIONS.get(path.stem, as_words(path.stem)), source)
+    return Picture(CAPTIONS.get(path.stem, heading(path.stem)), source)

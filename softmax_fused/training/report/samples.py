@@ -1,22 +1,24 @@
-"""What is in a data set: numbers, and a picture of some images of each class."""
+"""What a data set contains: numbers, and a figure with some images of each class."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+import torch.nn.functional as F
 
 from softmax_fused.training.data.datasets import ImageData, Split
-from softmax_fused.training.report.plots import to_png
-from softmax_fused.training.runs.checkpoint import write_atomically
+from softmax_fused.training.files import write_atomically
+from softmax_fused.training.report.plots import new_figure, set_padding, to_png
 
-SHOWN = 10  # images of each class
-GAP, PAPER = 2, 255  # pixels between images, and their grey
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SAMPLES = 10  # images of each class
+GAP, WHITE = 2, 255  # pixels between images, and their grey
 
 
 def describe_data(data: ImageData) -> list[str]:
-    """Return a data set in lines: where it is from, its sizes, its pixels, its classes."""
+    """Return lines with a data set's source, its sizes, its pixels and its classes."""
     height, width = data.train.images.shape[1:]
     mean, deviation = pixel_moments(data.train)
     table = {
@@ -33,32 +35,30 @@ def describe_data(data: ImageData) -> list[str]:
 
 
 def pixel_moments(split: Split) -> tuple[float, float]:
-    """Return mean and standard deviation of all pixels, exactly, from the counts of 256 greys."""
+    """Return mean and standard deviation of all pixels, exactly, from the frequencies of the 256 greys."""
     counts = split.images.flatten().bincount(minlength=256).double()
-    shares, greys = counts / counts.sum(), torch.arange(256, dtype=torch.float64) / 255
-    mean = shares.dot(greys)
-    return mean.item(), shares.dot((greys - mean) ** 2).sqrt().item()
+    frequencies, greys = counts / counts.sum(), torch.arange(256, dtype=torch.float64) / 255
+    mean = frequencies.dot(greys)
+    return mean.item(), frequencies.dot((greys - mean) ** 2).sqrt().item()
 
 
 def draw_samples(data: ImageData, path: Path) -> None:
-    """Write a picture of the first training images of each class, a row a class."""
-    title = f"{data.name}: the first {SHOWN} training images of each class"
+    """Write a figure of the first training images of each class."""
+    title = f"{data.name}: the first {SAMPLES} training images of each class"
     write_atomically(path, to_png(plot_samples(title, data.train, data.classes)))
 
 
-def plot_samples(title: str, split: Split, classes: tuple[str, ...]) -> Figure:
-    """Draw images of each class in a row that begins with its name."""
-    side = split.images.shape[-1] + GAP
-    sheet = np.full((side * len(classes), side * SHOWN), PAPER, dtype=np.uint8)
-    for label in range(len(classes)):
-        rows = (split.labels == label).nonzero().flatten()[:SHOWN]
-        for place, image in enumerate(split.images[rows].cpu().numpy()):
-            top, left = label * side, place * side
-            sheet[top : top + side - GAP, left : left + side - GAP] = image
-    figure = Figure(figsize=(SHOWN + 1.6, len(classes) + 0.6), layout=ConstrainedLayoutEngine(w_pad=0.12))
+def plot_samples(title: str, split: Split, classes: tuple[str, ...]) -> "Figure":
+    """Draw a row of images for each class, with its name in front."""
+    rows = [split.images[split.labels == label][:SAMPLES].cpu() for label in range(len(classes))]
+    rows = [F.pad(images, (0, GAP, 0, GAP, 0, SAMPLES - len(images)), value=WHITE) for images in rows]
+    sheet = torch.stack(rows).transpose(1, 2).flatten(2, 3).flatten(0, 1).numpy()  # (class, image, y, x) to (y, x)
+    pitch = split.images.shape[-1] + GAP
+    figure = new_figure(SAMPLES + 1.6, len(classes) + 0.6)
+    set_padding(figure, w_pad=0.12)
     axes = figure.subplots()
     axes.imshow(sheet, cmap="gray", vmin=0, vmax=255)
-    axes.set_yticks([(label + 0.5) * side - GAP / 2 for label in range(len(classes))], classes, fontsize=12)
+    axes.set_yticks([(label + 0.5) * pitch - GAP / 2 for label in range(len(classes))], classes, fontsize=12)
     axes.set(title=title, xticks=[])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

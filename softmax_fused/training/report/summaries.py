@@ -1,22 +1,20 @@
-"""What a report says about runs in its tables and charts: strings and curves, whatever a record lacks."""
+"""The rows and charts of the report page, from records that may lack anything."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from softmax_fused.training.models.losses import as_decimal
 from softmax_fused.training.report.charts import Chart, line_chart
-from softmax_fused.training.report.comparison import DIFFERENCE, differ
-from softmax_fused.training.report.records import Curves, RunRecord, curves_of, is_number
+from softmax_fused.training.report.records import Curves, RunRecord, is_number, read_curves
+from softmax_fused.training.report.sentences import DIFFERENCE, any_difference
+from softmax_fused.training.wording import NO_VALUE, format_decimal, format_setting, format_value, heading
 
-WHAT = ("dataset", "model", "loss")
-HOW = ("optimizer", "lr", "batch_size")
-NAMES = {"lr": "learning rate"}
-ABSENT = "\N{EN DASH}"
+MODEL_SETTINGS = ("dataset", "model", "loss")  # shown in front of the results
+OPTIMIZER_SETTINGS = ("optimizer", "lr", "batch_size")  # shown after the results
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """A row of the table of all runs."""
 
     anchor: str
@@ -26,115 +24,93 @@ class Row:
 
 @dataclass(frozen=True)
 class LossRow:
-    """A row of a comparison's table."""
+    """A row of the table of one comparison."""
 
     name: str
     cells: list[str]
 
 
-def series(run: RunRecord) -> dict[str, Curves]:
-    """Return a run's curves by contender: one nameless for a training run, the losses of a comparison."""
-    found = {name: curves_of(loss) for name, loss in run.losses.items()} or {"": run.curves}
+def curves_by_loss(run: RunRecord) -> dict[str, Curves]:
+    """Return the curves of each loss of a comparison; those of a training run have the empty name."""
+    found = {name: read_curves(loss) for name, loss in run.losses.items()} or {"": run.curves}
     return {name: curves for name, curves in found.items() if curves}
 
 
-def plotted(run: RunRecord) -> dict[str, Curves]:
-    """Return a run's curves, without the differences from torch's loss where there are none: a sentence says so."""
-    found = series(run)
-    left_out = () if differ(found) else (DIFFERENCE,)
+def curves_to_draw(run: RunRecord) -> dict[str, Curves]:
+    """Return a run's curves, without the differences from torch's loss where all are 0, which a sentence says."""
+    found = curves_by_loss(run)
+    left_out = () if any_difference(found) else (DIFFERENCE,)
     return {
-        contender: {name: values for name, values in curves.items() if name not in left_out}
-        for contender, curves in found.items()
+        loss: {name: values for name, values in curves.items() if name not in left_out}
+        for loss, curves in found.items()
     }
 
 
-def grouped(contenders: Mapping[str, Curves]) -> dict[str, Curves]:
-    """Return curves by what they measure: a run's losses share a chart, its accuracies, a comparison's contenders."""
+def run_charts(run: RunRecord) -> list[Chart]:
+    """Return a chart for each quantity of a run.
+
+    Curves whose names have the same last word, such as train_loss and test_loss, share a chart. In a comparison, the
+    curves of the same name of all losses share one.
+    """
     groups: dict[str, Curves] = {}
-    for contender, curves in contenders.items():
+    for loss, curves in curves_to_draw(run).items():
         for name, values in curves.items():
-            kin = [other for other in curves if other.rpartition("_")[2] == name.rpartition("_")[2]]
-            if contender or len(kin) == 1:
-                groups.setdefault(name, {})[contender or name] = values
+            split, _, quantity = name.rpartition("_")
+            shared = [other for other in curves if other.rpartition("_")[2] == quantity]
+            if loss or len(shared) == 1:
+                groups.setdefault(name, {})[loss or name] = values
             else:
-                of, _, group = name.rpartition("_")
-                groups.setdefault(group, {})[of or group] = values
-    return groups
+                groups.setdefault(quantity, {})[split or quantity] = values
+    return [line_chart(heading(group), curves) for group, curves in groups.items()]
 
 
-def overlays(runs: list[RunRecord]) -> list[Chart]:
+def overlay_charts(runs: list[RunRecord]) -> list[Chart]:
     """Return a chart for each curve that several runs have."""
     found: dict[str, Curves] = {}
     owners: dict[str, set[str]] = {}
     for run in runs:
-        for contender, curves in plotted(run).items():
+        for loss, curves in curves_to_draw(run).items():
             for name, values in curves.items():
-                found.setdefault(name, {})[f"{run.name}: {contender}" if contender else run.name] = values
+                found.setdefault(name, {})[f"{run.name}: {loss}" if loss else run.name] = values
                 owners.setdefault(name, set()).add(run.name)
-    return [line_chart(as_words(name), curves) for name, curves in found.items() if len(owners[name]) > 1]
+    return [line_chart(heading(name), curves) for name, curves in found.items() if len(owners[name]) > 1]
 
 
-def summary_rows(run: RunRecord, anchor: str) -> list[Row]:
-    """Return a run's rows of the first table: what was trained, each curve's last value, and how."""
-    config = run.part("config")
-    what, how = (
-        {name: as_setting(config[name]) for name in names if config.get(name) is not None} for names in (WHAT, HOW)
+def summary_rows(run: RunRecord, anchor: str) -> list[SummaryRow]:
+    """Return a run's rows of the table of all runs: what was trained, the last value of each curve, and how."""
+    config = run.table("config")
+    model, optimizer = (
+        {name: format_setting(config[name]) for name in names if config.get(name) is not None}
+        for names in (MODEL_SETTINGS, OPTIMIZER_SETTINGS)
     )
     rows = []
-    for contender, curves in (series(run) or {"": {}}).items():
-        trained = what | ({"loss": contender} if contender else {})
-        epochs = {"epochs": as_number(len(next(iter(curves.values()), [])))}
-        finals = {name: last(curves, name) for name, values in curves.items()}
-        rows.append(Row(anchor, run.name, trained | epochs | finals | how))
+    for loss, curves in (curves_by_loss(run) or {"": {}}).items():
+        trained = model | ({"loss": loss} if loss else {})
+        epochs = {"epochs": format_value(len(next(iter(curves.values()), [])))}
+        finals = {name: format_value(values[-1]) for name, values in curves.items()}
+        rows.append(SummaryRow(anchor, run.name, trained | epochs | finals | optimizer))
     return rows
 
 
 def loss_rows(run: RunRecord) -> list[LossRow]:
-    """Return final loss, accuracy, distance from torch's loss and times of each loss of a comparison."""
+    """Return final loss, accuracy, difference from torch's loss and times of each loss of a comparison."""
     rows = []
     for name, loss in run.losses.items():
-        curves = curves_of(loss)
-        distances = [value for value in curves.get(DIFFERENCE, []) if value is not None]
-        distance = as_number(max(distances)) if distances else ABSENT
-        losses = curves.get("train_loss") or [None]
-        final = ABSENT if losses[-1] is None else as_decimal(losses[-1], 6)
-        numbers = [final, last(curves, "test_accuracy"), distance]
-        rows.append(LossRow(name, [*numbers, _spread(loss.get("loss_us")), _spread(loss.get("step_us"))]))
+        curves = read_curves(loss)
+        final, accuracy = (curves.get(curve, [None])[-1] for curve in ("train_loss", "test_accuracy"))
+        differences = [value for value in curves.get(DIFFERENCE, []) if value is not None]
+        cells = [
+            NO_VALUE if final is None else format_decimal(final, 6),
+            format_value(accuracy),
+            format_value(max(differences, default=None)),
+            *(_format_times(loss.get(times)) for times in ("loss_us", "step_us")),
+        ]
+        rows.append(LossRow(name, cells))
     return rows
 
 
-def last(curves: Curves, name: str, digits: int | None = None) -> str:
-    """Return a curve's last value as a cell shows it, with a fixed number of decimals if `digits` says so."""
-    value = curves[name][-1] if name in curves else None
-    return as_number(value) if value is None or digits is None else f"{value:.{digits}f}"
-
-
-def _spread(times: Any) -> str:
-    if not isinstance(times, dict) or not all(is_number(times.get(name)) for name in ("p20", "median", "p80")):
-        return ABSENT
+def _format_times(times: Any) -> str:
+    """Return the median, with the 20th and the 80th percentile."""
+    if not isinstance(times, Mapping) or not all(is_number(times.get(name)) for name in ("p20", "median", "p80")):
+        return NO_VALUE
     return f"{times['median']:.0f} ({times['p20']:.0f} to {times['p80']:.0f})"
-
-
-def as_setting(value: Any) -> str:
-    """Return a setting as it was given."""
-    return f"{value:g}" if isinstance(value, float) else as_number(value)
-
-
-def as_words(name: str) -> str:
-    """Return a key as a heading."""
-    words = NAMES.get(name, name).replace("_", " ").replace("-", " ")
-    return words[:1].upper() + words[1:]
-
-
-def as_number(value: Any) -> str:
-    """Return any value as a cell shows it."""
-    if isinstance(value, list):
-        return ", ".join(map(as_number, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if not isinstance(value, (int, float)):
-        return ABSENT if value is None else str(value)
-    if isinstance(value, int) or value == 0:
-        return f"{int(value):,}"
-    plain = 1e-3 <= abs(value) < 1e5
-    return f"{value:.4f}" if plain else f"{value:.2e}"

@@ -1,1 +1,1 @@
-"""Runs and comparisons: what they train, and the folders that keep their results."""
+"""Training runs and comparisons of losses, and the folders that keep their results."""

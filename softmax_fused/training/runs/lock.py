@@ -1,4 +1,4 @@
-"""A claim on a run folder: of several processes that are told to write into it, one does."""
+"""The lock of a run folder: one process at a time writes into it."""
 
 import errno
 import os
@@ -17,23 +17,23 @@ else:
     import fcntl
 
 LOCK = ".lock"
-TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
-CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # some network file systems: no claim there
+LOCKED_BY_ANOTHER = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # by some network file systems
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in a folder, until the block or this process ends.
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a folder until the block or this process ends. On file systems without locks, the folder stays unlocked.
 
-    The operating system holds the lock and drops it when its process ends, however it ends: a file that is left
-    behind claims nothing. Process ids would not do, since they are used again and mean nothing on another machine.
+    The operating system holds the lock and releases it when the process ends, however that happens, so that a lock file
+    left behind locks nothing. Process ids in a file would not do: systems reuse them, and other machines have others.
 
     Raises:
-        LabError: if a process that is still running has claimed it.
+        LabError: if another process has locked it.
         OSError: if the folder cannot be written to.
     """
     path = folder / LOCK
-    file = _locked(path)
+    file = _open_locked(path)
     if file is None:
         raise LabError(
             f"expected a folder in which nothing else trains, got {folder}, in which another process does; "
@@ -45,23 +45,23 @@ def claimed(folder: Path) -> Iterator[None]:
         _release(path, file)
 
 
-def _locked(path: Path) -> BinaryIO | None:
-    """Return the lock's file, open and locked; None if another process has locked it."""
+def _open_locked(path: Path) -> BinaryIO | None:
+    """Return the lock file, open and locked; None if another process has locked it."""
     while True:
         file = path.open("ab")
         try:
             _lock(file)
         except OSError as error:
-            if error.errno in TAKEN:
+            if error.errno in LOCKED_BY_ANOTHER:
                 file.close()
                 return None
-            if error.errno not in CANNOT_LOCK:
+            if error.errno not in UNSUPPORTED:
                 file.close()
                 raise
         if _is_at(path, file):
             _close_in_children(file)
             return file
-        file.close()  # its owner removed it between the opening and the locking
+        file.close()  # another process removed the file between our opening and our locking it
 
 
 def _is_at(path: Path, file: BinaryIO) -> bool:
@@ -71,15 +71,12 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
 
 
 def _release(path: Path, file: BinaryIO) -> None:
-    """Remove the file while it is locked: afterwards it may be another's. Windows removes no file that is open."""
+    """Remove the lock file while it is locked: once unlocked, another process may use it. Windows needs it closed."""
     if sys.platform == "win32":
         file.close()
-        with suppress(OSError):
-            path.unlink()
-    else:
-        with suppress(OSError):
-            path.unlink()
-        file.close()
+    with suppress(OSError):
+        path.unlink()
+    file.close()
 
 
 if sys.platform == "win32":
@@ -88,7 +85,7 @@ if sys.platform == "win32":
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
     def _close_in_children(file: BinaryIO) -> None:
-        """Do nothing: children of Windows inherit no files."""
+        """Do nothing: on Windows, child processes inherit no files."""
 
 else:
 
@@ -96,7 +93,7 @@ else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _close_in_children(file: BinaryIO) -> None:
-        """Close it in forked DataLoader workers, which may outlive a killed parent and would keep its claim."""
+        """Close the file in forked DataLoader workers, which may outlive a killed parent and would keep its lock."""
         reference = weakref.ref(file)
         os.register_at_fork(after_in_child=lambda: _close(reference))
 
