@@ -197,6 +197,9 @@ MUTANTS = {
     "checkpoint: an optimizer's state is not tried": Mutant(f"{LAB}/runs/restore.py", "        _try_steps(learner)\n", "", ("training_checkpoint",)),
     "pictures: white strokes on white": Mutant(f"{LAB}/data/pictures.py", "return 255 if (median > MIDDLE_GREY) == has_background else 0", "return 255", ("training_predict",)),
     "pictures: 12 bits of 16 are dark": Mutant(f"{LAB}/data/pictures.py", "1023, 4095, 16383, 65535", "65535", ("training_predict",)),
+    "architecture: an import from a higher layer": Mutant(f"{LAB}/data/idx.py", "if TYPE_CHECKING:\n", "if TYPE_CHECKING:\n    from softmax_fused.training.config import TrainConfig as TrainConfig\n", ("architecture",)),
+    "architecture: a circle within a layer": Mutant(f"{LAB}/data/idx.py", "if TYPE_CHECKING:\n", "if TYPE_CHECKING:\n    from softmax_fused.training.data.datasets import Split as Split\n", ("architecture",)),
+    "architecture: a module of ours imported late": Mutant(RANKS, "    from torch.distributed.rendezvous", "    from softmax_fused.training import files as files\n    from torch.distributed.rendezvous", ("architecture",)),
     "loop: the last step's weights are not looked at": Mutant(LOOP, "    check_weights(learner)\n", "", ("training_loop",)),
     "patch: no lock": Mutant(PATCHING, "lock = threading.Lock()", "import contextlib\nlock = contextlib.nullcontext()"),
 }  # fmt: skip
