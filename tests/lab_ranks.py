@@ -1,4 +1,4 @@
-"""Ranks for tests, and what they run; each imports this module, which therefore imports little."""
+"""Ranks for tests, and the functions that they run. Each rank imports this module, which therefore imports little."""
 
 import time
 from collections.abc import Callable
@@ -48,14 +48,14 @@ def _rank(rank: int, size: int, function: Callable[..., None], folder: str, argu
 
 
 def train_all(ranks: Ranks, folder: Path, runs: Runs) -> None:
-    """Train each run in the folder of its name; without pictures, which take longer."""
+    """Train each run in a folder of its name, without figures, which take longer than training."""
     run_module.draw_figures = lambda *_: None
     for name, (config, data) in runs.items():
         train(config, output=folder / name, data=data, ranks=ranks, reporter=Reporter(quiet=True))
 
 
-def train_and_talk(ranks: Ranks, folder: Path, runs: Runs, begun: Path, data: ImageData) -> None:
-    """Train, go on with what one process has begun, and try all that ranks tell one another."""
+def train_and_communicate(ranks: Ranks, folder: Path, runs: Runs, begun: Path, data: ImageData) -> None:
+    """Train, resume the run of a single process, and try every communication between ranks."""
     train_all(ranks, folder, runs)
     resume(begun, {"epochs": 2}, data=data, ranks=ranks, reporter=Reporter(quiet=True))
     assert ranks.sum(torch.tensor(2**53 - ranks.rank)).item() == ranks.size * 2**53 - sum(range(ranks.size))
@@ -66,7 +66,7 @@ def train_and_talk(ranks: Ranks, folder: Path, runs: Runs, begun: Path, data: Im
         ranks.check_equal("data", ranks.rank)
 
     def fail() -> None:
-        raise UsageError("told by the first rank")
+        raise UsageError("reported by rank 0")
 
     with pytest.raises(SystemExit if ranks.rank else UsageError) as stop:
         ranks.call_on_first(fail)

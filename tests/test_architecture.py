@@ -1,4 +1,4 @@
-"""The layers of the package: a module imports from its own layer or below, never in a circle, at the top of its file."""
+"""The layers of the package: a module imports from its own layer or below, without circles, at the top of its file."""
 
 import ast
 from collections.abc import Iterator

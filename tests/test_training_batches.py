@@ -62,7 +62,7 @@ def test_odd_batch_sizes(size: int) -> None:
     assert sum(sizes) == 300
 
 
-def test_workers_leave_both_signals_to_the_parent() -> None:
+def test_workers_ignore_both_signals() -> None:
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     try:
         ignore_signals_in_worker(0)

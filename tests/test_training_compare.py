@@ -1,4 +1,4 @@
-"""Losses side by side."""
+"""Losses trained side by side: what is recorded, drawn and printed."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def comparison(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.pictures
-def test_the_record_holds_curves_distances_and_times(tmp_path: Path) -> None:
+def test_the_record_holds_curves_differences_and_times(tmp_path: Path) -> None:
     compare(["fused", "torch", "scratch"], SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
     record = comparison(tmp_path)
     assert list(record["losses"]) == ["fused", "torch", "scratch"]
@@ -87,7 +87,9 @@ def test_differences_are_drawn_where_there_are_any(
         assert all(low <= value < high for values in lines.values() for value in values)
 
 
-def test_identical_losses_are_said_to_be_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_losses_identical_to_torch_are_named_in_a_sentence_and_not_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--losses", "fused,torch", "--dataset", "digits", "--epochs", 1, "--output", tmp_path / "same"]
     outcome = run_cli(capsys, "compare", *options)
     sentence = "fused: identical to torch's loss to the last bit at every step"
@@ -106,7 +108,7 @@ def test_each_loss_trains_as_it_does_alone(tmp_path: Path) -> None:
     assert together["test_accuracy"] == metrics_of(alone)["test_accuracy"]
 
 
-def test_distances_need_torch_to_take_part(tmp_path: Path) -> None:
+def test_differences_need_the_loss_of_torch(tmp_path: Path) -> None:
     compare(["scratch"], SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
     assert comparison(tmp_path)["losses"]["scratch"]["largest_difference"] is None
 
@@ -122,7 +124,9 @@ def test_losses_of_other_kinds_are_compared_by_accuracy(tmp_path: Path, capsys: 
     assert accuracies["fused"][1] > accuracies["mse"][1]
 
 
-def test_hopeless_losses_are_short_and_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diverged_losses_are_printed_in_exponent_form_and_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = replace(SMALL, lr=1e30)
     compare(["fused", "mse"], config, output=tmp_path, data=few_digits(), reporter=Reporter())
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The kernels inside a real training run."""
+"""Training with the Triton kernels against training with the torch path."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""--loss fused-linear: the last layer and its loss in one, to the same curve."""
+"""--loss fused-linear, which computes the last layer too: it gives the curve of --loss fused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the batches that went in chunks, as batches of many classes do."""
+    """The sizes of batches computed in chunks, which are forced here: only many classes would need chunks."""
     seen: list[int] = []
     computed = linear.computed
     monkeypatch.setattr(linear, "HAND_OVER", 0)

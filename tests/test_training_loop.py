@@ -1,4 +1,4 @@
-"""Models, losses and the loop."""
+"""Models, losses, the training loop and the evaluation."""
 
 import math
 from dataclasses import replace
@@ -83,10 +83,10 @@ def test_an_epoch_reports_means_over_images_not_over_batches() -> None:
 def test_the_test_loss_is_the_mean_over_all_images(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], arguments: dict[str, float]
 ) -> None:
-    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 70)  # the last slice has 30 images
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 70)  # the last batch has 30 images
     data, learner = few_digits(), learner_for(replace(SMALL, **settings), 10, CPU)
     with torch.no_grad():
-        learner.model[-1].weight.normal_(std=0.1)  # so that slices have different means
+        learner.model[-1].weight.normal_(std=0.1)  # so that batches have different mean losses
         logits = learner.model(data.test.images / 255)
     scores, last = evaluate(learner, data)
     expected = F.cross_entropy(learner.logit_scale * logits.double(), data.test.labels, **arguments)

@@ -1,4 +1,4 @@
-"""Several ranks: they train what one process trains, and a job that loses one says so and can go on."""
+"""Several ranks: they train what one process trains, and a job that loses a rank says so and can be resumed."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from softmax_fused.training.runs import run as run_module
 from softmax_fused.training.runs.checkpoint import load_checkpoint
 from softmax_fused.training.runs.run import resume, train
 from tests.lab import QUIET, SMALL, assert_consistent, digits, metrics_of, real_data, run_cli
-from tests.lab_ranks import LIMIT, Runs, on_ranks, train_all, train_and_talk
+from tests.lab_ranks import LIMIT, Runs, on_ranks, train_all, train_and_communicate
 from tests.test_training_resume import interrupt_in_epoch
 from tests.torchrun import PROC, torchrun
 
@@ -57,13 +57,13 @@ def assert_same_curves(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])  # four ranks share two cores
-def test_any_number_of_ranks_trains_to_the_same_curve(tmp_path: Path, size: int, monkeypatch: Any) -> None:
+def test_any_number_of_ranks_gives_the_same_curve(tmp_path: Path, size: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
     runs = all_runs()
     train_all(SINGLE_PROCESS, tmp_path / "alone", runs)
     train(replace(SMALL, epochs=1), output=tmp_path / "begun", data=few(), reporter=QUIET)
     train(SMALL, output=tmp_path / "whole", data=few(), reporter=QUIET)
-    on_ranks(size, train_and_talk, tmp_path, tmp_path / "ranks", runs, tmp_path / "begun", few())
+    on_ranks(size, train_and_communicate, tmp_path, tmp_path / "ranks", runs, tmp_path / "begun", few())
     for name, (config, _) in runs.items():
         assert_same_curves(tmp_path / "ranks" / name, tmp_path / "alone" / name)
         assert_consistent(tmp_path / "ranks" / name, config.epochs)
@@ -111,7 +111,7 @@ def curve_lines(out: str) -> list[str]:
 
 
 @pytest.mark.skipif(not PROC.is_dir(), reason="finds the ranks through /proc")
-def test_a_job_goes_on_without_a_rank_that_died_and_stops_when_told(tmp_path: Path) -> None:
+def test_a_job_restarts_after_a_killed_rank_and_stops_on_sigterm(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = ["--dataset", "digits", "--loss", "torch", "--device", "cpu", "--epochs", 100_000]
     with torchrun(tmp_path, 2, "train", *options, "--output", folder, restarts=1) as job:
@@ -127,8 +127,8 @@ def test_a_job_goes_on_without_a_rank_that_died_and_stops_when_told(tmp_path: Pa
     lost, stopped = re.findall(r"^(?:error: expected every rank|stopped; ).*", err, re.M)
     command = rf"torchrun --nproc-per-node=2 -m softmax_fused train --resume {folder}"
     reason = r"error: expected every rank to go on, got one that ended \(.*\); torchrun names the first to fail"
-    told = "stopped"  # by torchrun, which may be the first to see that the other is gone
-    assert re.fullmatch(rf"({reason}|{told}); {folder} keeps \d+ of 100000 epochs; resume with: {command}", lost)
+    # The remaining rank is stopped by SIGTERM where torchrun notices the lost rank first.
+    assert re.fullmatch(rf"({reason}|stopped); {folder} keeps \d+ of 100000 epochs; resume with: {command}", lost)
     done = len(metrics_of(folder)["train_loss"])
     assert stopped == f"stopped; {folder} keeps {done} of 100000 epochs; resume with: {command}"
     assert curve_lines(out) == [str(number) for number in range(1, done + 1)]
@@ -148,7 +148,7 @@ def test_a_job_that_may_not_restart_ends_when_a_rank_dies(tmp_path: Path) -> Non
         assert job.process.wait(LIMIT) == 1
         assert not job.pids()
         err = job.err
-    reason = "error: expected every rank to go on, got .*|stopped"  # by torchrun, where it is the first to see
+    reason = "error: expected every rank to go on, got .*|stopped"  # by SIGTERM, where torchrun notices first
     assert re.search(rf"^rank 1: ({reason}); {tmp_path / 'run'} keeps ", err, re.M)
     assert "Signal 9 (SIGKILL)" in err
     done = len(load_checkpoint(tmp_path / "run")["metrics"]["train_loss"])
@@ -200,7 +200,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
         (["train", "--lr", "0"], "error: expected --lr to be a finite number above 0"),
     ],
 )
-def test_what_no_rank_can_do_is_refused_once(
+def test_wrong_usage_is_reported_by_one_rank(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     rank: int,

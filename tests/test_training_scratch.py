@@ -1,4 +1,4 @@
-"""Models from scratch against their library equals; losses against their formulas; the unstable one."""
+"""Models from scratch against library models, and losses against their formulas."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -138,7 +138,7 @@ def test_the_gradient_of_two_classes_is_the_input_times_the_error(name: str) -> 
     torch.testing.assert_close(gradient, (inputs * error.unsqueeze(1)).mean(dim=0))
 
 
-def test_mean_squared_error_and_the_trap_follow_their_formulas() -> None:
+def test_mean_squared_error_and_double_softmax_follow_their_formulas() -> None:
     logits, target = torch.randn(8, 5, dtype=torch.float64), torch.randint(5, (8,))
     p = logits.exp() / logits.exp().sum(1, keepdim=True)
     error = p - torch.eye(5, dtype=torch.float64)[target]
@@ -149,7 +149,7 @@ def test_mean_squared_error_and_the_trap_follow_their_formulas() -> None:
 
 
 @pytest.mark.parametrize("loss", ["logistic", "logistic-squared"])
-def test_two_classes_are_told_apart_drawn_and_predicted(
+def test_two_classes_are_learned_drawn_and_predicted(
     tmp_path: Path, loss: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = select_pair(few_digits(), "fashion-pair", 3, 8)
@@ -189,7 +189,7 @@ def test_softmax_regression_from_scratch_on_fashion_mnist() -> None:
     assert all(0.8 < accuracy < 0.85 for accuracy in accuracies)
 
 
-def test_a_loss_names_its_own_remedy() -> None:
+def test_the_message_of_a_loss_that_is_not_finite_depends_on_the_loss() -> None:
     learner = learner_for(replace(SMALL, loss="scratch-naive", lr=1e6), 10, CPU)
     with pytest.raises(LabError, match=r"got nan; exp overflows in float32"):
         train_epoch(learner, MemoryBatches(few_digits().train, 16, 0, CPU).epoch(1))

@@ -1,4 +1,4 @@
-"""Settings that fit, and combinations that are refused."""
+"""Settings of a run: defaults, and combinations that are refused."""
 
 import pytest
 
@@ -9,14 +9,14 @@ from tests.lab import run_cli
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_every_data_set_has_settings_that_fit(dataset: str) -> None:
+def test_every_data_set_has_valid_defaults(dataset: str) -> None:
     for model in models_for(dataset):
         config = TrainConfig.with_defaults({"dataset": dataset, "model": model})
         assert config.loss in losses_for(dataset)
     assert TrainConfig.with_defaults({"dataset": dataset}).lr == DATASETS[dataset].lr
 
 
-def test_what_is_given_is_kept() -> None:
+def test_given_settings_are_kept() -> None:
     config = TrainConfig.with_defaults({"dataset": "mnist", "lr": 0.1, "model": "scratch-mlp", "optimizer": "adam"})
     assert (config.lr, config.batch_size, config.loss, config.optimizer) == (0.1, 64, "scratch", "adam")
     assert config.activation == "relu"
@@ -74,12 +74,14 @@ def test_what_is_given_is_kept() -> None:
         ("--logit-scale 0", "expected --logit-scale to be a finite number above 0, got 0.0; 1 is usual"),
     ],
 )
-def test_what_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str], options: str, message: str) -> None:
+def test_settings_that_exclude_each_other_are_refused(
+    capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
     outcome = run_cli(capsys, "train", *options.split())
     assert outcome.status == 2
     assert outcome.error.startswith(f"error: {message}")
 
 
-def test_a_configuration_refuses_too() -> None:
+def test_a_config_made_in_python_is_checked_too() -> None:
     with pytest.raises(UsageError, match="expected --model to be one of logistic for --dataset fashion-pair"):
         TrainConfig(dataset="fashion-pair")

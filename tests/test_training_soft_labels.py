@@ -1,4 +1,4 @@
-"""Hard and soft labels: one-hot, smoothed, mixed."""
+"""Soft labels: one-hot, smoothed and mixed targets."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +27,14 @@ def record(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     return metrics_of(train(replace(FUSED, **changes), output=folder, data=few_digits(), reporter=QUIET))
 
 
-def test_training_on_one_hot_is_training_on_indices(tmp_path: Path) -> None:
+def test_one_hot_targets_give_the_curve_of_class_indices(tmp_path: Path) -> None:
     hard, one_hot = record(tmp_path, one_hot=False), record(tmp_path / "soft", one_hot=True)
     assert one_hot["train_loss"] == pytest.approx(hard["train_loss"], rel=1e-5)
     assert one_hot["train_accuracy"] == hard["train_accuracy"]
     assert one_hot["test_accuracy"] == hard["test_accuracy"]
 
 
-def test_smoothing_spreads_a_share_of_the_target() -> None:
+def test_smoothing_mixes_the_target_with_the_uniform_distribution() -> None:
     logits, labels = torch.randn(6, 10), torch.randint(10, (6,))
     probabilities = 0.9 * F.one_hot(labels, 10) + 0.1 / 10
     for name in ("fused", "torch"):
@@ -49,21 +49,21 @@ def test_smoothing_raises_the_training_loss(tmp_path: Path) -> None:
 
 
 def test_mixup_mixes_images_and_targets_alike() -> None:
-    hard, mixed = soft(10)  # shares near a half
+    hard, mixed = soft(10)  # weights near one half
     assert len(mixed) == len(hard)
-    shares = set()
+    weights = set()
     for (images, labels), (images_mixed, target) in zip(hard.epoch(2), mixed.epoch(2), strict=True):
         own = target.gather(1, labels.unsqueeze(1))
-        share = own.min().item()  # where the other image is of another class
-        shares.add(share)
-        others = (images_mixed - share * images) / (1 - share)
+        weight = own.min().item()  # of an image whose partner has another class
+        weights.add(weight)
+        others = (images_mixed - weight * images) / (1 - weight)
         distances, rows = torch.cdist(
             others.flatten(1), images.flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
         ).min(dim=1)
         assert distances.max() < 1e-3
         classes = torch.eye(10)
-        torch.testing.assert_close(target, share * classes[labels] + (1 - share) * classes[labels[rows]])
-    assert len(shares) == len(mixed)
+        torch.testing.assert_close(target, weight * classes[labels] + (1 - weight) * classes[labels[rows]])
+    assert len(weights) == len(mixed)
 
 
 def test_mixup_depends_on_seed_and_epoch_alone() -> None:
