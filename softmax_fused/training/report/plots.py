@@ -137,7 +137,8 @@ def plot_predictions(title: str, images: Array, true: Sequence[str], predicted: 
         panel.imshow(image, cmap="gray", vmin=0, vmax=255)
         panel.set_axis_on()
         panel.set(xticks=[], yticks=[])
-        panel.spines[:].set(color=colour, linewidth=3, linestyle=dash)
+        for spine in panel.spines.values():
+            spine.set(color=colour, linewidth=3, linestyle=dash)
         panel.set_title(f"{name}\n{mark} {guess}", color=colour, fontsize=9)
     return figure
 
