@@ -207,10 +207,15 @@ MUTANTS = {
 
 def plant(mutant: Mutant, tree: Path) -> None:
     """Copy the checkout to `tree`, with the bug in place."""
-    hidden = shutil.ignore_patterns(".*", "runs", "docs", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=hidden)
+    hidden = shutil.ignore_patterns(".*", "docs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=lambda folder, names: hidden(folder, names) | runs_of(folder))
     path = tree / mutant.file
     path.write_text(path.read_text().replace(mutant.right, mutant.wrong))
+
+
+def runs_of(folder: str) -> set[str]:
+    """Return the folder of training runs at the root, which is not copied; the lab has a package of the same name."""
+    return {"runs"} if Path(folder) == ROOT else set()
 
 
 def fails(mutant: Mutant, tree: Path, marks: str) -> bool:
