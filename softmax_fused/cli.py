@@ -3,11 +3,11 @@
 import os
 import signal
 import sys
-from importlib import metadata
 from importlib.util import find_spec
 from typing import NoReturn
 
 from softmax_fused.training.signals import exit_on_closed_output
+from softmax_fused.training.versions import describe_version
 
 EXTRA = ("jinja2", "matplotlib", "numpy", "platformdirs", "rich", "sklearn", "tensorboard", "torchvision", "typer")
 
@@ -55,20 +55,6 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except OSError as error:
         _fail(f"{speaker}error: expected to read and write files, got {error}; check that path and its permissions", 1)
     sys.exit(status)
-
-
-def describe_version() -> str:
-    """Return one line with the versions of this package, of torch and, where it is installed, of Triton."""
-    import torch
-
-    from softmax_fused import __version__
-
-    parts = [f"torch {torch.__version__}"]
-    try:
-        parts.append(f"triton {metadata.version('triton')}")
-    except metadata.PackageNotFoundError:
-        parts.append("no triton")
-    return f"softmax-fused {__version__} ({', '.join(parts)})"
 
 
 def _run(arguments: list[str]) -> int:

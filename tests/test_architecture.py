@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first. A name stands for a module, or for a package with those of its modules that have no name of their own.
 LAYERS = (
-    ("training", "training.errors", "training.wording"),
+    ("training", "training.errors", "training.versions", "training.wording"),
     ("training.files", "training.signals"),
     ("training.ranks",),
     ("training.data",),
@@ -21,6 +21,7 @@ LAYERS = (
     ("training.runs",),
     ("training.info", "training.predict"),
     ("training.commands",),
+    ("cli", "__main__"),
 )
 LAYER = {f"softmax_fused.{name}": number for number, names in enumerate(LAYERS) for name in names}
 PACKAGES = ("softmax_fused/training",)  # those whose modules all have a layer

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-from softmax_fused.cli import describe_version
 from softmax_fused.training.config import TrainConfig, check_name, check_range, losses_for
 from softmax_fused.training.data.datasets import DATASETS, data_root, load_dataset
 from softmax_fused.training.data.loading import WORKERS, time_loading
@@ -23,6 +22,7 @@ from softmax_fused.training.report.page import write_report
 from softmax_fused.training.report.samples import describe_data, draw_samples
 from softmax_fused.training.runs import compare as compare_module
 from softmax_fused.training.runs import run
+from softmax_fused.training.versions import describe_version
 
 EXAMPLES = (
     "softmax-fused train --model mlp --epochs 20",

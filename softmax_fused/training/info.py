@@ -4,7 +4,7 @@ import torch
 
 from softmax_fused.functional import explain_backend
 from softmax_fused.training.ranks.devices import device_name
-from softmax_fused.training.runs.record import versions
+from softmax_fused.training.versions import versions
 
 
 def describe_installation() -> list[str]:

@@ -1,8 +1,5 @@
 """The record of a run: curves, and what they depend on. It is the content of metrics.json."""
 
-import platform
-from importlib import metadata
-
 import torch
 
 from softmax_fused.training.config import TrainConfig
@@ -11,6 +8,7 @@ from softmax_fused.training.models.evaluation import curve_names
 from softmax_fused.training.ranks.devices import device_name
 from softmax_fused.training.ranks.group import SINGLE_PROCESS, Ranks
 from softmax_fused.training.report.records import Metrics
+from softmax_fused.training.versions import versions
 
 
 def new_metrics(config: TrainConfig, data: ImageData, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> Metrics:
@@ -48,22 +46,3 @@ def add_results(metrics: Metrics, results: dict[str, float], last_epoch: Metrics
     for name, value in results.items():
         metrics[name].append(value)
     metrics.update(last_epoch)
-
-
-def versions() -> dict[str, str | None]:
-    """Return the versions that results depend on; None for what is not installed."""
-    packages = ("softmax-fused", "torch", "triton", "torchvision", "scikit-learn", "numpy")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **{package: _version(package) for package in packages},
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
