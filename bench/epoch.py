@@ -14,12 +14,13 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from softmax_fused.training.batches import MemoryBatches
-from softmax_fused.training.data import data_root, load_dataset, to_input
-from softmax_fused.training.learner import Learner, build_learner
-from softmax_fused.training.loop import predict_classes, train_epoch
-from softmax_fused.training.losses import build_loss
-from softmax_fused.training.models import Model, build_model
+from softmax_fused.training.data.batches import MemoryBatches
+from softmax_fused.training.data.datasets import data_root, load_dataset, to_input
+from softmax_fused.training.models.architectures import Model, build_model
+from softmax_fused.training.models.evaluation import predict_classes
+from softmax_fused.training.models.learner import Learner, build_learner
+from softmax_fused.training.models.loop import train_epoch
+from softmax_fused.training.models.losses import build_loss
 from softmax_fused.training.wording import plural
 
 BATCH = 256

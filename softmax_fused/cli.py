@@ -3,16 +3,16 @@
 import os
 import signal
 import sys
-from importlib import metadata
 from importlib.util import find_spec
 from typing import NoReturn
 
-from softmax_fused.training.pipes import quiet_when_unread
+from softmax_fused.training.signals import exit_on_closed_output
+from softmax_fused.training.versions import describe_version
 
 EXTRA = ("jinja2", "matplotlib", "numpy", "platformdirs", "rich", "sklearn", "tensorboard", "torchvision", "typer")
 
 
-@quiet_when_unread()
+@exit_on_closed_output()
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run ``softmax-fused`` and exit: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
 
@@ -32,19 +32,19 @@ def main(argv: list[str] | None = None) -> NoReturn:
     os.environ["MPLBACKEND"] = "agg"
     import torch
 
-    from softmax_fused.training.errors import CommonError, LabError, Stopped, UsageError
-    from softmax_fused.training.ranks import torchrun_ranks
-    from softmax_fused.training.signals import signals_raise
+    from softmax_fused.training.errors import AllRanksError, LabError, Stopped, UsageError
+    from softmax_fused.training.ranks.group import torchrun_ranks
+    from softmax_fused.training.signals import signals_as_exception
 
     ranks = torchrun_ranks()
     speaker = f"rank {ranks.rank}: " if ranks.rank else ""
     try:
-        with signals_raise(once=ranks.size > 1):
+        with signals_as_exception(once=ranks.size > 1):
             status = _run(arguments)
     except Stopped as stop:
         by_torchrun = stop.status == 128 + signal.SIGTERM  # because the first rank died, perhaps: the second speaks too
         _fail(f"{speaker}{stop}" if ranks.rank <= by_torchrun else "", stop.status)
-    except (CommonError, UsageError) as error:
+    except (AllRanksError, UsageError) as error:
         _fail("" if speaker else f"error: {error}", error.status)
     except LabError as error:
         _fail(f"{speaker}error: {error}", error.status)
@@ -55,20 +55,6 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except OSError as error:
         _fail(f"{speaker}error: expected to read and write files, got {error}; check that path and its permissions", 1)
     sys.exit(status)
-
-
-def describe_version() -> str:
-    """Return one line with the versions of this package, of torch and, where it is installed, of Triton."""
-    import torch
-
-    from softmax_fused import __version__
-
-    parts = [f"torch {torch.__version__}"]
-    try:
-        parts.append(f"triton {metadata.version('triton')}")
-    except metadata.PackageNotFoundError:
-        parts.append("no triton")
-    return f"softmax-fused {__version__} ({', '.join(parts)})"
 
 
 def _run(arguments: list[str]) -> int:

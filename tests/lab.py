@@ -1,4 +1,4 @@
-"""What the tests of the lab share: small runs on digits, a made-up Fashion-MNIST, the command line in this process."""
+"""Shared by the tests of the lab: small runs on digits, a generated Fashion-MNIST, the command line in-process."""
 
 import gzip
 import hashlib
@@ -15,11 +15,11 @@ import torch
 from torchvision.datasets import FashionMNIST
 
 from softmax_fused.cli import main
-from softmax_fused.training import idx
-from softmax_fused.training.checkpoint import load_checkpoint
 from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import ImageData, load_dataset
-from softmax_fused.training.report import Reporter
+from softmax_fused.training.data import idx
+from softmax_fused.training.data.datasets import ImageData, load_dataset
+from softmax_fused.training.report.console import Reporter
+from softmax_fused.training.runs.checkpoint import load_checkpoint
 
 SMALL = TrainConfig(dataset="digits", loss="torch", epochs=2, device="cpu")
 
@@ -71,7 +71,7 @@ def md5_of(data: bytes) -> str:
 
 
 def fake_fashion(folder: Path, monkeypatch: pytest.MonkeyPatch, train: int = 40, test: int = 20) -> Path:
-    """A torchvision root with random images, and torchvision's checksums changed to match; no mirror answers."""
+    """Write a torchvision root with random images, and make torchvision expect their checksums and have no mirror."""
     generator = torch.Generator().manual_seed(1)
     raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
@@ -86,7 +86,7 @@ def fake_fashion(folder: Path, monkeypatch: pytest.MonkeyPatch, train: int = 40,
             packed = gzip.compress(plain, mtime=0)
             (raw / f"{name}.gz").write_bytes(packed)
             resources.append((f"{name}.gz", md5_of(packed)))
-            monkeypatch.setitem(idx.UNPACKED, md5_of(packed), md5_of(plain))
+            monkeypatch.setitem(idx.UNPACKED_MD5, md5_of(packed), md5_of(plain))
     monkeypatch.setattr(FashionMNIST, "resources", resources)
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     return folder
@@ -97,7 +97,7 @@ def subprocess_arguments(*arguments: object) -> list[str]:
 
 
 def subprocess_environment(**extra: str) -> dict[str, str]:
-    """As in a notebook's cell, whose MPLBACKEND another installation of Python need not have."""
+    """Return the environment of a notebook's cell, whose MPLBACKEND may be missing in the Python started there."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "not-installed", **extra}
 
 
@@ -106,7 +106,7 @@ def metrics_of(folder: Path) -> dict[str, Any]:
 
 
 def assert_consistent(folder: Path, epochs: int) -> None:
-    """The checkpoint and metrics.json are those of the same epoch, and nothing half-written lies about."""
+    """Assert that checkpoint and metrics.json are of the same epoch, and that no temporary files are left."""
     assert metrics_of(folder) == load_checkpoint(folder)["metrics"]
     assert len(metrics_of(folder)["train_loss"]) == epochs
     assert not list(folder.glob(".*"))

@@ -1,4 +1,4 @@
-"""Ranks for tests, and what they run; each imports this module, which therefore imports little."""
+"""Ranks for tests, and the functions that they run. Each rank imports this module, which therefore imports little."""
 
 import time
 from collections.abc import Callable
@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from softmax_fused.training import run as run_module
 from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import ImageData
+from softmax_fused.training.data.datasets import ImageData
 from softmax_fused.training.errors import LabError, UsageError
-from softmax_fused.training.ranks import Ranks
-from softmax_fused.training.report import Reporter
-from softmax_fused.training.run import resume, train
+from softmax_fused.training.ranks.group import Ranks
+from softmax_fused.training.report.console import Reporter
+from softmax_fused.training.runs import run as run_module
+from softmax_fused.training.runs.run import resume, train
 
 LIMIT = 150  # seconds for anything that ends within 20 on an idle machine
 
@@ -48,26 +48,26 @@ def _rank(rank: int, size: int, function: Callable[..., None], folder: str, argu
 
 
 def train_all(ranks: Ranks, folder: Path, runs: Runs) -> None:
-    """Train each run in the folder of its name; without pictures, which take longer."""
+    """Train each run in a folder of its name, without figures, which take longer than training."""
     run_module.draw_figures = lambda *_: None
     for name, (config, data) in runs.items():
         train(config, output=folder / name, data=data, ranks=ranks, reporter=Reporter(quiet=True))
 
 
-def train_and_talk(ranks: Ranks, folder: Path, runs: Runs, begun: Path, data: ImageData) -> None:
-    """Train, go on with what one process has begun, and try all that ranks tell one another."""
+def train_and_communicate(ranks: Ranks, folder: Path, runs: Runs, begun: Path, data: ImageData) -> None:
+    """Train, resume the run of a single process, and try every communication between ranks."""
     train_all(ranks, folder, runs)
     resume(begun, {"epochs": 2}, data=data, ranks=ranks, reporter=Reporter(quiet=True))
     assert ranks.sum(torch.tensor(2**53 - ranks.rank)).item() == ranks.size * 2**53 - sum(range(ranks.size))
-    assert ranks.from_first(lambda: ranks.rank) == 0
-    assert ranks.by_turns(lambda: ranks.rank) == ranks.rank
-    ranks.check_same("settings", {"lr": 0.1})
+    assert ranks.call_on_first(lambda: ranks.rank) == 0
+    assert ranks.call_local_first(lambda: ranks.rank) == ranks.rank
+    ranks.check_equal("settings", {"lr": 0.1})
     with pytest.raises(LabError, match=r"expected the same data on every rank, got 0 on rank 0 and 1 on rank 1; give"):
-        ranks.check_same("data", ranks.rank)
+        ranks.check_equal("data", ranks.rank)
 
     def fail() -> None:
-        raise UsageError("told by the first rank")
+        raise UsageError("reported by rank 0")
 
     with pytest.raises(SystemExit if ranks.rank else UsageError) as stop:
-        ranks.from_first(fail)
+        ranks.call_on_first(fail)
     assert ranks.rank == 0 or (isinstance(stop.value, SystemExit) and stop.value.code == UsageError.status)

@@ -21,13 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import softmax_fused
 from softmax_fused import cross_entropy, distributed
-from softmax_fused.training.batches import make_batches
-from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import ImageData, data_root, load_dataset
-from softmax_fused.training.learner import learner_for
-from softmax_fused.training.loop import confusion_matrix, predict_classes, train_epoch
-from softmax_fused.training.ranks import CPU, Ranks
-from softmax_fused.training.shares import Shares
+from softmax_fused.training.config import TrainConfig, learner_for
+from softmax_fused.training.data.batches import make_batches
+from softmax_fused.training.data.datasets import ImageData, data_root, load_dataset
+from softmax_fused.training.models.evaluation import confusion_matrix, predict_classes
+from softmax_fused.training.models.loop import train_epoch
+from softmax_fused.training.ranks.group import CPU, Ranks
+from softmax_fused.training.ranks.shards import EpochShards
 
 README = Path(__file__).parents[1] / "README.md"
 CONFIG = TrainConfig(loss="torch", batch_size=50, epochs=2, device="cpu")
@@ -98,13 +98,13 @@ def curve(way: Parallel, data: ImageData, config: TrainConfig, ranks: Ranks, gro
     batches = make_batches(data.train, config.batch_size, config.seed, CPU, 0, ranks)
     for epoch in range(1, config.epochs + 1):
         total = torch.zeros((), dtype=torch.float64)
-        shares = Shares(ranks, len(data.train), config.batch_size)
-        for (x, y), share in zip(batches.epoch(epoch), shares, strict=True):
+        shards = EpochShards(ranks, len(data.train), config.batch_size)
+        for (x, y), shard in zip(batches.epoch(epoch), shards, strict=True):
             optimizer.zero_grad()
             loss = way.loss(x, y)
-            (loss * share.factor).backward()
+            (loss * shard.factor).backward()
             optimizer.step()
-            total += loss.item() * share.examples
+            total += loss.item() * shard.examples
         if not way.whole_batches:
             dist.all_reduce(total, group=group)
         yield total.item() / len(data.train)

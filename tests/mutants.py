@@ -51,7 +51,18 @@ SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR = (
     "softmax_fused/distributed/dtensor.py",
 )
 LAB = "softmax_fused/training"
-RANKS, SHARES, LOOP, FOLDER = (f"{LAB}/{name}.py" for name in ("ranks", "shares", "loop", "checkpoint"))
+RANKS, SHARDS, LOOP, EVALUATION, FOLDER, CHECKPOINT, LOCK = (
+    f"{LAB}/{name}.py"
+    for name in (
+        "ranks/group",
+        "ranks/shards",
+        "models/loop",
+        "models/evaluation",
+        "runs/folder",
+        "runs/checkpoint",
+        "runs/lock",
+    )
+)
 OWN = {
     PATCHING: ("patch", "patch_compile"),
     LINEAR: LINEAR_TESTS,
@@ -60,7 +71,7 @@ OWN = {
     TORCH_OUTPUTS: ("row_outputs",),
     OUTPUT_TABLE: ("row_outputs",),
     **dict.fromkeys((SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR), ("distributed_loss",)),
-    **dict.fromkeys((RANKS, SHARES, LOOP, FOLDER), ("training_parallel",)),
+    **dict.fromkeys((RANKS, SHARDS, LOOP, EVALUATION, FOLDER), ("training_parallel",)),
 }
 MUTANTS = {
     "tile reads classes beyond C": Mutant(ROWS, "class_mask = c < rows.classes", "class_mask = c < rows.classes + 1"),
@@ -178,20 +189,23 @@ MUTANTS = {
     "slices: another's bad arguments go unnoticed": Mutant(EXCHANGE, "if bad:", "if False:"),
     "slices: ranks may differ in their targets": Mutant(EXCHANGE, "for name in AGREED:", "for name in list(AGREED)[:-1]:"),
     "dtensor: mean of the ranks' means": Mutant(DTENSOR, 'local_reduction = "sum" if mean_of_parts else reduction', "local_reduction, mean_of_parts = reduction, False"),
-    "ranks: uneven shares weigh the same": Mutant(LOOP, "loss * share.factor", "loss"),
-    "ranks: an empty share is empty": Mutant(RANKS, "return part if len(part) else rows[:1]", "return part"),
-    "ranks: an empty share counts": Mutant(SHARES, "yield Share(own,", "yield Share(max(own, 1),"),
+    "ranks: uneven shards weigh the same": Mutant(LOOP, "loss * shard.factor", "loss"),
+    "ranks: an empty shard stays empty": Mutant(RANKS, "return part if len(part) else rows[:1]", "return part"),
+    "ranks: the filler of an empty shard counts": Mutant(SHARDS, "yield Shard(own,", "yield Shard(max(own, 1),"),
     "ranks: metrics of one rank": Mutant(RANKS, "dist.all_reduce(total)", "pass"),
-    "ranks: any job's run is continued": Mutant(FOLDER, 'load_checkpoint(f).get("job") == job', 'load_checkpoint(f).get("job")'),
-    "ranks: test loss of one rank": Mutant(LOOP, 'ranks, of="test")', 'of="test")'),
-    "test loss: a short slice weighs as much": Mutant(LOOP, "sizes.append(len(target))", "sizes.append(1)", ("training_loop",)),
-    "test loss: logits not scaled": Mutant("softmax_fused/training/learner.py", "return replace(self, forward=body,", "return replace(self, scale=1.0, forward=body,", ("training_loop",)),
-    "claim: two may hold it": Mutant(f"{LAB}/claim.py", "fcntl.LOCK_EX", "fcntl.LOCK_SH", ("training_run",)),
-    "claim: workers hold it too": Mutant(f"{LAB}/claim.py", "            _close_in_children(file)\n", "", ("training_run",)),
-    "checkpoint: checksums are not read": Mutant(FOLDER, "wrong = archive.testzip()", "wrong = None", ("training_checkpoint",)),
-    "checkpoint: an optimizer's state is not tried": Mutant(f"{LAB}/restore.py", "        _try_step(learner)\n", "", ("training_checkpoint",)),
-    "pictures: white strokes on white": Mutant(f"{LAB}/pictures.py", "return 255 if (middle > BRIGHT) == own_background else 0", "return 255", ("training_predict",)),
-    "pictures: 12 bits of 16 are dark": Mutant(f"{LAB}/pictures.py", "1023, 4095, 16383, 65535", "65535", ("training_predict",)),
+    "ranks: the run of any job is resumed": Mutant(FOLDER, 'load_checkpoint(f).get("job") == job', 'load_checkpoint(f).get("job")'),
+    "ranks: test loss of one rank": Mutant(EVALUATION, 'ranks, split="test")', 'split="test")'),
+    "test loss: a smaller batch weighs as much": Mutant(EVALUATION, "sizes.append(len(target))", "sizes.append(1)", ("training_loop",)),
+    "test loss: logits not scaled": Mutant(f"{LAB}/models/learner.py", "return replace(self, forward=body,", "return replace(self, logit_scale=1.0, forward=body,", ("training_loop",)),
+    "lock: two processes may hold it": Mutant(LOCK, "fcntl.LOCK_EX", "fcntl.LOCK_SH", ("training_run",)),
+    "lock: workers hold it too": Mutant(LOCK, "            _close_in_children(file)\n", "", ("training_run",)),
+    "checkpoint: checksums are not verified": Mutant(CHECKPOINT, "wrong = archive.testzip()", "wrong = None", ("training_checkpoint",)),
+    "checkpoint: an optimizer's state is not tried": Mutant(f"{LAB}/runs/restore.py", "        _try_steps(learner)\n", "", ("training_checkpoint",)),
+    "pictures: white strokes on white": Mutant(f"{LAB}/data/pictures.py", "return 255 if (median > MIDDLE_GREY) == has_background else 0", "return 255", ("training_predict",)),
+    "pictures: 12 bits of 16 are dark": Mutant(f"{LAB}/data/pictures.py", "1023, 4095, 16383, 65535", "65535", ("training_predict",)),
+    "architecture: an import from a higher layer": Mutant(f"{LAB}/data/idx.py", "if TYPE_CHECKING:\n", "if TYPE_CHECKING:\n    from softmax_fused.training.config import TrainConfig as TrainConfig\n", ("architecture",)),
+    "architecture: a circle within a layer": Mutant(f"{LAB}/data/idx.py", "if TYPE_CHECKING:\n", "if TYPE_CHECKING:\n    from softmax_fused.training.data.datasets import Split as Split\n", ("architecture",)),
+    "architecture: a module of ours imported late": Mutant(RANKS, "    from torch.distributed.rendezvous", "    from softmax_fused.training import files as files\n    from torch.distributed.rendezvous", ("architecture",)),
     "loop: the last step's weights are not looked at": Mutant(LOOP, "    check_weights(learner)\n", "", ("training_loop",)),
     "backends: one is never asked for outputs of rows": Mutant("softmax_fused/_dispatch.py", "return backend.row_outputs or TORCH.row_outputs", "return TORCH.row_outputs", ("backend",)),
     "backends: on the CPU the gradient is computed apart": Mutant("softmax_fused/functional/loss.py", "input.device.type in chosen.gradient_with_loss", "False", ("backend",)),
@@ -204,10 +218,15 @@ MUTANTS = {
 
 def plant(mutant: Mutant, tree: Path) -> None:
     """Copy the checkout to `tree`, with the bug in place."""
-    hidden = shutil.ignore_patterns(".*", "runs", "docs", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=hidden)
+    hidden = shutil.ignore_patterns(".*", "docs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=lambda folder, names: hidden(folder, names) | runs_of(folder))
     path = tree / mutant.file
     path.write_text(path.read_text().replace(mutant.right, mutant.wrong))
+
+
+def runs_of(folder: str) -> set[str]:
+    """Return the folder of training runs at the root, which is not copied; the lab has a package of the same name."""
+    return {"runs"} if Path(folder) == ROOT else set()
 
 
 def fails(mutant: Mutant, tree: Path, marks: str) -> bool:

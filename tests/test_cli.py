@@ -1,4 +1,4 @@
-"""The command line: one clear line for every mistake, and the exit status."""
+"""The command line: help, messages in one line, exit status, and signals."""
 
 import json
 import os
@@ -15,11 +15,11 @@ import torch
 from typer.main import get_command
 
 from softmax_fused import __version__, cli
-from softmax_fused.training import run as run_module
 from softmax_fused.training.commands import EXAMPLES, app
-from softmax_fused.training.data import DATASETS
+from softmax_fused.training.data.datasets import DATASETS
 from softmax_fused.training.errors import Stopped
-from softmax_fused.training.signals import signals_held, signals_raise
+from softmax_fused.training.runs import run as run_module
+from softmax_fused.training.signals import signals_as_exception, signals_delayed
 from tests.lab import assert_consistent, fake_fashion, run_cli, subprocess_arguments, subprocess_environment
 
 DIGITS = ["--dataset", "digits", "--loss", "torch", "--device", "cpu", "--epochs", "1"]
@@ -67,7 +67,7 @@ def test_a_command_must_be_complete(capsys: pytest.CaptureFixture[str], argument
     assert outcome.error.endswith("; see softmax-fused predict --help" if "predict" in arguments else "fused --help")
 
 
-def test_alone_the_command_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     alone, asked = run_cli(capsys), run_cli(capsys, "--help")
     assert (alone.status, alone.out, alone.err) == (0, asked.out, "")
     lines = [line.strip() for line in alone.out.splitlines()]
@@ -226,7 +226,7 @@ def test_a_process_without_the_extra_says_so_too() -> None:
 
 @pytest.fixture
 def unread() -> Iterator[TextIO]:
-    """A stream whose reader has gone; closing it flushes what is left, as Python does at exit."""
+    """A pipe whose reading end is closed; closing the stream flushes its buffer, as Python does at exit."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w", buffering=1) as stream:
@@ -237,7 +237,7 @@ def unread() -> Iterator[TextIO]:
     ("stream", "arguments"),
     [("stdout", ["--help"]), ("stdout", ["info"]), ("stderr", ["train", "--lr", "0"]), ("stderr", ["walk"])],
 )
-def test_a_command_that_nobody_reads_ends_quietly(
+def test_a_command_whose_output_is_closed_ends_quietly(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     unread: TextIO,
@@ -249,7 +249,7 @@ def test_a_command_that_nobody_reads_ends_quietly(
     assert (outcome.status, outcome.out, outcome.err) == (141, "", "")
 
 
-def test_a_run_that_nobody_reads_can_be_resumed(
+def test_a_run_whose_output_is_closed_can_be_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unread: TextIO
 ) -> None:
     with monkeypatch.context() as patch:
@@ -263,7 +263,7 @@ def test_a_run_that_nobody_reads_can_be_resumed(
 
 @pytest.fixture
 def signals_arrive() -> Iterator[None]:
-    """Signals do what they do in the foreground; a shell's background jobs ignore SIGINT from birth."""
+    """Install the default handlers: a background job of a shell starts with SIGINT ignored."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -286,8 +286,8 @@ def test_signals_before_a_run_exists(
 def test_signals_wait_for_the_end_of_a_write() -> None:
     steps = []
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped) as stop, signals_raise():  # noqa: PT012
-        with signals_held():
+    with pytest.raises(Stopped) as stop, signals_as_exception():  # noqa: PT012
+        with signals_delayed():
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGINT)
             steps.append("written")

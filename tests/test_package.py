@@ -40,7 +40,7 @@ def test_wheel_from_the_sdist(built: Path, tmp_path: Path) -> None:
     files = zipfile.ZipFile(wheel).namelist()
     assert {"softmax_fused/kernels/rows.py", "softmax_fused/py.typed"} <= set(files)
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "softmax_fused").rglob("*.py")} <= set(files)
-    assert "softmax_fused/training/templates/report.html" in files
+    assert "softmax_fused/training/report/templates/report.html" in files
     tops = {name.partition("/")[0] for name in files}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"softmax_fused"}
 

@@ -5,13 +5,13 @@ import signal
 import pytest
 import torch
 
-from softmax_fused.training.batches import (
+from softmax_fused.training.data.batches import (
     LoaderBatches,
     MemoryBatches,
-    leave_signals_to_the_parent,
+    ignore_signals_in_worker,
     make_batches,
 )
-from softmax_fused.training.shares import shuffled
+from softmax_fused.training.ranks.shards import epoch_permutation
 from softmax_fused.training.signals import SIGNALS
 from tests.lab import few_digits
 
@@ -24,16 +24,18 @@ def test_an_epoch_holds_every_image_once_with_its_label() -> None:
     images, labels = map(torch.cat, zip(*batches.epoch(1), strict=True))
     assert len(batches) == 5
     assert [len(labels) for _, labels in batches.epoch(1)] == [64, 64, 64, 64, 44]
-    order = shuffled(300, 0, 1)
+    order = epoch_permutation(300, 0, 1)
     assert torch.equal(images, split.images[order].float() / 255)
     assert torch.equal(labels, split.labels[order])
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
-    orders = [tuple(shuffled(50, seed, epoch).tolist()) for seed in (0, 1, 4096, 2**32 - 1) for epoch in (1, 2, 3)]
+    orders = [
+        tuple(epoch_permutation(50, seed, epoch).tolist()) for seed in (0, 1, 4096, 2**32 - 1) for epoch in (1, 2, 3)
+    ]
     assert len(set(orders)) == len(orders)
     torch.manual_seed(5)
-    assert shuffled(50, 0, 1).tolist() == list(orders[0])
+    assert epoch_permutation(50, 0, 1).tolist() == list(orders[0])
     assert sorted(orders[0]) == list(range(50))
 
 
@@ -60,10 +62,10 @@ def test_odd_batch_sizes(size: int) -> None:
     assert sum(sizes) == 300
 
 
-def test_workers_leave_both_signals_to_the_parent() -> None:
+def test_workers_ignore_both_signals() -> None:
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     try:
-        leave_signals_to_the_parent(0)
+        ignore_signals_in_worker(0)
         assert {signal.getsignal(signum) for signum in SIGNALS} == {signal.SIG_IGN}
     finally:
         for signum, known in before.items():

@@ -1,4 +1,4 @@
-"""Checkpoints: those of older versions go on; damaged, newer and foreign ones are told apart in one line."""
+"""Checkpoints: those of older versions can be resumed; damaged, newer and other files are reported in one line."""
 
 import copy
 import os
@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from softmax_fused import __version__
-from softmax_fused.training import run as run_module
-from softmax_fused.training.checkpoint import load_checkpoint
 from softmax_fused.training.errors import LabError
 from softmax_fused.training.predict import load_trained
-from softmax_fused.training.run import resume, train
+from softmax_fused.training.runs import run as run_module
+from softmax_fused.training.runs.checkpoint import load_checkpoint
+from softmax_fused.training.runs.run import resume, train
 from tests.lab import QUIET, SMALL, assert_consistent, few_digits, metrics_of, run_cli
 
 State = dict[str, Any]
@@ -38,7 +38,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def edited(saved: Path, folder: Path, edit: Edit) -> Path:
-    """Return the path of the checkpoint with a change."""
+    """Write a changed copy of the checkpoint and return its path."""
     state = copy.deepcopy(torch.load(saved / "checkpoint.pt", weights_only=True))
     edit(state)
     torch.save(state, folder / "checkpoint.pt")
@@ -69,7 +69,7 @@ def test_checkpoints_cannot_run_code(tmp_path: Path) -> None:
         (b"PK\x03\x04 cut off", f"a damaged one (its end is missing){AGAIN}"),
     ],
 )
-def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_files_that_are_no_checkpoints_are_reported_as_such(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(content)
     with pytest.raises(LabError) as error:
         load_checkpoint(tmp_path)
@@ -95,7 +95,7 @@ def test_a_flipped_bit_in_the_weights_is_found(tmp_path: Path, saved: Path) -> N
 
 
 def in_both(name: str, value: object) -> Edit:
-    """Change a setting in the settings and in the record."""
+    """Return an edit that changes a setting in the config and in the record."""
     return lambda state: (state["config"].update({name: value}), state["metrics"]["config"].update({name: value}))
 
 
@@ -183,7 +183,9 @@ def test_another_number_of_classes_is_explained(tmp_path: Path, saved: Path) -> 
         resume(tmp_path, {}, data=few_digits(), reporter=QUIET)
 
 
-def test_a_checkpoint_of_version_0_1_0_goes_on(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_version_0_1_0_can_be_resumed(
+    tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
 
     def as_it_was(state: State) -> None:
@@ -197,7 +199,9 @@ def test_a_checkpoint_of_version_0_1_0_goes_on(tmp_path: Path, saved: Path, monk
     assert_consistent(tmp_path, 2)
 
 
-def test_the_command_says_so_in_one_line(tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_report_a_checkpoint_that_does_not_fit_in_one_line(
+    tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     edited(saved, tmp_path, in_both("dropout", 0.5))
     for arguments in (["train", "--resume", tmp_path], ["predict", "--checkpoint", tmp_path]):
         outcome = run_cli(capsys, *arguments)

@@ -1,4 +1,4 @@
-"""Losses side by side."""
+"""Losses trained side by side: what is recorded, drawn and printed."""
 
 import json
 import re
@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from softmax_fused.training.compare import compare
-from softmax_fused.training.comparison import describe_accuracies, describe_identical
 from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import pair
+from softmax_fused.training.data.datasets import select_pair
 from softmax_fused.training.errors import LabError, UsageError
-from softmax_fused.training.losses import NATS
-from softmax_fused.training.page import write_report
-from softmax_fused.training.plots_comparison import plot_comparison
-from softmax_fused.training.report import Reporter
-from softmax_fused.training.run import train
+from softmax_fused.training.models.losses import NATS
+from softmax_fused.training.report.console import Reporter
+from softmax_fused.training.report.page import write_report
+from softmax_fused.training.report.plots import plot_comparison
+from softmax_fused.training.report.sentences import describe_accuracies, describe_identical
+from softmax_fused.training.runs.compare import compare
+from softmax_fused.training.runs.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, run_cli
 
 KNOWN = "fused, torch, scratch, scratch-naive, mse, softmax-twice for --dataset fashion-mnist"
@@ -29,7 +29,7 @@ def comparison(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.pictures
-def test_the_record_holds_curves_distances_and_times(tmp_path: Path) -> None:
+def test_the_record_holds_curves_differences_and_times(tmp_path: Path) -> None:
     compare(["fused", "torch", "scratch"], SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
     record = comparison(tmp_path)
     assert list(record["losses"]) == ["fused", "torch", "scratch"]
@@ -87,7 +87,9 @@ def test_differences_are_drawn_where_there_are_any(
         assert all(low <= value < high for values in lines.values() for value in values)
 
 
-def test_identical_losses_are_said_to_be_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_losses_identical_to_torch_are_named_in_a_sentence_and_not_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--losses", "fused,torch", "--dataset", "digits", "--epochs", 1, "--output", tmp_path / "same"]
     outcome = run_cli(capsys, "compare", *options)
     sentence = "fused: identical to torch's loss to the last bit at every step"
@@ -106,7 +108,7 @@ def test_each_loss_trains_as_it_does_alone(tmp_path: Path) -> None:
     assert together["test_accuracy"] == metrics_of(alone)["test_accuracy"]
 
 
-def test_distances_need_torch_to_take_part(tmp_path: Path) -> None:
+def test_differences_need_the_loss_of_torch(tmp_path: Path) -> None:
     compare(["scratch"], SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
     assert comparison(tmp_path)["losses"]["scratch"]["largest_difference"] is None
 
@@ -122,7 +124,9 @@ def test_losses_of_other_kinds_are_compared_by_accuracy(tmp_path: Path, capsys: 
     assert accuracies["fused"][1] > accuracies["mse"][1]
 
 
-def test_hopeless_losses_are_short_and_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diverged_losses_are_printed_in_exponent_form_and_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = replace(SMALL, lr=1e30)
     compare(["fused", "mse"], config, output=tmp_path, data=few_digits(), reporter=Reporter())
     out, err = capsys.readouterr()
@@ -142,12 +146,14 @@ def test_one_line_ranks_the_losses() -> None:
 
 
 def test_two_classes_are_compared_and_regressions_are_not(tmp_path: Path) -> None:
-    data = pair(few_digits(), "fashion-pair", 3, 8)
-    config = TrainConfig.fitting({"dataset": "fashion-pair", "epochs": 1, "device": "cpu"})
+    data = select_pair(few_digits(), "fashion-pair", 3, 8)
+    config = TrainConfig.with_defaults({"dataset": "fashion-pair", "epochs": 1, "device": "cpu"})
     compare(["logistic", "logistic-squared"], config, output=tmp_path / "pair", data=data, reporter=QUIET)
     assert set(comparison(tmp_path / "pair")["losses"]) == {"logistic", "logistic-squared"}
     with pytest.raises(UsageError, match="expected a data set of classes to compare losses on, got linear; use"):
-        compare(["squared"], TrainConfig.fitting({"dataset": "linear"}), output=tmp_path / "linear", reporter=QUIET)
+        compare(
+            ["squared"], TrainConfig.with_defaults({"dataset": "linear"}), output=tmp_path / "linear", reporter=QUIET
+        )
 
 
 def test_a_comparison_is_not_overwritten(tmp_path: Path) -> None:

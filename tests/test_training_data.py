@@ -1,4 +1,4 @@
-"""Data sets: found, verified, downloaded, replaced, decoded."""
+"""Data sets: how they are found, verified, downloaded, decoded, and replaced by digits."""
 
 import gzip
 import shutil
@@ -9,10 +9,10 @@ import pytest
 import torch
 from torchvision.datasets import MNIST, FashionMNIST
 
-from softmax_fused.training import idx
-from softmax_fused.training.data import data_root, load_dataset
+from softmax_fused.training.data import idx
+from softmax_fused.training.data.datasets import data_root, load_dataset
+from softmax_fused.training.data.idx import decode
 from softmax_fused.training.errors import LabError, MissingDataError, UsageError
-from softmax_fused.training.idx import decode
 from tests.lab import digits, fake_fashion, idx_bytes, md5_of, real_data
 
 IMAGES = "FashionMNIST/raw/train-images-idx3-ubyte"
@@ -36,7 +36,7 @@ def test_packed_files_are_read_and_nothing_is_written(tmp_path: Path, monkeypatc
     assert sorted(root.rglob("*")) == before
 
 
-def test_unpacked_files_do_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpacked_files_are_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = fake_fashion(tmp_path, monkeypatch)
     packed = load_dataset("fashion-mnist", root)
     for path in root.rglob("*.gz"):
@@ -59,7 +59,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     data[len(data) // 2] ^= 1
     path.write_bytes({"truncated": data[:-7], "corrupted": data, "empty": b""}[damage])
     with pytest.raises(LabError, match=r"truncated or corrupted\); delete it") as error:
-        load_dataset("fashion-mnist", root, fallback=True)  # damage is never papered over
+        load_dataset("fashion-mnist", root, fallback=True)  # digits replace absent files, not damaged ones
     assert str(path) in str(error.value)
 
 
@@ -73,7 +73,7 @@ def test_a_file_of_another_data_set_or_part_is_recognised(
     root = fake_fashion(tmp_path, monkeypatch)
     plain = idx_bytes(torch.arange(6).view(1, 2, 3))
     zipped = gzip.compress(plain, mtime=1)
-    monkeypatch.setitem(idx.UNPACKED, md5_of(zipped), md5_of(plain))
+    monkeypatch.setitem(idx.UNPACKED_MD5, md5_of(zipped), md5_of(plain))
     if other == "MNIST":
         monkeypatch.setattr(MNIST, "resources", [(f"{name}.gz", md5_of(zipped))])
     else:
@@ -110,7 +110,9 @@ def test_absent_files_are_listed_with_their_place(tmp_path: Path, monkeypatch: p
     assert "--data-dir" in message
 
 
-def test_digits_stand_in_where_nothing_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_replace_files_that_are_absent_and_cannot_be_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_fashion(tmp_path / "elsewhere", monkeypatch)
     data = load_dataset("fashion-mnist", tmp_path / "empty", fallback=True)
     assert data.name == "digits"

@@ -1,14 +1,14 @@
-"""The kernels inside a real training run."""
+"""Training with the Triton kernels against training with the torch path."""
 
 import pytest
 import torch
 
 from softmax_fused import CrossEntropyLoss
-from softmax_fused.training.batches import make_batches
-from softmax_fused.training.data import data_root, load_dataset
-from softmax_fused.training.learner import build_learner
-from softmax_fused.training.loop import train_epoch
-from softmax_fused.training.models import build_model
+from softmax_fused.training.data.batches import make_batches
+from softmax_fused.training.data.datasets import data_root, load_dataset
+from softmax_fused.training.models.architectures import build_model
+from softmax_fused.training.models.learner import build_learner
+from softmax_fused.training.models.loop import train_epoch
 from tests.conftest import Place
 from tests.lab import digits, real_data
 

@@ -1,4 +1,4 @@
-"""--loss fused-linear: the last layer and its loss in one, to the same curve."""
+"""--loss fused-linear, which computes the last layer too: it gives the curve of --loss fused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +10,12 @@ from torch import nn
 
 from softmax_fused import _dispatch
 from softmax_fused.functional import linear
+from softmax_fused.training.config import learner_for
 from softmax_fused.training.errors import UsageError
-from softmax_fused.training.learner import build_learner, learner_for
-from softmax_fused.training.losses import build_loss
-from softmax_fused.training.models import build_model
-from softmax_fused.training.run import train
+from softmax_fused.training.models.architectures import build_model
+from softmax_fused.training.models.learner import build_learner
+from softmax_fused.training.models.losses import build_loss
+from softmax_fused.training.runs.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, run_cli
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -28,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the batches that went in chunks, as batches of many classes do."""
+    """The sizes of batches computed in chunks, which are forced here: only many classes would need chunks."""
     seen: list[int] = []
     chunked = linear.chunked
     monkeypatch.setattr(_dispatch, "SMALL_CPU_NUMEL", 0)
@@ -75,7 +76,7 @@ def test_models_that_do_not_end_in_a_linear_layer_are_refused(capsys: pytest.Cap
     )
     for model in (build_model("scratch-mlp", 10), nn.Sequential(nn.Linear(784, 10), nn.ReLU())):
         with pytest.raises(UsageError, match=r"expected a model that ends in nn\.Linear"):
-            build_learner(model, build_loss("fused-linear"), device=torch.device("cpu"), layer=True)
+            build_learner(model, build_loss("fused-linear"), device=torch.device("cpu"), includes_last_layer=True)
 
 
 def test_losses_of_logits_alone_are_compared(capsys: pytest.CaptureFixture[str]) -> None:

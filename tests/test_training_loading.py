@@ -1,4 +1,4 @@
-"""A data set described, drawn, and read in several ways."""
+"""The command `data`: a data set described, drawn, and read by several loaders."""
 
 import io
 import os
@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from softmax_fused.training import loading
-from softmax_fused.training.data import Split, to_input
-from softmax_fused.training.report import Reporter
-from softmax_fused.training.samples import GAP, SHOWN, pixel_moments, plot_samples
+from softmax_fused.training.data import loading
+from softmax_fused.training.data.datasets import Split, to_input
+from softmax_fused.training.report.console import Reporter
+from softmax_fused.training.report.samples import GAP, SAMPLES, pixel_moments, plot_samples
 from tests.lab import digits, fake_fashion, few_digits, run_cli, subprocess_arguments, subprocess_environment
 
 
@@ -50,7 +50,7 @@ def test_each_class_has_its_row_and_may_have_few_images() -> None:
     sheet = axes.images[0].get_array()
     side = 28 + GAP
     corners = sheet[::side, ::side]
-    assert corners.shape == (3, SHOWN)
+    assert corners.shape == (3, SAMPLES)
     assert corners[:, :3].tolist() == [[10, 255, 255], [0, 20, 255], [255, 255, 255]]
 
 
@@ -85,12 +85,12 @@ def test_mistakes_are_one_line(
     assert outcome.error.startswith(f"error: {message}")
 
 
-def test_every_way_reads_every_image_once_and_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_loader_reads_every_image_once_and_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "WORKERS", (0, 2))
     split = few_digits().train
     truth = sorted(zip(to_input(split.images).sum(dim=(1, 2)).tolist(), split.labels.tolist(), strict=True))
     names = []
-    for name, batches in loading.ways(split, 64):
+    for name, batches in loading.loaders(split, 64):
         names.append(name)
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         sums = images.reshape(-1, 28, 28).sum(dim=(1, 2))
@@ -111,22 +111,22 @@ def test_times_are_printed_a_line_each(
         assert line.endswith(" images/s")
 
 
-def test_more_workers_than_cores_are_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_workers_than_cores_cause_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    batches = loading.start_workers(loading.book_loader(few_digits().train, 300, workers=2))
+    batches = loading.start_workers(loading.textbook_loader(few_digits().train, 300, workers=2))
     assert sum(len(labels) for _, labels in batches) == 300
 
 
-def test_a_terminal_sees_a_bar() -> None:
+def test_a_terminal_shows_a_progress_bar() -> None:
     reporter = Reporter()
     reporter.console = Console(file=io.StringIO(), force_terminal=True, width=70, _environ={"TERM": "xterm"})
-    assert list(loading.tracked([1, 2, 3], 3, "three", reporter)) == [1, 2, 3]
-    assert all(share in reporter.console.file.getvalue() for share in ("three", "33%", "67%", "100%"))
+    assert list(reporter.track([1, 2, 3], 3, "three")) == [1, 2, 3]
+    assert all(text in reporter.console.file.getvalue() for text in ("three", "1/3", "2/3", "3/3"))
 
 
-def test_ctrl_c_between_two_ways_leaves_one_line(tmp_path: Path) -> None:
-    """The signal goes to the workers too, as a terminal sends it, while they start."""
+def test_ctrl_c_between_two_loaders_prints_one_line(tmp_path: Path) -> None:
+    """The signal also reaches workers that are starting, as it does from a terminal."""
     command = subprocess_arguments("data", "--time", "--dataset", "digits", "--output", tmp_path / "data.png")
     process = subprocess.Popen(
         command,
@@ -135,7 +135,9 @@ def test_ctrl_c_between_two_ways_leaves_one_line(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # pytest may run with it ignored
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # pytest may have been started with SIGINT ignored
     )
     for line in process.stdout:
         if line.startswith("DataLoader, 1 worker"):

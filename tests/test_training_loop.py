@@ -1,4 +1,4 @@
-"""Models, losses and the loop."""
+"""Models, losses, the training loop and the evaluation."""
 
 import math
 from dataclasses import replace
@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softmax_fused.training import loop
-from softmax_fused.training.batches import MemoryBatches
+from softmax_fused.training.config import learner_for
+from softmax_fused.training.data.batches import MemoryBatches
+from softmax_fused.training.data.datasets import Task
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.evaluation import evaluate
-from softmax_fused.training.learner import build_learner, learner_for
-from softmax_fused.training.loop import confusion_matrix, predict_classes, train_epoch
-from softmax_fused.training.losses import build_loss, naive_cross_entropy, scratch_cross_entropy
-from softmax_fused.training.models import MODELS, build_model
-from softmax_fused.training.tasks import Task
+from softmax_fused.training.models import evaluation
+from softmax_fused.training.models.architectures import MODELS, build_model
+from softmax_fused.training.models.evaluation import confusion_matrix, evaluate, predict_classes
+from softmax_fused.training.models.learner import build_learner
+from softmax_fused.training.models.loop import train_epoch
+from softmax_fused.training.models.losses import build_loss, naive_cross_entropy, scratch_cross_entropy
 from tests.lab import SMALL, few_digits
 
 CPU = torch.device("cpu")
@@ -82,13 +83,13 @@ def test_an_epoch_reports_means_over_images_not_over_batches() -> None:
 def test_the_test_loss_is_the_mean_over_all_images(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], arguments: dict[str, float]
 ) -> None:
-    monkeypatch.setattr(loop, "EVALUATION_BATCH", 70)  # the last slice has 30 images
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 70)  # the last batch has 30 images
     data, learner = few_digits(), learner_for(replace(SMALL, **settings), 10, CPU)
     with torch.no_grad():
-        learner.model[-1].weight.normal_(std=0.1)  # so that slices have different means
+        learner.model[-1].weight.normal_(std=0.1)  # so that batches have different mean losses
         logits = learner.model(data.test.images / 255)
     scores, last = evaluate(learner, data)
-    expected = F.cross_entropy(learner.scale * logits.double(), data.test.labels, **arguments)
+    expected = F.cross_entropy(learner.logit_scale * logits.double(), data.test.labels, **arguments)
     assert scores["test_loss"] == pytest.approx(expected.item(), rel=1e-6)
     assert scores["test_accuracy"] == (logits.argmax(1) == data.test.labels).sum().item() / 100
     assert torch.tensor(last["confusion_matrix"]).sum() == 100
@@ -155,7 +156,7 @@ def test_mixed_precision_stays_near_full_precision() -> None:
     losses = {}
     for amp in (False, True):
         learner = build_learner(build_model("mlp", 10), nn.CrossEntropyLoss(), device=CPU, amp=amp)
-        assert learner.half is (torch.bfloat16 if amp else None)
+        assert learner.amp_dtype is (torch.bfloat16 if amp else None)
         losses[amp] = train_epoch(learner, MemoryBatches(few_digits().train, 16, 0, CPU).epoch(1))[0]
     assert losses[True] != losses[False]
     assert math.isclose(losses[True], losses[False], rel_tol=0.01)

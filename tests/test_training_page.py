@@ -1,4 +1,4 @@
-"""Runs on one page: what is on it, what is not needed for it, and how a browser shows it."""
+"""The report page: its content, that it is a single file without scripts, and how a browser shows it."""
 
 import json
 import re
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from softmax_fused.training.charts import HEIGHT, MOST_POINTS, WIDTH, line_chart
-from softmax_fused.training.compare import compare
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.page import write_report
-from softmax_fused.training.run import train
+from softmax_fused.training.report.charts import HEIGHT, MAX_POINTS, WIDTH, line_chart
+from softmax_fused.training.report.page import write_report
+from softmax_fused.training.runs.compare import compare
+from softmax_fused.training.runs.run import train
 from tests.browser import browser, find_chromium
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, run_cli
 
@@ -82,7 +82,7 @@ def test_real_runs_of_both_commands_are_on_one_page(tmp_path: Path, capsys: pyte
     outcome = run_cli(capsys, "report", one, both)
     assert (outcome.status, outcome.out, outcome.err) == (0, f"{one / 'report.html'}\n", "")
     page = Reader((one / "report.html").read_text())
-    assert page.tags.count("img") == 1  # the gallery; curves, matrix and comparison are drawn by the page
+    assert page.tags.count("img") == 1  # the gallery; the page draws curves, confusion matrix and comparison itself
     assert f"{metrics_of(one)['train_loss'][-1]:.4f}" in page.text
     for words in ("Confusion matrix", "Predictions on the test set", "Off torch by", "both: scratch", "scikit-learn"):
         assert words in page.text
@@ -99,7 +99,7 @@ def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in html
 
 
-def test_what_a_run_is_called_is_text(tmp_path: Path) -> None:
+def test_names_of_runs_and_settings_are_escaped(tmp_path: Path) -> None:
     run = make_run(tmp_path / "<script>alert(1)<", config={"model": "<img src=x>", "dataset": '"&'})
     page = Reader(write_report([run]).read_text())
     assert "script" not in page.tags
@@ -153,7 +153,7 @@ def test_odd_records_are_shown_as_far_as_they_go(tmp_path: Path, changes: dict[s
             assert "No epoch is done yet." in page.text
 
 
-def test_stand_in_data_are_announced(tmp_path: Path) -> None:
+def test_replaced_data_are_announced(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", dataset={"name": "digits", "classes": CLASSES, "fallback": "no such files"})
     assert "Other data. Trained on digits, because" in Reader(write_report([run]).read_text()).text
 
@@ -211,17 +211,17 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_charts_stay_in_their_box(values: list[float]) -> None:
     chart = line_chart("title", {"a": values, "b": [values[0]]})
     points = [point for line in chart.lines for point in line.points]
-    assert len(points) <= MOST_POINTS + 1
+    assert len(points) <= MAX_POINTS + 1
     assert all(0 < point.x < WIDTH and 0 < point.y < HEIGHT for point in points)
     assert 1 <= len(chart.y_ticks) <= 8
-    assert all(0 < tick.place < HEIGHT for tick in chart.y_ticks)
+    assert all(0 < tick.position < HEIGHT for tick in chart.y_ticks)
     assert all(tick.text.isdigit() for tick in chart.x_ticks)
     assert chart.lines[0].points[-1].epoch <= len(values)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_chromium() is None, reason="needs Chromium or Chrome on the path, or playwright's")
-def test_a_browser_shows_it_whole_on_any_screen_in_any_light(tmp_path: Path) -> None:
+def test_a_browser_shows_the_page_completely_in_any_width_and_colour_scheme(tmp_path: Path) -> None:
     long = f"20261121-150000-{'fashion-mnist-softmax-fused-' * 3}"
     loss = {"train_loss": [1.0, 0.9], "loss_us": {"p20": 1, "median": 2, "p80": 3}}
     runs = [make_run(tmp_path / long), make_run(tmp_path / "mlp"), make_run(tmp_path / "both", losses={"torch": loss})]

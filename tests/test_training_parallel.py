@@ -1,4 +1,4 @@
-"""Several ranks: they train what one process trains, and a job that loses one says so and can go on."""
+"""Several ranks: they train what one process trains, and a job that loses a rank says so and can be resumed."""
 
 import os
 import re
@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from softmax_fused.training import ranks as ranks_module
-from softmax_fused.training import run as run_module
-from softmax_fused.training.batches import make_batches
-from softmax_fused.training.checkpoint import load_checkpoint
-from softmax_fused.training.data import ImageData, data_root, load_dataset
+from softmax_fused.training.config import check_ranks
+from softmax_fused.training.data.batches import make_batches
+from softmax_fused.training.data.datasets import ImageData, data_root, load_dataset
 from softmax_fused.training.errors import LabError, Stopped, UsageError
-from softmax_fused.training.parallel import check_parallel
-from softmax_fused.training.ranks import ALONE, CPU, Ranks
-from softmax_fused.training.run import resume, train
-from softmax_fused.training.shares import Shares
+from softmax_fused.training.ranks import group
+from softmax_fused.training.ranks.group import CPU, SINGLE_PROCESS, Ranks
+from softmax_fused.training.ranks.shards import EpochShards
+from softmax_fused.training.runs import run as run_module
+from softmax_fused.training.runs.checkpoint import load_checkpoint
+from softmax_fused.training.runs.run import resume, train
 from tests.lab import QUIET, SMALL, assert_consistent, digits, metrics_of, real_data, run_cli
-from tests.lab_ranks import LIMIT, Runs, on_ranks, train_all, train_and_talk
+from tests.lab_ranks import LIMIT, Runs, on_ranks, train_all, train_and_communicate
 from tests.test_training_resume import interrupt_in_epoch
 from tests.torchrun import PROC, torchrun
 
@@ -57,13 +57,13 @@ def assert_same_curves(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])  # four ranks share two cores
-def test_any_number_of_ranks_trains_to_the_same_curve(tmp_path: Path, size: int, monkeypatch: Any) -> None:
+def test_any_number_of_ranks_gives_the_same_curve(tmp_path: Path, size: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
     runs = all_runs()
-    train_all(ALONE, tmp_path / "alone", runs)
+    train_all(SINGLE_PROCESS, tmp_path / "alone", runs)
     train(replace(SMALL, epochs=1), output=tmp_path / "begun", data=few(), reporter=QUIET)
     train(SMALL, output=tmp_path / "whole", data=few(), reporter=QUIET)
-    on_ranks(size, train_and_talk, tmp_path, tmp_path / "ranks", runs, tmp_path / "begun", few())
+    on_ranks(size, train_and_communicate, tmp_path, tmp_path / "ranks", runs, tmp_path / "begun", few())
     for name, (config, _) in runs.items():
         assert_same_curves(tmp_path / "ranks" / name, tmp_path / "alone" / name)
         assert_consistent(tmp_path / "ranks" / name, config.epochs)
@@ -81,28 +81,28 @@ def test_ranks_train_to_the_same_curve_on_the_real_data(tmp_path: Path, monkeypa
     data = load_dataset("fashion-mnist", data_root()).head(12_000, 2_000)
     runs = {"run": (replace(SMALL, dataset="fashion-mnist", loss="fused"), data)}
     monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
-    train_all(ALONE, tmp_path / "alone", runs)
+    train_all(SINGLE_PROCESS, tmp_path / "alone", runs)
     on_ranks(2, train_all, tmp_path, tmp_path / "ranks", runs)
     assert_same_curves(tmp_path / "ranks" / "run", tmp_path / "alone" / "run")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("batch_size", [1, 3, 50, 400])
-def test_shares_are_the_batches_without_padding(size: int, batch_size: int) -> None:
+def test_shards_are_the_batches_without_padding(size: int, batch_size: int) -> None:
     split = digits().head(301, 1).train
     everyone = [Ranks(rank, size) for rank in range(size)]
     whole = list(make_batches(split, batch_size, 7, CPU).epoch(3))
     batches = [list(make_batches(split, batch_size, 7, CPU, 0, ranks).epoch(3)) for ranks in everyone]
-    shares = [list(Shares(ranks, len(split), batch_size)) for ranks in everyone]
-    assert {len(part) for part in (*batches, *shares)} == {len(whole)}
+    shards = [list(EpochShards(ranks, len(split), batch_size)) for ranks in everyone]
+    assert {len(part) for part in (*batches, *shards)} == {len(whole)}
     for step, (images, labels) in enumerate(whole):
         dealt = torch.full_like(labels, -1)
         for rank in range(size):
-            share, (own_images, own_labels) = shares[rank][step], batches[rank][step]
-            assert len(own_labels) == max(1, share.examples)
-            assert torch.equal(own_images, images[rank::size] if share.examples else images[:1])
-            assert share.factor == pytest.approx(size * share.examples / len(labels))
-            dealt[rank::size] = own_labels[: share.examples]
+            shard, (own_images, own_labels) = shards[rank][step], batches[rank][step]
+            assert len(own_labels) == max(1, shard.examples)
+            assert torch.equal(own_images, images[rank::size] if shard.examples else images[:1])
+            assert shard.factor == pytest.approx(size * shard.examples / len(labels))
+            dealt[rank::size] = own_labels[: shard.examples]
         assert torch.equal(dealt, labels)
 
 
@@ -111,7 +111,7 @@ def curve_lines(out: str) -> list[str]:
 
 
 @pytest.mark.skipif(not PROC.is_dir(), reason="finds the ranks through /proc")
-def test_a_job_goes_on_without_a_rank_that_died_and_stops_when_told(tmp_path: Path) -> None:
+def test_a_job_restarts_after_a_killed_rank_and_stops_on_sigterm(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = ["--dataset", "digits", "--loss", "torch", "--device", "cpu", "--epochs", 100_000]
     with torchrun(tmp_path, 2, "train", *options, "--output", folder, restarts=1) as job:
@@ -127,8 +127,8 @@ def test_a_job_goes_on_without_a_rank_that_died_and_stops_when_told(tmp_path: Pa
     lost, stopped = re.findall(r"^(?:error: expected every rank|stopped; ).*", err, re.M)
     command = rf"torchrun --nproc-per-node=2 -m softmax_fused train --resume {folder}"
     reason = r"error: expected every rank to go on, got one that ended \(.*\); torchrun names the first to fail"
-    told = "stopped"  # by torchrun, which may be the first to see that the other is gone
-    assert re.fullmatch(rf"({reason}|{told}); {folder} keeps \d+ of 100000 epochs; resume with: {command}", lost)
+    # The remaining rank is stopped by SIGTERM where torchrun notices the lost rank first.
+    assert re.fullmatch(rf"({reason}|stopped); {folder} keeps \d+ of 100000 epochs; resume with: {command}", lost)
     done = len(metrics_of(folder)["train_loss"])
     assert stopped == f"stopped; {folder} keeps {done} of 100000 epochs; resume with: {command}"
     assert curve_lines(out) == [str(number) for number in range(1, done + 1)]
@@ -148,7 +148,7 @@ def test_a_job_that_may_not_restart_ends_when_a_rank_dies(tmp_path: Path) -> Non
         assert job.process.wait(LIMIT) == 1
         assert not job.pids()
         err = job.err
-    reason = "error: expected every rank to go on, got .*|stopped"  # by torchrun, where it is the first to see
+    reason = "error: expected every rank to go on, got .*|stopped"  # by SIGTERM, where torchrun notices first
     assert re.search(rf"^rank 1: ({reason}); {tmp_path / 'run'} keeps ", err, re.M)
     assert "Signal 9 (SIGKILL)" in err
     done = len(load_checkpoint(tmp_path / "run")["metrics"]["train_loss"])
@@ -200,7 +200,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
         (["train", "--lr", "0"], "error: expected --lr to be a finite number above 0"),
     ],
 )
-def test_what_no_rank_can_do_is_refused_once(
+def test_wrong_usage_is_reported_by_one_rank(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     rank: int,
@@ -215,11 +215,11 @@ def test_what_no_rank_can_do_is_refused_once(
 
 
 def test_scratch_models_and_shared_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_parallel("scratch-mlp", ALONE)
+    check_ranks("scratch-mlp", SINGLE_PROCESS)
     with pytest.raises(UsageError, match="expected --model softmax or mlp with several ranks, got scratch-mlp; start"):
-        check_parallel("scratch-mlp", Ranks(0, 2))
+        check_ranks("scratch-mlp", Ranks(0, 2))
     for device in ("cuda:1", "mps"):
-        monkeypatch.setattr(ranks_module, "pick_device", torch.device)
+        monkeypatch.setattr(group, "pick_device", torch.device)
         with pytest.raises(
             UsageError, match=rf"expected --device auto, cpu or cuda with several ranks, .* got {device}"
         ):
@@ -229,7 +229,7 @@ def test_scratch_models_and_shared_devices_are_refused(monkeypatch: pytest.Monke
 
 def test_each_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    monkeypatch.setattr(ranks_module, "pick_device", torch.device)
+    monkeypatch.setattr(group, "pick_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     assert [str(Ranks(rank, 4, rank % 2, 2).pick_device("cuda")) for rank in range(4)] == ["cuda:0", "cuda:1"] * 2

@@ -1,4 +1,4 @@
-"""Predictions on pictures from elsewhere."""
+"""Predictions on users' own pictures, and the gallery of the test set."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from softmax_fused.training import figures, pictures
 from softmax_fused.training import predict as predict_module
-from softmax_fused.training.data import Split
+from softmax_fused.training.data import pictures
+from softmax_fused.training.data.datasets import Split
+from softmax_fused.training.data.pictures import read_picture
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.figures import write_gallery
-from softmax_fused.training.pictures import read_picture
 from softmax_fused.training.predict import classify, load_trained
-from softmax_fused.training.run import train
+from softmax_fused.training.report import figures
+from softmax_fused.training.report.figures import draw_gallery
+from softmax_fused.training.runs.run import train
 from tests.lab import QUIET, SMALL, digits, run_cli
 
 
@@ -55,7 +56,7 @@ def as_rgba(image: Image.Image) -> Image.Image:
     ],
     ids=["grey", "rgb", "dark on light", "palette", "transparent", "16 bit", "portrait", "small"],
 )
-def test_any_picture_of_a_digit_is_that_digit(
+def test_a_digit_is_recognised_in_any_kind_of_picture(
     tmp_path: Path,
     trained: Path,
     zero: Image.Image,
@@ -80,7 +81,7 @@ def test_any_picture_of_a_digit_is_that_digit(
 
 
 def of_values(low: float, high: float, kind: str) -> Callable[[Image.Image], Image.Image]:
-    """Return what makes of a picture one with values from `low` to `high`."""
+    """Return a conversion of a picture to values from `low` to `high`."""
 
     def convert(image: Image.Image) -> Image.Image:
         shares = np.asarray(image, dtype=np.float64)
@@ -107,7 +108,7 @@ def of_values(low: float, high: float, kind: str) -> Callable[[Image.Image], Ima
     ],
     ids=str,
 )
-def test_values_are_scaled_by_what_they_are(
+def test_the_scale_of_values_is_guessed(
     tmp_path: Path, zero: Image.Image, values: tuple[float, float, str], guess: str
 ) -> None:
     of_values(0, 255, "u1")(zero).save(tmp_path / "plain.png")
@@ -115,7 +116,7 @@ def test_values_are_scaled_by_what_they_are(
     read = read_picture(tmp_path / "image.tif")
     assert read.description == f"280x280{', ' * bool(guess)}{guess}"
     distance = (read.pixels.int() - read_picture(tmp_path / "plain.png").pixels.int()).abs().max()
-    assert distance <= 12  # of 255: the scale's white may lie above the values
+    assert distance <= 12  # of 255: the white of the guessed scale may be above the largest value
 
 
 def with_alpha(ink: int) -> Callable[[Image.Image], Image.Image]:
@@ -123,7 +124,7 @@ def with_alpha(ink: int) -> Callable[[Image.Image], Image.Image]:
 
 
 def with_margin(image: Image.Image) -> Image.Image:
-    """A picture with a transparent margin and a background of its own inside."""
+    """A picture with a background of its own inside a transparent margin."""
     margin = Image.new("L", image.size, 0)
     margin.paste(255, (20, 20, 260, 260))
     return Image.merge("RGBA", (image, image, image, margin))
@@ -149,7 +150,7 @@ BLACK, BRIGHT_BORDER = "transparency taken for black", "inverted because its bor
     ],
     ids=["white ink", "black ink", "palette", "dark sticker", "light sticker", "1 bit", "mask", "CMYK"],
 )
-def test_strokes_stand_out_whatever_they_are_drawn_in(
+def test_strokes_contrast_with_any_kind_of_background(
     tmp_path: Path, trained: Path, zero: Image.Image, convert: Callable[[Image.Image], Image.Image], guesses: str
 ) -> None:
     picture = convert(zero)
@@ -179,7 +180,7 @@ def test_odd_sizes_are_read(tmp_path: Path, size: tuple[int, int]) -> None:
     assert read.description == f"{size[0]}x{size[1]}, blank: the answer means nothing"
 
 
-def test_pictures_that_show_nothing_are_said_to(tmp_path: Path) -> None:
+def test_pictures_without_contrast_are_reported(tmp_path: Path) -> None:
     Image.new("RGBA", (9, 9), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert read_picture(tmp_path / "clear.png").description.endswith("blank: the answer means nothing")
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16) // 16).save(tmp_path / "dark.png")
@@ -244,7 +245,7 @@ def test_a_gallery_says_how_its_images_were_chosen(
     labels = torch.zeros(right + wrong, dtype=torch.long)
     test = Split(torch.zeros(right + wrong, 1, 1, dtype=torch.uint8), labels)
     predicted = torch.cat([labels[:right], labels[right:] + 1])
-    write_gallery(tmp_path / "gallery.png", "softmax", ["a", "b"], test, predicted)
+    draw_gallery(tmp_path / "gallery.png", "softmax", ["a", "b"], test, predicted)
     assert titles == [f"softmax\ntest set: {accuracy}\nshown, in the test set's order: {choice}"]
 
 
@@ -274,7 +275,7 @@ def test_a_bad_picture_does_not_lose_the_answers_of_the_others(
         ("half.png", slice(300), r"one that cannot be read \(image file is truncated.*\); save it anew as PNG or JPEG"),
     ],
 )
-def test_what_is_no_picture_is_named_with_the_reason(
+def test_a_file_that_is_no_picture_is_named_with_the_reason(
     tmp_path: Path, zero: Image.Image, name: str, content: bytes | slice | None, reason: str
 ) -> None:
     path = tmp_path / name
@@ -287,7 +288,7 @@ def test_what_is_no_picture_is_named_with_the_reason(
         read_picture(path)
 
 
-def test_values_that_are_not_finite_are_no_picture(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, np.nan]], dtype=np.float32)).save(tmp_path / "nan.tif")
     with pytest.raises(LabError, match=r"got one that cannot be read \(values that are not finite\)"):
         read_picture(tmp_path / "nan.tif")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from softmax_fused.training.checkpoint import load_checkpoint
 from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import load_dataset
+from softmax_fused.training.data.datasets import load_dataset
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.run import resume, train
+from softmax_fused.training.runs.checkpoint import load_checkpoint
+from softmax_fused.training.runs.run import resume, train
 from tests.lab import QUIET, assert_consistent, metrics_of, run_cli
 
 
@@ -46,7 +46,7 @@ def test_the_plane_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
 
 
 def test_a_test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    config = TrainConfig.fitting({"dataset": "linear", "lr": 1e30, "batch_size": 1000, "device": "cpu"})
+    config = TrainConfig.with_defaults({"dataset": "linear", "lr": 1e30, "batch_size": 1000, "device": "cpu"})
     with pytest.raises(LabError, match=r"^expected a finite test loss, got inf; choose a smaller --lr$"):
         train(config, output=tmp_path, reporter=QUIET)
     assert_consistent(tmp_path, 0)
@@ -55,18 +55,18 @@ def test_a_test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 def test_scratch_and_library_take_the_same_steps(tmp_path: Path) -> None:
     runs = []
     for model in ("linear", "scratch-linear"):
-        config = TrainConfig.fitting({"dataset": "linear", "model": model, "device": "cpu"})
+        config = TrainConfig.with_defaults({"dataset": "linear", "model": model, "device": "cpu"})
         runs.append(metrics_of(train(config, output=tmp_path / model, reporter=QUIET)))
     assert runs[0]["train_loss"] == pytest.approx(runs[1]["train_loss"], rel=1e-4)
 
 
 @pytest.mark.pictures
 def test_a_regression_is_drawn_resumed_and_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = TrainConfig.fitting({"dataset": "linear", "epochs": 1, "device": "cpu"})
+    config = TrainConfig.with_defaults({"dataset": "linear", "epochs": 1, "device": "cpu"})
     folder = train(config, output=tmp_path / "run", reporter=QUIET)
     resume(folder, {"epochs": 2}, reporter=QUIET)
     whole = train(
-        TrainConfig.fitting({"dataset": "linear", "epochs": 2, "device": "cpu"}),
+        TrainConfig.with_defaults({"dataset": "linear", "epochs": 2, "device": "cpu"}),
         output=tmp_path / "whole",
         reporter=QUIET,
     )
@@ -87,8 +87,8 @@ def test_a_regression_is_drawn_resumed_and_drawn_again(tmp_path: Path, capsys: p
 
 @pytest.mark.skipif(os.name != "posix", reason="workers are forked")
 def test_workers_read_features_too(tmp_path: Path) -> None:
-    config = TrainConfig.fitting({"dataset": "linear", "epochs": 1, "batch_size": 100, "device": "cpu"})
+    config = TrainConfig.with_defaults({"dataset": "linear", "epochs": 1, "batch_size": 100, "device": "cpu"})
     plain = train(config, output=tmp_path / "plain", reporter=QUIET)
-    changed = TrainConfig.fitting({**config.as_dict(), "workers": 1})
+    changed = TrainConfig.with_defaults({**config.as_dict(), "workers": 1})
     workers = train(changed, output=tmp_path / "workers", reporter=QUIET)
     assert metrics_of(plain)["train_loss"] == metrics_of(workers)["train_loss"]

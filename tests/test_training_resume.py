@@ -1,4 +1,4 @@
-"""Runs that are stopped, by Ctrl-C, by a kill, by a full disk, and that go on as if nothing had happened."""
+"""Runs stopped by Ctrl-C, a kill or a full disk, and resumed to the results of a run that was never stopped."""
 
 import errno
 import os
@@ -12,12 +12,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from softmax_fused.training import checkpoint as checkpoint_module
-from softmax_fused.training import run as run_module
-from softmax_fused.training.checkpoint import load_checkpoint, save_run
+from softmax_fused.training import files as files_module
 from softmax_fused.training.errors import LabError, Stopped, UsageError
-from softmax_fused.training.page import write_report
-from softmax_fused.training.run import resume, train
+from softmax_fused.training.report.page import write_report
+from softmax_fused.training.runs import run as run_module
+from softmax_fused.training.runs.checkpoint import load_checkpoint, save_run
+from softmax_fused.training.runs.run import resume, train
 from tests.lab import (
     QUIET,
     SMALL,
@@ -31,7 +31,7 @@ from tests.lab import (
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than these runs."""
+    """Draw no figures, which takes longer than these runs."""
     monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
 
 
@@ -70,7 +70,7 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path: Path, chan
     assert torch.equal(load_checkpoint(whole)["generators"]["cpu"], load_checkpoint(parts)["generators"]["cpu"])
 
 
-def test_resuming_a_finished_run_draws_its_pictures_again(tmp_path: Path) -> None:
+def test_resuming_a_finished_run_draws_its_figures_again(tmp_path: Path) -> None:
     folder = train(SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
     (folder / "curves.png").unlink()
     (folder / "metrics.json").unlink()
@@ -80,7 +80,7 @@ def test_resuming_a_finished_run_draws_its_pictures_again(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("epochs", [2, 3])
-def test_a_run_begun_without_test_losses_goes_on_with_them(tmp_path: Path, epochs: int) -> None:
+def test_a_run_recorded_without_test_losses_records_them_when_resumed(tmp_path: Path, epochs: int) -> None:
     folder = train(SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
     state = load_checkpoint(folder)
     del state["metrics"]["test_loss"]
@@ -91,13 +91,13 @@ def test_a_run_begun_without_test_losses_goes_on_with_them(tmp_path: Path, epoch
     assert losses[:2] == [None, None]
     assert len(losses) == epochs
     scalars = EventAccumulator(str(folder)).Reload().Tags()["scalars"]
-    assert "loss/test" in scalars  # of the epochs before, or of the last
+    assert "loss/test" in scalars  # of the first epochs, or of the last one
     table = write_report([folder]).read_text().partition("Every epoch</summary>")[2]
     assert ('<th scope="col">Test loss</th>' in table) == (epochs == 3)
     assert table.partition("</table>")[0].count("<td>\N{EN DASH}</td>") == (2 if epochs == 3 else 0)
 
 
-def test_pictures_of_an_earlier_state_do_not_outlive_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_of_an_earlier_epoch_are_removed_on_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = train(SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
     assert list(folder.glob("*.png"))
     interrupt_in_epoch(monkeypatch, 1, KeyboardInterrupt())
@@ -155,7 +155,7 @@ def test_an_interrupted_run_says_how_to_resume_and_loses_one_epoch(
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str, writes: int) -> None:
-    """Lets `writes` files called `name` be written, and then none."""
+    """Let the file `name` be written `writes` times; then the disk is full."""
     original = os.fsync
     count = 0
 
@@ -167,7 +167,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str, writes: int) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(descriptor)
 
-    monkeypatch.setattr(checkpoint_module.os, "fsync", fsync)
+    monkeypatch.setattr(files_module.os, "fsync", fsync)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds the file being written through /proc")

@@ -1,4 +1,4 @@
-"""Run folders: what is in them, and that they are neither overwritten nor believed blindly."""
+"""Run folders: their content, and their protection from other processes."""
 
 import errno
 import os
@@ -17,16 +17,17 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from softmax_fused.training import claim
-from softmax_fused.training import run as run_module
-from softmax_fused.training.claim import LOCK
-from softmax_fused.training.compare import compare
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.evaluation import CURVES
-from softmax_fused.training.plots import plot_curves
-from softmax_fused.training.record import default_folder, device_name
-from softmax_fused.training.report import Reporter
-from softmax_fused.training.run import resume, train
+from softmax_fused.training.models.evaluation import CURVES
+from softmax_fused.training.ranks.devices import device_name
+from softmax_fused.training.report.console import Reporter
+from softmax_fused.training.report.plots import plot_curves
+from softmax_fused.training.runs import lock
+from softmax_fused.training.runs import run as run_module
+from softmax_fused.training.runs.compare import compare
+from softmax_fused.training.runs.folder import default_folder
+from softmax_fused.training.runs.lock import LOCK
+from softmax_fused.training.runs.run import resume, train
 from tests.lab import QUIET, SMALL, assert_consistent, few_digits, metrics_of
 
 
@@ -71,7 +72,7 @@ def test_a_curve_is_drawn_where_it_has_values() -> None:
     assert np.array_equal(drawn["test"], [np.nan, np.nan, 2.0], equal_nan=True)
 
 
-def test_one_thread_is_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_name_has_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     for threads, text in ((1, "1 thread"), (2, "2 threads")):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
         assert device_name(torch.device("cpu")).endswith(f", {text}")
@@ -120,7 +121,7 @@ LOCKER = "import fcntl, sys; file = open(sys.argv[1], 'ab'); fcntl.flock(file, 2
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the other process locks as POSIX does")
-def test_a_claim_ends_with_its_process_however_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_ends_with_its_process_however_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)
     train(SMALL, output=tmp_path, data=few_digits(), reporter=QUIET)
     command = [sys.executable, "-I", "-S", "-c", LOCKER, str(tmp_path / LOCK)]
@@ -137,8 +138,8 @@ def test_a_claim_ends_with_its_process_however_that_ends(tmp_path: Path, monkeyp
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # the child does nothing
-def test_a_worker_that_outlives_its_parent_holds_no_claim(tmp_path: Path) -> None:
-    file = claim._locked(tmp_path / LOCK)
+def test_a_worker_that_outlives_its_parent_holds_no_lock(tmp_path: Path) -> None:
+    file = lock._open_locked(tmp_path / LOCK)
     assert file is not None
     reader, writer = os.pipe()
     worker = os.fork()
@@ -148,26 +149,26 @@ def test_a_worker_that_outlives_its_parent_holds_no_claim(tmp_path: Path) -> Non
     os.read(reader, 1)
     os.close(reader)
     os.close(writer)
-    file.close()  # as the system does when it ends the parent
+    file.close()  # as the operating system does when it ends the parent
     try:
-        with claim.claimed(tmp_path):
+        with lock.locked(tmp_path):
             pass
     finally:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
 
 
-def test_a_file_system_without_locks_is_used_without_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_used_unlocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(claim, "_lock", unsupported)
-    with claim.claimed(tmp_path):
+    monkeypatch.setattr(lock, "_lock", unsupported)
+    with lock.locked(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
 
 
-def test_a_hopeless_loss_is_short_and_warned_of_once(
+def test_a_diverged_loss_is_printed_in_exponent_form_and_warned_of_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_module, "draw_figures", lambda *_: None)

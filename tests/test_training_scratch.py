@@ -1,4 +1,4 @@
-"""Models from scratch against their library equals; losses against their formulas; the unstable one."""
+"""Models from scratch against library models, and losses against their formulas."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,17 +8,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from softmax_fused.training.activations import slopes
-from softmax_fused.training.batches import MemoryBatches
-from softmax_fused.training.config import TrainConfig
-from softmax_fused.training.data import data_root, load_dataset, pair
+from softmax_fused.training.config import TrainConfig, learner_for
+from softmax_fused.training.data.batches import MemoryBatches
+from softmax_fused.training.data.datasets import data_root, load_dataset, select_pair
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.learner import learner_for
-from softmax_fused.training.loop import predict_classes, train_epoch
-from softmax_fused.training.losses import build_loss
-from softmax_fused.training.models import ACTIVATIONS, MODELS, build_model
-from softmax_fused.training.run import train
-from softmax_fused.training.scratch import ScratchSGD
+from softmax_fused.training.models.architectures import ACTIVATIONS, MODELS, build_model
+from softmax_fused.training.models.evaluation import predict_classes
+from softmax_fused.training.models.loop import train_epoch
+from softmax_fused.training.models.losses import build_loss
+from softmax_fused.training.models.scratch import ScratchSGD
+from softmax_fused.training.report.activations import slopes
+from softmax_fused.training.runs.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, real_data, run_cli
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ PAIRS = [("softmax", None), *(("mlp", activation) for activation in ACTIVATIONS)
 def test_a_model_from_scratch_is_the_library_model(name: str, activation: str | None) -> None:
     library, scratch = (build_model(each, 10, 3, activation) for each in (name, f"scratch-{name}"))
     assert not isinstance(scratch, nn.Module)
-    inputs = torch.rand(7, *MODELS[name].inputs)
+    inputs = torch.rand(7, *MODELS[name].input_shape)
     outputs = [model(inputs) for model in (library, scratch)]
     assert outputs[0].shape == ((7,) if name == "linear" else (7, 10))
     torch.testing.assert_close(*outputs)
@@ -86,7 +86,7 @@ def test_a_mean_divided_by_the_batch_again_is_a_smaller_learning_rate() -> None:
 def test_scratch_parts_train_as_library_parts_do(tmp_path: Path) -> None:
     records = {}
     for model in ("softmax", "scratch-softmax"):
-        config = TrainConfig.fitting({"dataset": "digits", "model": model, "epochs": 5, "device": "cpu"})
+        config = TrainConfig.with_defaults({"dataset": "digits", "model": model, "epochs": 5, "device": "cpu"})
         records[model] = metrics_of(train(config, output=tmp_path / model, reporter=QUIET))
     scratch, library = records["scratch-softmax"], records["softmax"]
     assert (scratch["config"]["loss"], scratch["config"]["optimizer"]) == ("scratch", "scratch-sgd")
@@ -124,7 +124,7 @@ def test_squared_loss_halves_the_square() -> None:
 
 @pytest.mark.parametrize("name", ["logistic", "logistic-squared"])
 def test_the_gradient_of_two_classes_is_the_input_times_the_error(name: str) -> None:
-    data = pair(few_digits(), "fashion-pair", 3, 8).train
+    data = select_pair(few_digits(), "fashion-pair", 3, 8).train
     inputs, target = data.images.flatten(1).double() / 255, data.labels
     weight = torch.randn(784, dtype=torch.float64, requires_grad=True)
     loss = build_loss(name)(inputs @ weight, target)
@@ -138,7 +138,7 @@ def test_the_gradient_of_two_classes_is_the_input_times_the_error(name: str) -> 
     torch.testing.assert_close(gradient, (inputs * error.unsqueeze(1)).mean(dim=0))
 
 
-def test_mean_squared_error_and_the_trap_follow_their_formulas() -> None:
+def test_mean_squared_error_and_double_softmax_follow_their_formulas() -> None:
     logits, target = torch.randn(8, 5, dtype=torch.float64), torch.randint(5, (8,))
     p = logits.exp() / logits.exp().sum(1, keepdim=True)
     error = p - torch.eye(5, dtype=torch.float64)[target]
@@ -149,13 +149,13 @@ def test_mean_squared_error_and_the_trap_follow_their_formulas() -> None:
 
 
 @pytest.mark.parametrize("loss", ["logistic", "logistic-squared"])
-def test_two_classes_are_told_apart_drawn_and_predicted(
+def test_two_classes_are_learned_drawn_and_predicted(
     tmp_path: Path, loss: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = pair(few_digits(), "fashion-pair", 3, 8)
+    data = select_pair(few_digits(), "fashion-pair", 3, 8)
     assert data.classes == ("3", "8")
     settings = {"dataset": "fashion-pair", "loss": loss, "batch_size": 8, "epochs": 10, "device": "cpu"}
-    folder = train(TrainConfig.fitting(settings), output=tmp_path, data=data, reporter=QUIET)
+    folder = train(TrainConfig.with_defaults(settings), output=tmp_path, data=data, reporter=QUIET)
     metrics = metrics_of(folder)
     assert metrics["test_accuracy"][-1] > 0.8
     assert torch.tensor(metrics["confusion_matrix"]).shape == (2, 2)
@@ -166,7 +166,9 @@ def test_two_classes_are_told_apart_drawn_and_predicted(
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_learns(activation: str) -> None:
-    config = TrainConfig.fitting({"dataset": "digits", "model": "mlp", "activation": activation, "optimizer": "adam"})
+    config = TrainConfig.with_defaults(
+        {"dataset": "digits", "model": "mlp", "activation": activation, "optimizer": "adam"}
+    )
     learner, data = learner_for(replace(config, lr=0.01), 10, CPU), few_digits()
     for epoch in range(1, 9):
         train_epoch(learner, MemoryBatches(data.train, 16, 0, CPU).epoch(epoch))
@@ -179,7 +181,7 @@ def test_softmax_regression_from_scratch_on_fashion_mnist() -> None:
     data = load_dataset("fashion-mnist", data_root())
     accuracies = []
     for model in ("softmax", "scratch-softmax"):
-        learner = learner_for(TrainConfig.fitting({"model": model}), 10, CPU)
+        learner = learner_for(TrainConfig.with_defaults({"model": model}), 10, CPU)
         for epoch in range(1, 4):
             train_epoch(learner, MemoryBatches(data.train, 256, 0, CPU).epoch(epoch))
         accuracies.append((predict_classes(learner, data.test) == data.test.labels).double().mean().item())
@@ -187,7 +189,7 @@ def test_softmax_regression_from_scratch_on_fashion_mnist() -> None:
     assert all(0.8 < accuracy < 0.85 for accuracy in accuracies)
 
 
-def test_a_loss_names_its_own_remedy() -> None:
+def test_the_message_of_a_loss_that_is_not_finite_depends_on_the_loss() -> None:
     learner = learner_for(replace(SMALL, loss="scratch-naive", lr=1e6), 10, CPU)
     with pytest.raises(LabError, match=r"got nan; exp overflows in float32"):
         train_epoch(learner, MemoryBatches(few_digits().train, 16, 0, CPU).epoch(1))

@@ -1,4 +1,4 @@
-"""torchrun's jobs for tests, of which none outlives its test."""
+"""Jobs of torchrun for tests. None outlives its test."""
 
 import os
 import signal

@@ -1,32 +1,32 @@
-"""What can go wrong in the lab, as the command line reports it: one line and an exit status."""
+"""The lab's exceptions. The command line prints each as one line and exits with its `status`."""
 
 
 class UsageError(ValueError):
-    """An option or argument that cannot be right on any machine."""
+    """An option or argument that is wrong on every machine."""
 
     status = 2
 
 
 class LabError(RuntimeError):
-    """A run that failed: data, files, devices, numbers."""
+    """A failure while running: of data, files, devices or numbers."""
 
     status = 1
 
 
-class CommonError(LabError):
-    """A failure that all ranks meet alike: one of them reports it."""
+class AllRanksError(LabError):
+    """A failure that every rank meets in the same way, so that rank 0 alone reports it."""
 
 
 class MissingDataError(LabError):
-    """Files of a data set that are not there and could not be downloaded."""
+    """The files of a data set are absent and cannot be downloaded."""
 
 
 class WriteError(LabError):
-    """A file or folder that could not be written."""
+    """A file or folder cannot be written."""
 
 
 class Stopped(BaseException):
-    """Ctrl-C or SIGTERM; the message says what was kept and how to go on."""
+    """Ctrl-C or SIGTERM; the message says what has been kept and how to resume."""
 
     def __init__(self, message: str = "stopped before anything was written", status: int = 130) -> None:
         super().__init__(message)
@@ -34,6 +34,6 @@ class Stopped(BaseException):
 
 
 class OutputClosed(BaseException):
-    """Nobody reads what a command prints: it ends, and has nobody to tell."""
+    """The reader of this process's output has closed it; nothing more can be printed."""
 
-    status = 128 + 13  # as a shell reports a tool that SIGPIPE ended
+    status = 128 + 13  # what a shell reports for a program that SIGPIPE ended

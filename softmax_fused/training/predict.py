@@ -1,27 +1,27 @@
-"""A trained model on somebody's own pictures, or on the test set."""
+"""Predictions of a trained model: on users' own pictures, or on the test set."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from softmax_fused.training.checkpoint import checkpoint_file, load_checkpoint
-from softmax_fused.training.config import TrainConfig, pick_device
-from softmax_fused.training.data import data_root, load_dataset, to_input
+from softmax_fused.training.config import TrainConfig, learner_for
+from softmax_fused.training.data.datasets import data_root, load_dataset, to_input
+from softmax_fused.training.data.pictures import Picture
 from softmax_fused.training.errors import LabError
-from softmax_fused.training.evaluation import read_parameters
-from softmax_fused.training.figures import run_title, write_fit, write_gallery
-from softmax_fused.training.learner import Learner, learner_for
-from softmax_fused.training.loop import predict_classes
-from softmax_fused.training.losses import class_scores
-from softmax_fused.training.pictures import Picture
-from softmax_fused.training.record import Metrics
-from softmax_fused.training.restore import restore_config, restore_metrics, restore_model
+from softmax_fused.training.models.evaluation import predict_classes, read_parameters
+from softmax_fused.training.models.learner import Learner
+from softmax_fused.training.models.losses import class_logits
+from softmax_fused.training.ranks.devices import pick_device
+from softmax_fused.training.report.figures import draw_fit, draw_gallery, run_title
+from softmax_fused.training.report.records import Metrics
+from softmax_fused.training.runs.checkpoint import checkpoint_file, load_checkpoint
+from softmax_fused.training.runs.restore import restore_config, restore_metrics, restore_model
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint holds, ready to predict."""
+    """A trained model, its settings and the record of its run."""
 
     learner: Learner
     config: TrainConfig
@@ -29,7 +29,7 @@ class Trained:
 
     @property
     def classes(self) -> list[str]:
-        """Return the names of the classes."""
+        """Return the names of the classes; none for a regression."""
         names: list[str] = self.metrics["dataset"]["classes"]
         return names
 
@@ -51,7 +51,7 @@ def load_trained(path: Path, device: str = "auto") -> Trained:
 
 
 def check_classifier(trained: Trained) -> None:
-    """Raise `LabError` if a model has no classes to name."""
+    """Raise `LabError` if the model is a regression, which has no classes to name."""
     if not trained.classes:
         model, data = trained.config.model, trained.config.dataset
         raise LabError(f"expected the checkpoint of a classifier, got {model} on {data}; leave the pictures out")
@@ -59,21 +59,20 @@ def check_classifier(trained: Trained) -> None:
 
 @torch.no_grad()
 def classify(trained: Trained, picture: Picture, top: int) -> list[tuple[str, float]]:
-    """Return the `top` likeliest classes with their probabilities, likeliest first."""
+    """Return the `top` most probable classes with their probabilities, in descending order."""
     images = to_input(picture.pixels.unsqueeze(0).to(trained.learner.device))
-    scores = class_scores(trained.learner.logits(images))
-    probabilities, classes = scores.softmax(dim=1)[0].topk(min(top, len(trained.classes)))
-    return [(trained.classes[i], share) for i, share in zip(classes.tolist(), probabilities.tolist(), strict=True)]
+    logits = class_logits(trained.learner.logits(images))
+    probabilities, classes = logits.softmax(dim=1)[0].topk(min(top, len(trained.classes)))
+    return [(trained.classes[i], p) for i, p in zip(classes.tolist(), probabilities.tolist(), strict=True)]
 
 
-def draw_gallery(trained: Trained, path: Path, data_dir: str | None = None) -> Path:
-    """Draw right and wrong predictions, or a regression's fit, of the test set that belongs to a checkpoint."""
+def draw_test_set(trained: Trained, path: Path, data_dir: str | None = None) -> None:
+    """Write a figure of predictions on the test set, right and wrong ones, or of a regression's fit."""
     data = load_dataset(trained.config.dataset, data_root(data_dir or trained.config.data_dir))
     test = data.test.to(trained.learner.device)
-    if not trained.classes:
-        weights, bias = read_parameters(trained.learner, test.images)  # a run's first checkpoint records none
-        write_fit(path, {**trained.metrics, "parameters": {"weights": weights, "bias": bias}}, test)
-        return path
-    predicted = predict_classes(trained.learner, test)
-    write_gallery(path, run_title(trained.metrics), trained.classes, test, predicted)
-    return path
+    if trained.classes:
+        predicted = predict_classes(trained.learner, test)
+        draw_gallery(path, run_title(trained.metrics), trained.classes, test, predicted)
+    else:
+        weights, bias = read_parameters(trained.learner, test.images)  # the checkpoint before any epoch records none
+        draw_fit(path, {**trained.metrics, "parameters": {"weights": weights, "bias": bias}}, test)

@@ -1,0 +1,1 @@
+"""Models, losses and optimisers, and the loop that trains and evaluates them."""

@@ -1,0 +1,1 @@
+"""The processes that train one model together: their communication, devices and parts of a batch."""

@@ -1,0 +1,1 @@
+"""Training runs and comparisons of losses, and the folders that keep their results."""
