@@ -17,7 +17,9 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -31,6 +33,9 @@ from bench.record import write_json
 from softmax_fused import _launch, _launch_row_outputs, _launch_slices, _launch_softmax
 from softmax_fused._autograd import make_spec
 from softmax_fused.row_outputs import RowSpec
+
+if TYPE_CHECKING:
+    from bench.clocks import Clock
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -113,16 +118,12 @@ CASES = [
 ]
 
 
-def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def make_calls(case: Case, dtype: torch.dtype) -> None:
-    """Do what forward, backward and grad_in_forward do, on tensors without memory."""
-    logits = meta(case.shape, dtype)
+def make_calls(case: Case, dtype: torch.dtype, device: str = "meta") -> None:
+    """Do what forward, backward and grad_in_forward do; on the device "meta" tensors have no memory."""
+    logits = torch.randn(case.shape, dtype=dtype, device=device)
     if "softmax" in case.kind:
         out = _launch_softmax.forward(logits, 1, dtype, case.kind == "log softmax")
-        _launch_softmax.backward(out, out, 1, dtype, case.kind == "log softmax")
+        _launch_softmax.backward(logits, out, 1, dtype, case.kind == "log softmax")
         return
     if case.kind in ROW_OUTPUTS:
         make_row_calls(case, logits, dtype)
@@ -131,8 +132,8 @@ def make_calls(case: Case, dtype: torch.dtype) -> None:
         make_slice_calls(case, logits, dtype)
         return
     indices = not case.kind.endswith("probabilities")
-    target = meta(case.shape[:1] + case.shape[2:], torch.int64) if indices else logits
-    weight = meta(case.shape[1:2], dtype) if "weight" in case.kind else None
+    target = class_indices(logits) if indices else torch.rand_like(logits)
+    weight = torch.rand(case.shape[1:2], dtype=dtype, device=device) if "weight" in case.kind else None
     smoothing = 0.1 if case.kind == "weights and smoothing" else 0.0
     spec = make_spec(logits, target, case.reduction, -100, smoothing, dtype)
     loss, saved = _launch.loss(logits, target, weight, spec, save=True)
@@ -140,11 +141,15 @@ def make_calls(case: Case, dtype: torch.dtype) -> None:
     _launch.loss_and_gradient(logits, target, weight, spec)
 
 
+def class_indices(logits: Tensor) -> Tensor:
+    return torch.randint(logits.shape[1], logits.shape[:1] + logits.shape[2:], device=logits.device)
+
+
 def make_row_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
     """Do what the outputs of rows do forward and backward."""
     *outputs, last = case.kind.split(", ")
     softcap = 30.0 if last == "softcap" else None
-    target = meta(case.shape[:1], torch.int64)
+    target = class_indices(logits)
     spec = make_spec(logits, target, "none", -100, 0.0, dtype)
     options = RowSpec(spec, 1.0, softcap, tuple(outputs if softcap else (*outputs, last)))
     out, stats = _launch_row_outputs.forward(logits, target, None, options, save=True)
@@ -153,7 +158,7 @@ def make_row_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
 
 def make_slice_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
     """Do what a rank does with its eighth of the classes."""
-    target = meta(case.shape[:1], torch.int64)
+    target = class_indices(logits)
     spec = make_spec(logits, target, "none", -100, 0.1 if case.kind == SLICES[1] else 0.0, dtype)
     spec = spec._replace(classes=8 * case.shape[1], first=3 * case.shape[1])
     parts = _launch_slices.statistics(logits, target, None, spec)
@@ -181,7 +186,7 @@ def describe(
     code = inspect(compiled.asm["cubin"])
     fused = fused_reductions(compiled.asm["ptx"])
     itemsize = getattr(torch, dtype).itemsize
-    mode = next((mode for mode in PASSES if kernel.endswith(mode)), None)
+    mode = mode_of(kernel)
     loops = code.element_loops()
     if mode is None:
         loops = []  # nothing there goes over the logits
@@ -204,15 +209,46 @@ def describe(
     if loops:
         record["mode"] = mode
     if loops and dtype != "float64":  # its arithmetic has units of its own, half as many or fewer
-        logits = math.prod(case.shape)
-        microseconds = {
-            "bytes": (PASSES[mode] + (case.kind in MORE_PASSES)) * itemsize * logits / BYTES_PER_US,
-            "issue": record["instructions_per_element"] * logits / ISSUE_PER_US,
-            "EX2": record["ex2_per_element"] * logits / EX2_PER_US,
-        }
-        bound = max(microseconds, key=lambda limit: microseconds[limit])
-        record |= {"predicted_us": round(microseconds[bound], 2), "bound": bound}
+        record |= predict(record | {"shape": case.shape, "kind": case.kind, "dtype": dtype}, BYTES_PER_US)
     return record
+
+
+def mode_of(kernel: str) -> str | None:
+    """What a kernel does with the logits, None where it does not go over them."""
+    return next((mode for mode in PASSES if kernel.endswith(mode)), None)
+
+
+def predict(record: dict[str, Any], bytes_per_us: float) -> dict[str, Any]:
+    """The time of a kernel on a GPU that copies so fast, the longest of three, and which it is."""
+    logits, itemsize = math.prod(record["shape"]), getattr(torch, record["dtype"]).itemsize
+    microseconds = {
+        "bytes": (PASSES[record["mode"]] + (record["kind"] in MORE_PASSES)) * itemsize * logits / bytes_per_us,
+        "issue": record["instructions_per_element"] * logits / ISSUE_PER_US,
+        "EX2": record["ex2_per_element"] * logits / EX2_PER_US,
+    }
+    bound = max(microseconds, key=lambda limit: microseconds[limit])
+    return {"predicted_us": round(microseconds[bound], 2), "bound": bound}
+
+
+def time_calls(case: Case, dtype: str, clock: Clock, rounds: int) -> dict[str, float]:
+    """Median microseconds of each kernel that goes over the logits; the first round compiles."""
+    found: dict[str, list[float]] = {}
+    real = _launch.launch
+
+    def timed(kernel: Any, *args: Any) -> None:
+        name = kernel.fn.__name__
+        if mode_of(name) is None:
+            real(kernel, *args)
+            return
+        clock.flush()
+        found.setdefault(name, []).append(clock.microseconds(lambda: real(kernel, *args)))
+
+    with mock.patch.object(_launch, "launch", timed):
+        make_calls(case, getattr(torch, dtype), clock.device)
+        found.clear()
+        for _ in range(rounds):
+            make_calls(case, getattr(torch, dtype), clock.device)
+    return {name: round(median(times), 2) for name, times in found.items()}
 
 
 def compile_calls(target: str, dtype: str, cases: list[Case]) -> list[dict[str, Any]]:

@@ -86,11 +86,13 @@ def rates(case: Case, mode: str, p50_us: float, copy_gb_per_s: float | None) -> 
 
 def counts(job: Job, case: Case, mode: str, clock: Clock) -> dict[str, Callable[[], Any]]:
     """How to get at memory, host time and launches, for the modes and shapes where they say something."""
-    found: dict[str, Callable[[], Any]] = dict.fromkeys(("peak_bytes", "host_us", "launches"), lambda: None)
+    found: dict[str, Callable[[], Any]] = dict.fromkeys(("peak_bytes", "host_us", "loop_us", "launches"), lambda: None)
     if mode in ("forward", "both"):
         found["peak_bytes"] = lambda: clock.peak_bytes(job)
     if case.logits < SMALL:
         found["host_us"] = lambda: clock.host_microseconds(job)
+    if mode == "step":  # prepares nothing, so a loop of calls is a training loop
+        found["loop_us"] = lambda: clock.loop_microseconds(job)
     if mode in ("both", "step"):
         found["launches"] = lambda: clock.launches(job)
     return found
@@ -122,7 +124,7 @@ def measure_mode(
                 lambda name=name, loss=loss: warm_up(JOBS[mode](loss, inputs, PROVIDERS[name].overwrites)),
             )
     jobs = {name: job for name, job in jobs.items() if job}
-    calls = min(20, max(1, 200_000 // case.logits))
+    calls = min(clock.calls, max(1, 200_000 // case.logits))
     times = time_in_turns(jobs, clock, calls, until)
     for name, job in jobs.items():
         point = {"provider": name, "mode": mode, "dtype": str(case.dtype)[6:], "shape": list(case.shape)}
