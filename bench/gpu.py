@@ -128,18 +128,12 @@ def measure_kernels(run: Run, seconds: float) -> None:
     """Every kernel's time beside the one that its machine code has been given."""
     from bench import codegen  # the kernels themselves: only the part that wants them
 
-    dtype = "bfloat16"
-    records = json.loads((RESULTS / "codegen.json").read_text())
-    known = {
-        (record["kernel"], tuple(record["shape"]), record["kind"]): record
-        for record in records
-        if (record["target"], record["dtype"]) == ("sm_90", dtype) and record.get("mode")
-    }
-    wanted = run.sizes.kernels or list(
-        dict.fromkeys(key[1:] for key, record in known.items() if record["predicted_us"] >= tables.PREDICTABLE_US)
-    )
+    dtype, known = "bfloat16", predictions("bfloat16")
+    telling = {key[1:] for key, record in known.items() if record["predicted_us"] >= tables.PREDICTABLE_US}
+    wanted = [codegen.Case(*it) for it in run.sizes.kernels or ()]
+    wanted = wanted or [case for case in codegen.CASES if (case.shape, case.kind) in telling]
     copy = 1e3 * run.record["copy_gb_per_s"] or codegen.BYTES_PER_US
-    for case, _ in in_time(run, [codegen.Case(*it) for it in wanted], seconds):
+    for case, _ in in_time(run, wanted, seconds):
         act = functools.partial(codegen.time_calls, case, dtype, run.clock, ROUNDS)
         for kernel, measured in (attempt(Result([], run.record["skipped"]), case, "ours", act) or {}).items():
             row = {"kernel": kernel, "mode": codegen.mode_of(kernel), "shape": case.shape, "kind": case.kind}
@@ -147,6 +141,16 @@ def measure_kernels(run: Run, seconds: float) -> None:
             record = known.get((kernel, case.shape, case.kind))
             run.record["kernels"].append(row | (codegen.predict(record, copy) if record else {}))
             print(kernel, case.shape, case.kind, f"{measured:,.0f} us", sep=" | ", flush=True)
+
+
+def predictions(dtype: str) -> dict[tuple[str, tuple[int, ...], str], dict[str, Any]]:
+    """What bench.codegen has counted for an H100 or H200, by kernel, shape and kind of call."""
+    path = RESULTS / "codegen.json"
+    return {
+        (record["kernel"], tuple(record["shape"]), record["kind"]): record
+        for record in (json.loads(path.read_text()) if path.exists() else [])
+        if (record["target"], record["dtype"]) == ("sm_90", dtype) and "predicted_us" in record
+    }
 
 
 PARTS = [
@@ -172,11 +176,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.json is None and (options.parts or options.tile or options.dry_run):
         parser.error("--parts, --tile and --dry-run want --json FILE: the default is for whole runs")
-    try:
-        for text in options.tile:
-            tiles.parse(text)
-    except ValueError as problem:
-        parser.error(str(problem))
+    tiles.check(options.tile, parser)
     return options
 
 

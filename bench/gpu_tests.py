@@ -56,7 +56,8 @@ def run(commands: Sequence[Sequence[str]], seconds: float) -> dict[str, Any]:
         texts = [path.read_text(errors="replace") for path in outputs]
     found = sum(map(counts, texts), Counter())
     failures = [name for text in texts for name in re.findall(r"^(?:FAILED|ERROR) (.+)$", text, re.M)]
-    broken = [text.strip()[-500:] for text in texts if not counts(text) and "deselected" not in text]
+    silent = [number for number, text in enumerate(texts) if not counts(text) and "deselected" not in text]
+    broken = [texts[number].strip()[-500:] for number in silent if number not in late]
     return {"counts": dict(found), "failures": failures, "interrupted": len(late), "broken": broken}
 
 

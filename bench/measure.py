@@ -63,6 +63,11 @@ def time_in_turns(jobs: dict[str, Job], clock: Clock, calls: int, until: float) 
     return times
 
 
+def short_calls(logits: int, clock: Clock) -> int:
+    """How often a call is timed a round."""
+    return min(clock.calls, max(1, 200_000 // logits))
+
+
 def timing(times: list[float], base: list[float] | None) -> dict[str, Any]:
     """Percentiles in microseconds and, where torch eager was measured in the same rounds, its time over this one's."""
     names = ("p20", "p50", "p80")
@@ -124,8 +129,7 @@ def measure_mode(
                 lambda name=name, loss=loss: warm_up(JOBS[mode](loss, inputs, PROVIDERS[name].overwrites)),
             )
     jobs = {name: job for name, job in jobs.items() if job}
-    calls = min(clock.calls, max(1, 200_000 // case.logits))
-    times = time_in_turns(jobs, clock, calls, until)
+    times = time_in_turns(jobs, clock, short_calls(case.logits, clock), until)
     for name, job in jobs.items():
         point = {"provider": name, "mode": mode, "dtype": str(case.dtype)[6:], "shape": list(case.shape)}
         point |= {"operation": case.operation, "device": clock.device} | timing(times[name], times.get(BASE))

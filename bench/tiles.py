@@ -6,6 +6,7 @@ of. Nothing else here knows the tables, so one that is added to `Tables` is read
 
 import contextlib
 import math
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 from typing import Any
@@ -65,6 +66,15 @@ def parse_rows(name: str, text: str, kind: Any) -> tuple[Any, ...]:
     if rows[-1][0] != math.inf or any(before[0] >= after[0] for before, after in pairwise(rows)):
         raise ValueError(f"the rows of {name} must ascend up to inf; got {text!r}")
     return tuple(rows)
+
+
+def check(texts: Sequence[str], parser: ArgumentParser) -> None:
+    """Have a command line end with what is wrong about the tables given."""
+    try:
+        for text in texts:
+            parse(text)
+    except ValueError as problem:
+        parser.error(str(problem))
 
 
 @contextlib.contextmanager

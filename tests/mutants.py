@@ -73,6 +73,8 @@ MUTANTS = {
     "infinite weight spoils the true class of other rows": Mutant(KERNEL, "grad = tl.where(tl.abs(total) == float(\"inf\"), total * exponential(log_p) - a_true, grad)", "pass"),
     "NaN logits hidden by an infinite weight": Mutant(KERNEL, " & (tl.abs(log_s) < float(\"inf\"))", ""),
     "bfloat16 not by way of float32": Mutant(ROWS, "if DTYPE == tl.bfloat16:", "if False:"),
+    "a part of the benchmark that fails ends the others": Mutant("bench/parts.py", 'error = f"{type(problem).__name__}: {problem}"', "raise", ("bench_gpu",)),
+    "a forward pass's tiles swept for its backward pass": Mutant("bench/sweep.py", "found.clear()", "pass", ("bench_gpu",)),
     "true class counted twice": Mutant(LONG, 'tl.where(c == true, float("-inf"), z)', "z"),
     "true class's gradient forgotten": Mutant(LONG, "grad = tl.where(c == true, g_true, grad)", "grad = grad"),
     "m and log s saved as one": Mutant(LONG, "scale * exponential(z - shift)", "g * total * exponential(z - (shift + log_s))"),
