@@ -154,10 +154,10 @@ def predictions(dtype: str) -> dict[tuple[str, tuple[int, ...], str], dict[str, 
 
 
 PARTS = [
-    Part("copy", 10, measure_copy),
+    Part("copy", 5, measure_copy),
     Part("loss", 120, functools.partial(measure_cases, name="loss")),
     Part("tests", 80, run_tests),
-    Part("step", 15, functools.partial(measure_cases, name="step")),
+    Part("step", 20, functools.partial(measure_cases, name="step")),
     Part("linear", 45, measure_linear),
     Part("kernels", 45, measure_kernels),
     Part("softmax", 30, functools.partial(measure_cases, name="softmax")),

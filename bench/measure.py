@@ -145,9 +145,14 @@ def measure_case(
     seconds: float,
     copy_gb_per_s: float | None = None,
     providers: Iterable[str] = tuple(PROVIDERS),
+    result: Result | None = None,
 ) -> Result:
-    """Every mode and provider of a case in about the time given; its tensors are freed on return."""
-    end, result, inputs = monotonic() + seconds, Result([], []), Inputs(case, clock.device)
+    """Every mode and provider of a case in about the time given; its tensors are freed on return.
+
+    `result` is added to mode by mode, for who is interrupted.
+    """
+    result = result or Result([], [])
+    end, inputs = monotonic() + seconds, Inputs(case, clock.device)
     losses = build(case, clock, result, providers, seconds)
     for number, mode in enumerate(case.modes):
         until = monotonic() + (end - monotonic()) / (len(case.modes) - number)

@@ -140,13 +140,15 @@ def measure_all(
             record["skipped"] += left
             write_json(path, record)
             return
-        failed = Result([], [])
+        result = Result([], [])
         share = (begin + seconds - start) / (len(cases) - number)
-        act = functools.partial(measure_case, case, clock, share, record["copy_gb_per_s"] or None)
-        result = attempt(failed, case, "every provider", act) or failed
-        record["points"] += result.points
-        record["skipped"] += result.skipped
-        write_json(path, record)  # before anything that a broken GPU would refuse
+        act = functools.partial(measure_case, case, clock, share, record["copy_gb_per_s"] or None, result=result)
+        try:
+            attempt(result, case, "every provider", act)
+        finally:  # also of a case that is interrupted
+            record["points"] += result.points
+            record["skipped"] += result.skipped
+            write_json(path, record)  # before anything that a broken GPU would refuse
         gc.collect()
         clock.release()
         print(progress(case, result.points, monotonic() - start), flush=True)

@@ -244,27 +244,27 @@ def test_write_json_leaves_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(case: Case, *_: object) -> measure.Result:
+    def stopped(case: Case, *_: object, result: measure.Result) -> None:
+        result.points.append(make_point("ours", 1.0))
         if case == STEP:
             raise KeyboardInterrupt
-        return measure.Result([make_point("ours", 1.0)], [])
 
     monkeypatch.setattr(record, "measure_case", stopped)
     path = tmp_path / "cpu.json"
     with pytest.raises(KeyboardInterrupt):
         record.run([TINY, STEP], CpuClock(), path, 0, "python -m bench.cpu", 1000)
     kept = json.loads(path.read_text())
-    assert (len(kept["points"]), kept["complete"]) == (1, False)
+    assert (len(kept["points"]), kept["complete"]) == (2, False)
     assert kept["machine"]["threads"] == torch.get_num_threads()
     assert kept["versions"]["torch"] == torch.__version__
     assert "The run was stopped" in plot.provenance(kept)
 
 
 def test_a_case_too_large_for_the_machine_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_memory(case: Case, *_: object) -> measure.Result:
+    def out_of_memory(case: Case, *_: object, result: measure.Result) -> None:
         if case == TINY:
             raise torch.OutOfMemoryError("tried to allocate")
-        return measure.Result([make_point("ours", 1.0)], [])
+        result.points.append(make_point("ours", 1.0))
 
     monkeypatch.setattr(record, "measure_case", out_of_memory)
     written = record.run([TINY, STEP], CpuClock(), tmp_path / "cpu.json", 0, "python -m bench.cpu", 1000)
