@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from bench import codegen, dry_run, figures, gpu, gpu_tests, linear, measure, parts, plot, sweep, tiles
 from bench.memory import ROOT
 from bench.parts import Part, Run, Setting
-from bench.record import write_json
+from bench.record import measure_all, write_json
 from tests.test_backend import needs_interpreter
 
 RIVALS = {
@@ -201,6 +201,15 @@ def test_parts_share_the_time_by_weight(setting: Setting, monkeypatch: pytest.Mo
     assert shares["b"] == (pytest.approx(80, abs=1), pytest.approx(80 + parts.LATE_SECONDS, abs=1))
     assert parts.run_all([Part("c", 1, succeed)], setting, 1) == ["c"]
     assert json.loads(setting.path.read_text())["parts"]["c"]["error"] == "no time was left"
+
+
+def test_cases_without_time_are_left_out_and_named(setting: Setting) -> None:
+    run = Run(setting.path, dry_run.make_clock(), gpu.Sizes(loss=[dry_run.SMALL] * 2))
+    run.record |= {"copy_gb_per_s": 0.0, "skipped": []}
+    assert list(gpu.in_time(run, ["first", "second"], -1.0)) == []
+    measure_all(run.sizes.loss, run.clock, run.record, run.path, 0, latest=-1.0)
+    assert {skip["reason"] for skip in run.record["skipped"]} == {"no time was left"}
+    assert [skip["case"] for skip in run.record["skipped"]] == ["first", "second", "4x6-bfloat16", "4x6-bfloat16"]
 
 
 @pytest.mark.usefixtures("signals")
