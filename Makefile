@@ -81,8 +81,8 @@ bench-cpu: $(VENV)/.bench ## README's table for the CPU, four minutes on an idle
 
 # RIVALS names a folder with unpacked wheels (python -m zipfile -e liger_kernel.whl FOLDER), where pip cannot install them
 bench-gpu: export PYTHONPATH := $(if $(RIVALS),$(abspath $(RIVALS)):)$(PYTHONPATH)
-bench-gpu: ## GPU tests, then the table, under any python with torch and triton: no installs, no network
-	$(PYTHON) -m pytest -m gpu -q tests; tests=$$?; $(PYTHON) -m bench.gpu $(ARGS) && exit $$tests
+bench-gpu: ## GPU tests and every benchmark, eight minutes, under any python with torch and triton: no installs, no network
+	@$(PYTHON) -m bench.gpu $(ARGS)
 
 bench-plot: $(VENV)/.bench ## README's tables and figures of speed, from bench/results
 	$(BIN)/python -m bench.plot $(ARGS)

@@ -14,12 +14,15 @@ from torch.profiler import ProfilerActivity, profile
 from bench.cases import Job
 
 FLUSH_BYTES = 2**30
+CALLS = 20
+"""How often a call is repeated that is too short to be timed once."""
 
 
 class CpuClock:
     """No flush: on the CPU logits are as warm as the layer before left them, and the large ones fit no cache."""
 
     device = "cpu"
+    calls = CALLS
 
     def flush(self) -> None:
         """Nothing to do."""
@@ -33,6 +36,9 @@ class CpuClock:
         return None
 
     def host_microseconds(self, job: Job) -> float | None:  # noqa: ARG002 (there is no queue)
+        return None
+
+    def loop_microseconds(self, job: Job) -> float | None:  # noqa: ARG002
         return None
 
     def launches(self, job: Job) -> int | None:  # noqa: ARG002
@@ -54,8 +60,9 @@ class CudaClock:
         cuda: Any = torch.cuda,
         activity: ProfilerActivity = ProfilerActivity.CUDA,
         flush_bytes: int = FLUSH_BYTES,
+        calls: int = CALLS,
     ) -> None:
-        self.device, self.cuda, self.activity = device, cuda, activity
+        self.device, self.cuda, self.activity, self.calls = device, cuda, activity, calls
         self.buffer = torch.empty(flush_bytes, dtype=torch.int8, device=device)
 
     def flush(self) -> None:
@@ -84,10 +91,10 @@ class CudaClock:
         self.cuda.synchronize()
         return self.cuda.max_memory_allocated() - before
 
-    def host_microseconds(self, job: Job, calls: int = 100) -> float | None:
+    def host_microseconds(self, job: Job) -> float | None:
         """Time until the call is enqueued, the device not waited for: the median of many."""
         times = []
-        for _ in range(calls):
+        for _ in range(5 * self.calls):
             job.prepare()
             self.cuda.synchronize()  # else a full queue would be timed
             start = perf_counter_ns()
@@ -95,6 +102,16 @@ class CudaClock:
             times.append((perf_counter_ns() - start) / 1e3)
         self.cuda.synchronize()
         return statistics.median(times)
+
+    def loop_microseconds(self, job: Job) -> float | None:
+        """Time a call of a loop that never waits for the device but at its end: host or device, whoever is slower."""
+        self.cuda.synchronize()
+        start = perf_counter_ns()
+        for _ in range(5 * self.calls):
+            job.prepare()
+            job.call()
+        self.cuda.synchronize()
+        return (perf_counter_ns() - start) / 1e3 / (5 * self.calls)
 
     def launches(self, job: Job) -> int | None:
         """Kernels, copies and fills that one call enqueues; None where the profiler sees nothing."""

@@ -17,7 +17,9 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -32,6 +34,9 @@ from softmax_fused._spec import RowSpec
 from softmax_fused.backends.torch.targets import make_spec
 from softmax_fused.backends.triton import cross_entropy, launch, row_outputs, softmax, vocab_parallel
 from softmax_fused.backends.triton.tiles import VECTOR_BYTES
+
+if TYPE_CHECKING:
+    from bench.clocks import Clock
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -114,16 +119,12 @@ CASES = [
 ]
 
 
-def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def make_calls(case: Case, dtype: torch.dtype) -> None:
-    """Do what forward, backward and grad_in_forward do, on tensors without memory."""
-    logits = meta(case.shape, dtype)
+def make_calls(case: Case, dtype: torch.dtype, device: str = "meta") -> None:
+    """Do what forward, backward and grad_in_forward do; on the device "meta" tensors have no memory."""
+    logits = torch.randn(case.shape, dtype=dtype, device=device)
     if "softmax" in case.kind:
         out = softmax.forward(logits, 1, dtype, case.kind == "log softmax")
-        softmax.backward(out, out, 1, dtype, case.kind == "log softmax")
+        softmax.backward(logits, out, 1, dtype, case.kind == "log softmax")
         return
     if case.kind in ROW_OUTPUTS:
         make_row_calls(case, logits, dtype)
@@ -132,8 +133,8 @@ def make_calls(case: Case, dtype: torch.dtype) -> None:
         make_slice_calls(case, logits, dtype)
         return
     indices = not case.kind.endswith("probabilities")
-    target = meta(case.shape[:1] + case.shape[2:], torch.int64) if indices else logits
-    weight = meta(case.shape[1:2], dtype) if "weight" in case.kind else None
+    target = class_indices(logits) if indices else torch.rand_like(logits)
+    weight = torch.rand(case.shape[1:2], dtype=dtype, device=device) if "weight" in case.kind else None
     smoothing = 0.1 if case.kind == "weights and smoothing" else 0.0
     spec = make_spec(logits, target, case.reduction, -100, smoothing, dtype)
     loss, saved = cross_entropy.loss(logits, target, weight, spec, save=True)
@@ -141,11 +142,15 @@ def make_calls(case: Case, dtype: torch.dtype) -> None:
     cross_entropy.loss_and_gradient(logits, target, weight, spec)
 
 
+def class_indices(logits: Tensor) -> Tensor:
+    return torch.randint(logits.shape[1], logits.shape[:1] + logits.shape[2:], device=logits.device)
+
+
 def make_row_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
     """Do what the outputs of rows do forward and backward."""
     *outputs, last = case.kind.split(", ")
     softcap = 30.0 if last == "softcap" else None
-    target = meta(case.shape[:1], torch.int64)
+    target = class_indices(logits)
     spec = make_spec(logits, target, "none", -100, 0.0, dtype)
     options = RowSpec(spec, 1.0, softcap, tuple(outputs if softcap else (*outputs, last)))
     out, stats = row_outputs.forward(logits, target, None, options, save=True)
@@ -154,7 +159,7 @@ def make_row_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
 
 def make_slice_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
     """Do what a rank does with its eighth of the classes."""
-    target = meta(case.shape[:1], torch.int64)
+    target = class_indices(logits)
     spec = make_spec(logits, target, "none", -100, 0.1 if case.kind == SLICES[1] else 0.0, dtype)
     spec = spec._replace(classes=8 * case.shape[1], first=3 * case.shape[1])
     parts = vocab_parallel.statistics(logits, target, None, spec)
@@ -163,21 +168,18 @@ def make_slice_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
     vocab_parallel.gradient(loss, logits, target, None, saved, spec, logits)
 
 
-MODES = {
-    "cross_entropy_forward": "forward",
-    "cross_entropy_backward": "backward",
-    "row_outputs_forward": "forward",
-    "row_outputs_backward": "backward",
-    "softmax_forward": "forward",
-    "softmax_backward": "backward",
-}
+def name_of(kernel: Any, arguments: dict[str, Any]) -> str:
+    """Return a kernel's name; the loss's forward kernel that also writes the gradient has one of its own."""
+    name: str = kernel.fn.__name__
+    with_gradient = name == "cross_entropy_forward" and arguments["tensors"].grad is not None
+    return f"{name}_backward" if with_gradient else name
 
 
-def pass_of(kernel: str, arguments: dict[str, Any]) -> str | None:
-    """Return what a kernel does to the logits, None where it does not go over them."""
-    if kernel == "cross_entropy_forward" and arguments["tensors"].grad is not None:
+def mode_of(name: str) -> str | None:
+    """Return what a kernel does with the logits, None where it does not go over them."""
+    if name.endswith("_forward_backward"):
         return "both"
-    return MODES.get(kernel)
+    return next((mode for mode in ("forward", "backward") if name.endswith(mode)), None)
 
 
 def elements_of(loop: Loop, case: Case, arguments: dict[str, Any], warps: int) -> float:
@@ -195,14 +197,13 @@ def describe(
 ) -> dict[str, Any]:
     """Count one kernel's machine code."""
     code = inspect(compiled.asm["cubin"])
-    itemsize = getattr(torch, dtype).itemsize
     record: dict[str, Any] = {
         "registers": code.registers,
         "stack_bytes": code.stack,
         "local_accesses": code.local_accesses,
         "fused_reductions": fused_reductions(compiled.asm["ptx"]),
     }
-    mode = pass_of(kernel, arguments)
+    mode = mode_of(kernel)
     if mode is None:
         return record
     # a row that stays in registers goes through no loop: the whole kernel counts, with what a row costs once
@@ -220,14 +221,7 @@ def describe(
     vectors = arguments["CLASSES"] // max(1, arguments["VECTOR"] * arguments["LANES"])
     record["in_flight_bytes"] = bytes_in_flight(code.registers, warps, vectors) if arguments["VECTOR"] else None
     if dtype != "float64":  # its arithmetic has units of its own, half as many or fewer
-        logits = math.prod(case.shape)
-        microseconds = {
-            "bytes": (PASSES[mode] + (case.kind in MORE_PASSES)) * itemsize * logits / BYTES_PER_US,
-            "issue": record["instructions_per_element"] * logits / ISSUE_PER_US,
-            "EX2": record["ex2_per_element"] * logits / EX2_PER_US,
-        }
-        bound = max(microseconds, key=lambda limit: microseconds[limit])
-        record |= {"predicted_us": round(microseconds[bound], 2), "bound": bound}
+        record |= predict(record | {"shape": case.shape, "kind": case.kind, "dtype": dtype}, BYTES_PER_US)
     return record
 
 
@@ -236,6 +230,39 @@ def bytes_in_flight(registers: int, warps: int, vectors: int) -> int:
     allocated = -(-registers // 8) * 8 * 32 * warps
     programs = min(65536 // allocated, 64 // warps, 32)
     return programs * warps * 32 * vectors * VECTOR_BYTES
+
+
+def predict(record: dict[str, Any], bytes_per_us: float) -> dict[str, Any]:
+    """The time of a kernel on a GPU that copies so fast, the longest of three, and which it is."""
+    logits, itemsize = math.prod(record["shape"]), getattr(torch, record["dtype"]).itemsize
+    microseconds = {
+        "bytes": (PASSES[record["mode"]] + (record["kind"] in MORE_PASSES)) * itemsize * logits / bytes_per_us,
+        "issue": record["instructions_per_element"] * logits / ISSUE_PER_US,
+        "EX2": record["ex2_per_element"] * logits / EX2_PER_US,
+    }
+    bound = max(microseconds, key=lambda limit: microseconds[limit])
+    return {"predicted_us": round(microseconds[bound], 2), "bound": bound}
+
+
+def time_calls(case: Case, dtype: str, clock: Clock, rounds: int) -> dict[str, float]:
+    """Median microseconds of each kernel that goes over the logits; the first round compiles."""
+    found: dict[str, list[float]] = {}
+    real = launch.launch
+
+    def timed(kernel: Any, programs: int, warps: int, device: torch.device, *args: Any) -> None:
+        name = name_of(kernel, dict(zip(kernel.arg_names, args, strict=True)))
+        if mode_of(name) is None:
+            real(kernel, programs, warps, device, *args)
+            return
+        clock.flush()
+        found.setdefault(name, []).append(clock.microseconds(lambda: real(kernel, programs, warps, device, *args)))
+
+    with mock.patch.object(launch, "launch", timed):
+        make_calls(case, getattr(torch, dtype), clock.device)
+        found.clear()
+        for _ in range(rounds):
+            make_calls(case, getattr(torch, dtype), clock.device)
+    return {name: round(median(times), 2) for name, times in found.items()}
 
 
 def compile_calls(target: str, dtype: str, cases: list[Case]) -> list[dict[str, Any]]:
@@ -262,7 +289,7 @@ def compile_only(
     """Stand in for a launch."""
     compiled = kernel.warmup(*args, grid=(programs,), num_warps=warps, **launch.OPTIONS)
     arguments = dict(zip(kernel.arg_names, args, strict=True))
-    name = kernel.fn.__name__
+    name = name_of(kernel, arguments)
     record: dict[str, Any] = {"kernel": name, "target": target, "dtype": dtype, "classes": case.shape[1]}
     record |= {"shape": case.shape, "kind": case.kind, "programs": programs, "warps": warps}
     if "cubin" in compiled.asm:

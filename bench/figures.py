@@ -15,6 +15,7 @@ COLOURS = {
     "torch.compile": "#E69F00",
     "Liger": "#CC79A7",
     "flash-attn": "#D55E00",
+    "QuACK": "#F0E442",
 }
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 30)
 
@@ -23,6 +24,14 @@ def figure_names(stem: str, record: dict[str, Any]) -> list[str]:
     """One a dtype."""
     dtypes = dict.fromkeys(point["dtype"] for point in record["points"] if point["mode"] != "step")
     return [f"speed-{stem}-{dtype}.png" for dtype in dtypes]
+
+
+def draw_all(folder: Path, stem: str, record: dict[str, Any]) -> list[Path]:
+    """Draw a record's figures; returns where they are."""
+    paths = [folder / name for name in figure_names(stem, record)]
+    for path in paths:
+        draw(path, record, path.stem.rpartition("-")[2])
+    return paths
 
 
 def draw(path: Path, record: dict[str, Any], dtype: str) -> None:

@@ -7,6 +7,7 @@ JSON file, which is written after every case.
 
 import argparse
 import contextlib
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,14 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import softmax_fused
+from bench import cases
 from bench.cases import Job
 from bench.clocks import Clock, CpuClock, CudaClock
 from bench.formulas import BASE, OURS, ratios
+from bench.measure import COMPILE_SECONDS, Result, attempt, warm_up
 from bench.memory import ROOT, resident_peak
+from bench.providers import COMPILED, LIGER, Unavailable, rival
 from bench.record import RESULTS, header, slug, write_json
-from bench.tables import markdown
+from bench.tables import ABSENT, markdown, show
 
 CHUNKED = "torch, chunked"
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Case(NamedTuple):
@@ -49,7 +54,7 @@ CASES = [
     Case(60_000, 784, 10, "float32"),
     Case(512, 512, 16_384, "bfloat16"),
 ]
-ON_GPU = [LARGE, *(Case(8192, 4096, classes, "bfloat16") for classes in (32_000, 50_257, 128_256))]
+ON_GPU = [*(Case(8192, 4096, classes, "bfloat16") for classes in (32_000, 128_256, 50_257)), LARGE]
 
 
 def one_after_the_other(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
@@ -60,16 +65,29 @@ def torch_chunked(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     return F.linear_cross_entropy(x, w, target, options=torch.nn.LinearCrossEntropyOptions())
 
 
-PROVIDERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+PROVIDERS: dict[str, Layer] = {
     BASE: one_after_the_other,
     OURS: softmax_fused.linear_cross_entropy,
 }
 if hasattr(F, "linear_cross_entropy"):
     PROVIDERS[CHUNKED] = torch_chunked
+RIVALS = (COMPILED, "Liger")  # on a GPU; QuACK's tries out its matrix products for minutes first
 
 
-def make_job(provider: str, case: Case, device: str) -> Job:
+def rival_layer(name: str, case: Case, device: str, seconds: float) -> Layer:
+    if name == "Liger":
+        logits = cases.Case((case.rows, case.classes), getattr(torch, case.dtype))
+        layer: Layer = rival(LIGER, logits, device).liger_fused_linear_cross_entropy
+        return layer
+    if seconds < COMPILE_SECONDS:
+        raise Unavailable(f"{seconds:.0f} s are too little time to compile")
+    torch.compiler.reset()
+    return torch.compile(one_after_the_other, dynamic=False)
+
+
+def make_job(provider: str, case: Case, device: str, seconds: float = 0) -> Job:
     """Loss and gradients, the gradients thrown away."""
+    layer = PROVIDERS[provider] if provider in PROVIDERS else rival_layer(provider, case, device, seconds)
     torch.manual_seed(0)
     options: dict[str, Any] = {"dtype": getattr(torch, case.dtype), "device": device}
     x = torch.randn(case.rows, case.features, **options).requires_grad_()
@@ -77,7 +95,7 @@ def make_job(provider: str, case: Case, device: str) -> Job:
     target = torch.randint(case.classes, (case.rows,), device=device)
 
     def call() -> None:
-        torch.autograd.grad(PROVIDERS[provider](x, w, target), (x, w))
+        torch.autograd.grad(layer(x, w, target), (x, w))
 
     return Job(lambda: None, call)
 
@@ -93,18 +111,23 @@ def peak(provider: str, case: Case) -> int:
     return resident_peak() - before
 
 
-def peak_bytes(provider: str, case: Case, clock: Clock) -> int | None:
-    if clock.device != "cpu":
-        return clock.peak_bytes(make_job(provider, case, clock.device))
+def peak_bytes(provider: str, case: Case, clock: Clock, job: Job) -> int | None:
+    if isinstance(clock, CudaClock):
+        return clock.peak_bytes(job)
     command = [sys.executable, "-m", "bench.linear", "--peak", provider, *map(str, case)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
 
 
-def times(case: Case, clock: Clock, rounds: int) -> dict[str, list[float]]:
+def ready_job(provider: str, case: Case, clock: Clock, seconds: float) -> Job:
+    """A job that has been called: on a GPU at its full size, for which kernels are compiled."""
+    if isinstance(clock, CudaClock):
+        return warm_up(make_job(provider, case, clock.device, seconds))
+    make_job(provider, case._replace(rows=min(case.rows, 128)), clock.device).call()
+    return make_job(provider, case, clock.device)
+
+
+def times(jobs: dict[str, Job], clock: Clock, rounds: int) -> dict[str, list[float]]:
     """Microseconds by provider and round."""
-    jobs = {name: make_job(name, case, clock.device) for name in PROVIDERS}
-    for name in jobs:
-        make_job(name, case._replace(rows=min(case.rows, 128)), clock.device).call()
     found: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds):
         for name in list(jobs)[:: -1 if number % 2 else 1]:
@@ -113,31 +136,38 @@ def times(case: Case, clock: Clock, rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def measure(case: Case, clock: Clock, rounds: int) -> list[dict[str, Any]]:
-    """A row a provider."""
-    peaks = {name: peak_bytes(name, case, clock) for name in PROVIDERS}
-    found = times(case, clock, rounds)
-    return [
-        {"provider": name, **case._asdict(), "rounds": len(found[name]), "p50_us": round(median(found[name]))}
-        | {"time_to_torch": round(median(ratios(found[name], found[BASE])), 3)}
-        | {"peak_bytes": peaks[name], "peak_to_torch": round(peaks[name] / peaks[BASE], 3)}
-        for name in PROVIDERS
-    ]
+def measure(case: Case, clock: Clock, rounds: int, result: Result, seconds: float = 0) -> None:
+    """Add a point a provider; what takes long to compile wants `seconds`."""
+    names = [*PROVIDERS, *RIVALS] if isinstance(clock, CudaClock) else list(PROVIDERS)
+    jobs: dict[str, Job] = {}
+    for name in names:
+        job = attempt(result, case, name, functools.partial(ready_job, name, case, clock, seconds))
+        jobs |= {name: job} if job else {}
+    peaks = {name: peak_bytes(name, case, clock, job) for name, job in jobs.items()}
+    found = times(jobs, clock, rounds)
+    for name in jobs:
+        point = {"provider": name, **case._asdict(), "rounds": len(found[name]), "p50_us": round(median(found[name]))}
+        point |= {"peak_bytes": peaks[name]}
+        if BASE in jobs:
+            point |= {"time_to_torch": round(median(ratios(found[name], found[BASE])), 3)}
+            point |= {"peak_to_torch": round(peaks[name] / peaks[BASE], 3)}
+        result.points.append(point)
 
 
-def table(record: dict[str, Any]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: times and peaks of each case, those of torch's layer and loss first, then the others' over them."""
-    rows = record["rows"]
+    if not rows:
+        return ""
     names = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != BASE]
     titles = ["rows, features, classes", "dtype", f"{BASE}: time", f"{BASE}: peak memory"]
     titles += [f"{name}: {what}" for what in ("time", "peak memory") for name in names]
     lines = []
-    for base in (row for row in rows if row["provider"] == BASE):
-        case = [base["rows"], base["features"], base["classes"]]
-        others = {row["provider"]: row for row in rows if [row[key] for key in Case._fields] == [*case, base["dtype"]]}
-        line = [", ".join(map(str, case)), base["dtype"], f"{base['p50_us'] / 1e6:,.3f} s"]
-        line += [f"{base['peak_bytes'] / 1e6:,.0f} MB"]
-        line += [f"{others[name][key]:.2f}" for key in ("time_to_torch", "peak_to_torch") for name in names]
+    for case in dict.fromkeys(tuple(row[key] for key in Case._fields) for row in rows):
+        of_case = {row["provider"]: row for row in rows if tuple(row[key] for key in Case._fields) == case}
+        base = of_case.get(BASE)
+        line = [", ".join(map(str, case[:3])), case[3]]
+        line += [f"{base['p50_us'] / 1e6:,.3f} s", f"{base['peak_bytes'] / 1e6:,.0f} MB"] if base else [ABSENT] * 2
+        line += [show(of_case.get(name, {}).get(key)) for key in ("time_to_torch", "peak_to_torch") for name in names]
         lines.append(line)
     return markdown(titles, lines)
 
@@ -145,8 +175,8 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.linear")
     parser.add_argument("--json", type=Path, help="default: bench/results/linear-MACHINE.json")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
@@ -155,15 +185,15 @@ def main() -> None:
         return
     clock: Clock = CudaClock() if options.gpu else CpuClock()
     path = options.json or RESULTS / f"linear-{slug(torch.cuda.get_device_name()) if options.gpu else 'cpu'}.json"
-    record = header(clock, 0, " ".join(["python -m bench.linear", *sys.argv[1:]]), 0) | {"rows": []}
+    record = header(clock, 0, " ".join(["python -m bench.linear", *sys.argv[1:]]), 0) | {"rows": [], "skipped": []}
     del record["copy_gb_per_s"]  # products bound the time, not copies
-    cases = ON_GPU if options.gpu else CASES
-    for case in cases:
-        record["rows"] += measure(case, clock, options.rounds)
-        record["complete"] = case == cases[-1]
+    sizes = ON_GPU if options.gpu else CASES
+    for case in sizes:
+        measure(case, clock, options.rounds, Result(record["rows"], record["skipped"]), seconds=60)
+        record["complete"] = case == sizes[-1]
         write_json(path, record)
-        lines = table(record).splitlines()
-        print(*(lines if case == cases[0] else lines[-1:]), sep="\n", flush=True)
+        lines = table(record["rows"]).splitlines()
+        print(*(lines if case == sizes[0] else lines[-1:]), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ def time_in_turns(jobs: dict[str, Job], clock: Clock, calls: int, until: float) 
     return times
 
 
+def short_calls(logits: int, clock: Clock) -> int:
+    """How often a call is timed a round."""
+    return min(clock.calls, max(1, 200_000 // logits))
+
+
 def timing(times: list[float], base: list[float] | None) -> dict[str, Any]:
     """Percentiles in microseconds and, where torch eager was measured in the same rounds, its time over this one's."""
     names = ("p20", "p50", "p80")
@@ -86,11 +91,13 @@ def rates(case: Case, mode: str, p50_us: float, copy_gb_per_s: float | None) -> 
 
 def counts(job: Job, case: Case, mode: str, clock: Clock) -> dict[str, Callable[[], Any]]:
     """How to get at memory, host time and launches, for the modes and shapes where they say something."""
-    found: dict[str, Callable[[], Any]] = dict.fromkeys(("peak_bytes", "host_us", "launches"), lambda: None)
+    found: dict[str, Callable[[], Any]] = dict.fromkeys(("peak_bytes", "host_us", "loop_us", "launches"), lambda: None)
     if mode in ("forward", "both"):
         found["peak_bytes"] = lambda: clock.peak_bytes(job)
     if case.logits < SMALL:
         found["host_us"] = lambda: clock.host_microseconds(job)
+    if mode == "step":  # prepares nothing, so a loop of calls is a training loop
+        found["loop_us"] = lambda: clock.loop_microseconds(job)
     if mode in ("both", "step"):
         found["launches"] = lambda: clock.launches(job)
     return found
@@ -122,8 +129,7 @@ def measure_mode(
                 lambda name=name, loss=loss: warm_up(JOBS[mode](loss, inputs, PROVIDERS[name].overwrites)),
             )
     jobs = {name: job for name, job in jobs.items() if job}
-    calls = min(20, max(1, 200_000 // case.logits))
-    times = time_in_turns(jobs, clock, calls, until)
+    times = time_in_turns(jobs, clock, short_calls(case.logits, clock), until)
     for name, job in jobs.items():
         point = {"provider": name, "mode": mode, "dtype": str(case.dtype)[6:], "shape": list(case.shape)}
         point |= {"operation": case.operation, "device": clock.device} | timing(times[name], times.get(BASE))
@@ -139,9 +145,14 @@ def measure_case(
     seconds: float,
     copy_gb_per_s: float | None = None,
     providers: Iterable[str] = tuple(PROVIDERS),
+    result: Result | None = None,
 ) -> Result:
-    """Every mode and provider of a case in about the time given; its tensors are freed on return."""
-    end, result, inputs = monotonic() + seconds, Result([], []), Inputs(case, clock.device)
+    """Every mode and provider of a case in about the time given; its tensors are freed on return.
+
+    `result` is added to mode by mode, for who is interrupted.
+    """
+    result = result or Result([], [])
+    end, inputs = monotonic() + seconds, Inputs(case, clock.device)
     losses = build(case, clock, result, providers, seconds)
     for number, mode in enumerate(case.modes):
         until = monotonic() + (end - monotonic()) / (len(case.modes) - number)

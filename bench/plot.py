@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
-from bench import figures, tables
+from bench import figures, linear, tables
 from softmax_fused.training.wording import plural
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +20,20 @@ README = ROOT / "README.md"
 IMAGES = Path("docs/images")
 
 NOT_ON_A_GPU = "**Not measured on a GPU yet.** `make bench-gpu` does, in one command."
+
+TITLES = {
+    "tests": "",
+    "loss": "The loss, torch eager's time over others':",
+    "softmax": "Softmax, torch eager's time over others':",
+    "copy": "Loss and gradient, or softmax and gradient, in percent of the rate of a copy, measured in the same run:",
+    "memory": "Peak memory of the same, beyond logits and target, in units of the logits:",
+    "launches": "Small batches, where launches and the host decide:",
+    "linear": "Linear layer, loss and gradients, torch's figures and what others take of them, below 1 is better:",
+    "epoch": "An epoch of softmax regression in the lab, 60,000 images in batches of 256, against a bare loop:",
+    "kernels": "Kernels in bfloat16: the time that bytes, at the copy's rate, issue slots and EX2 allow at least, and "
+    "the time taken:",
+    "absent": "",
+}
 
 PREDICTED = """### On an H200, predicted from the machine code, not measured
 `python bench/codegen.py` counts what the compiler makes of the kernels for sm_90 and says what bytes, issue slots and
@@ -56,13 +70,32 @@ def provenance(record: dict[str, Any]) -> str:
 def section(stem: str, record: dict[str, Any]) -> str:
     """A machine's tables and pictures."""
     points, on_gpu = record["points"], record["machine"]["device"] == "cuda"
-    parts = [provenance(record), tables.speed_table(points)]
-    parts += [tables.device_table(points) if on_gpu else tables.memory_sentence(points)]
+    parts = [provenance(record)]
+    parts += gpu_tables(record) if on_gpu else [tables.speed_table(points), tables.memory_sentence(points)]
     parts += [
         f"![Loss and gradient, times faster than torch, by shape of the logits]({IMAGES / name})"
         for name in figures.figure_names(stem, record)
     ]
     return "\n\n".join(filter(None, parts))
+
+
+def gpu_tables(record: dict[str, Any]) -> list[str]:
+    """What bench.gpu has found, a sentence before each table; parts that found nothing leave none."""
+    of_kind = {kind: [it for it in record["points"] if tables.kind(it) == kind] for kind in tables.KINDS}
+    compared = [*of_kind["loss"], *of_kind["softmax"]]
+    found = [
+        (TITLES["tests"], tables.tests_sentence(record["tests"]) if record.get("tests") else ""),
+        (TITLES["loss"], tables.speed_table(of_kind["loss"])),
+        (TITLES["softmax"], tables.speed_table(of_kind["softmax"])),
+        (TITLES["copy"], tables.provider_table(compared, tables.share_of_copy, "{:.0f}")),
+        (TITLES["memory"], tables.provider_table(compared, tables.in_logits, "{:.2f}")),
+        (TITLES["launches"], tables.launch_table([*of_kind["step"], *of_kind["loss"]])),
+        (TITLES["linear"], linear.table(record.get("linear", []))),
+        (TITLES["epoch"], tables.epoch_table(record.get("epoch", []))),
+        (TITLES["kernels"], tables.kernels_table(record.get("kernels", []))),
+        (TITLES["absent"], tables.absent_sentence(record)),
+    ]
+    return ["\n\n".join(filter(None, [title, table])) for title, table in found if table]
 
 
 def blocks(results: Path) -> dict[str, str]:
@@ -109,9 +142,7 @@ def write(results: Path = RESULTS, readme: Path = README) -> None:
     """Write tables and pictures."""
     readme.write_text(fill(readme.read_text(), blocks(results)))
     for stem, record in records(results).items():
-        for name in figures.figure_names(stem, record):
-            dtype = Path(name).stem.rpartition("-")[2]
-            figures.draw(readme.parent / IMAGES / name, record, dtype)
+        figures.draw_all(readme.parent / IMAGES, stem, record)
 
 
 if __name__ == "__main__":

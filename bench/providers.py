@@ -4,11 +4,12 @@ Liger-Kernel computes the gradient in the forward pass and writes it over the lo
 outside the timed region: users who need their logits afterwards pay for a copy that is not counted here.
 flash-attn's losses come per row; its mean is taken as its own module takes it. Only its Triton file is needed, so a
 folder with flash_attn/ops/triton/cross_entropy.py on PYTHONPATH will do where its CUDA extension is not built.
-Both need real folders: Triton reads the kernels' source, which it cannot do inside a wheel.
+All three need real folders: Triton and QuACK's compiler read the kernels' source, which they cannot do inside a wheel.
 """
 
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -65,9 +66,9 @@ def torch_compiled(case: Case, device: str) -> Loss:
 
 
 def rival(module: str, case: Case, device: str) -> ModuleType:
-    """Import a rival that has kernels for logits (N, C) on a GPU only."""
+    """Import a rival that has kernels for logits (N, C) on a GPU only; Triton's interpreter may run them, too."""
     name = module.partition(".")[0]
-    if device != "cuda":
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise Unavailable(f"{name} needs a GPU")
     if len(case.shape) != 2:
         raise Unavailable(f"{name} takes logits (N, C) only")
@@ -78,8 +79,14 @@ def rival(module: str, case: Case, device: str) -> ModuleType:
 
 
 def liger(case: Case, device: str) -> Loss:
-    module = rival("liger_kernel.transformers.functional", case, device)
+    module = rival(LIGER, case, device)
     return module.liger_cross_entropy if case.operation == "loss" else of_logits(along_last(module.liger_softmax))
+
+
+def quack(case: Case, device: str) -> Loss:
+    if case.operation == "loss":
+        return rival("quack.cross_entropy", case, device).cross_entropy
+    return of_logits(along_last(rival("quack.softmax", case, device).softmax))
 
 
 def along_last(softmax: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -97,6 +104,7 @@ def flash_attn(case: Case, device: str) -> Loss:
     return loss
 
 
+LIGER = "liger_kernel.transformers.functional"
 COMPILED = "torch.compile"
 PROVIDERS = {
     OURS: Provider(ours),
@@ -108,4 +116,5 @@ PROVIDERS = {
     COMPILED: Provider(torch_compiled),
     "Liger": Provider(liger, overwrites=True),
     "flash-attn": Provider(flash_attn),
+    "QuACK": Provider(quack),
 }

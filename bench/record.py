@@ -11,6 +11,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -25,11 +26,19 @@ from typing import Any
 import torch
 
 from bench.cases import Case
-from bench.clocks import Clock, copy_bandwidth
+from bench.clocks import Clock, CudaClock, copy_bandwidth
 from bench.measure import Result, attempt, measure_case
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = {"torch": "torch", "triton": "triton", "Liger": "liger_kernel", "flash-attn": "flash_attn"}
+PACKAGES = {
+    "torch": "torch",
+    "triton": "triton",
+    "Liger": "liger_kernel",
+    "flash-attn": "flash_attn",
+    "QuACK": "quack",
+}
+DISTRIBUTIONS = {"quack": "quack-kernels"}  # where pip calls it otherwise
+NO_TIME = "no time was left"
 
 
 def write_json(path: Path, content: object) -> None:
@@ -60,10 +69,10 @@ def driver() -> str | None:
     return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().partition("\n")[0] or None
 
 
-def machine(device: str) -> dict[str, Any]:
-    if device == "cuda":
-        return {"device": device, "name": torch.cuda.get_device_name(), "driver": driver()}
-    return {"device": device, "name": processor(), "threads": torch.get_num_threads()}
+def machine(clock: Clock) -> dict[str, Any]:
+    if isinstance(clock, CudaClock):
+        return {"device": "cuda", "name": clock.cuda.get_device_name(), "driver": driver()}
+    return {"device": clock.device, "name": processor(), "threads": torch.get_num_threads()}
 
 
 def version(module: str) -> str | None:
@@ -72,7 +81,7 @@ def version(module: str) -> str | None:
         return None
     own = getattr(sys.modules.get(module), "__version__", None)  # says more: 2.11.0+cu130
     try:
-        return own or importlib.metadata.version(module.replace("_", "-"))
+        return own or importlib.metadata.version(DISTRIBUTIONS.get(module, module.replace("_", "-")))
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
 
@@ -89,10 +98,14 @@ def company(processes: int) -> Iterator[None]:
             process.wait()
 
 
+def versions() -> dict[str, str | None]:
+    return {"python": platform.python_version()} | {name: version(it) for name, it in PACKAGES.items()}
+
+
 def header(clock: Clock, copy_gb_per_s: float, command: str, busy: int) -> dict[str, Any]:
     return {
-        "machine": machine(clock.device) | ({"busy": busy} if busy else {}),
-        "versions": {"python": platform.python_version()} | {name: version(it) for name, it in PACKAGES.items()},
+        "machine": machine(clock) | ({"busy": busy} if busy else {}),
+        "versions": versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": command,
         "copy_gb_per_s": round(copy_gb_per_s, 1),
@@ -103,25 +116,42 @@ def header(clock: Clock, copy_gb_per_s: float, command: str, busy: int) -> dict[
 def run(
     cases: Sequence[Case], clock: Clock, path: Path, minutes: float, command: str, copy_bytes: int, busy: int = 0
 ) -> dict[str, Any]:
-    """Measure case after case; each gets an equal share of the time that is left."""
+    """Measure a machine; returns what it wrote."""
     end = monotonic() + 60 * minutes
     bandwidth = copy_bandwidth(clock, copy_bytes)
     clock.release()
     record = header(clock, bandwidth, command, busy) | {"points": [], "skipped": []}
     print(f"{record['machine']['name']}: copy {bandwidth:,.0f} GB/s; writing {path}", flush=True)
+    measure_all(cases, clock, record, path, end - monotonic())
+    record["complete"] = True
+    write_json(path, record)
+    return record
+
+
+def measure_all(
+    cases: Sequence[Case], clock: Clock, record: dict[str, Any], path: Path, seconds: float, latest: float = math.inf
+) -> None:
+    """Measure case after case; each gets an equal share of the time that is left, and none begins after `latest`."""
+    begin = monotonic()
     for number, case in enumerate(cases):
         start = monotonic()
-        failed = Result([], [])
-        act = functools.partial(measure_case, case, clock, (end - start) / (len(cases) - number), bandwidth)
-        result = attempt(failed, case, "every provider", act) or failed
-        record["points"] += result.points
-        record["skipped"] += result.skipped
-        record["complete"] = number + 1 == len(cases)
-        write_json(path, record)  # before anything that a broken GPU would refuse
+        if start > begin + latest:
+            left = [{"provider": "every provider", "case": str(it), "reason": NO_TIME} for it in cases[number:]]
+            record["skipped"] += left
+            write_json(path, record)
+            return
+        result = Result([], [])
+        share = (begin + seconds - start) / (len(cases) - number)
+        act = functools.partial(measure_case, case, clock, share, record["copy_gb_per_s"] or None, result=result)
+        try:
+            attempt(result, case, "every provider", act)
+        finally:  # also of a case that is interrupted
+            record["points"] += result.points
+            record["skipped"] += result.skipped
+            write_json(path, record)  # before anything that a broken GPU would refuse
         gc.collect()
         clock.release()
         print(progress(case, result.points, monotonic() - start), flush=True)
-    return record
 
 
 def progress(case: Case, points: list[dict[str, Any]], seconds: float) -> str:

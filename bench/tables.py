@@ -8,6 +8,8 @@ from bench.formulas import BASE, OURS
 
 Point = dict[str, Any]
 ABSENT = "-"
+KINDS = ("loss", "softmax", "step")
+SMALL_LOGITS = 10_000  # up to so many the host decides
 PREDICTABLE_US = 50.0  # below, launching decides
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -77,6 +79,8 @@ def speed_line(row: Row, names: list[str]) -> list[str]:
 
 
 def speed_table(points: list[Point]) -> str:
+    if not points:
+        return ""
     names = providers(points)
     both = [f"both: {name.removeprefix(f'{OURS}, ')}{', time' if name == BASE else ''}" for name in names]
     titles = ["logits", "dtype", "forward: ours", "backward: ours", *both, "both: ours, time"]
@@ -103,22 +107,65 @@ def memory_sentence(points: list[Point]) -> str:
     return "\n".join(sentences)
 
 
-def device_table(points: list[Point]) -> str:
-    """What a GPU did meanwhile: rates, launches, memory, the host."""
-    names = [name for name in providers(points) if name.startswith(OURS) or name == BASE]
-    many = " / ".join(name.removeprefix(f"{OURS}, ") for name in names)
-    titles = ["logits", "dtype", f"GB/s: {many}", "% of copy", "peak memory, in logits", "launches", "host µs"]
-    lines = []
+def kind(point: Point) -> str:
+    """One of KINDS."""
+    return "step" if point["mode"] == "step" else point.get("operation", "loss")
+
+
+def share_of_copy(row: Row, provider: str) -> float | None:
+    return row.value(row.whole, provider, "percent_of_copy")
+
+
+def provider_table(points: list[Point], value: Callable[[Row, str], float | None], form: str) -> str:
+    """A figure of loss and gradient by case and provider, without providers that have none."""
+    lines = rows(points)
+    names = [name for name in providers(points) if any(value(row, name) is not None for row in lines)]
+    cells = [[row.name, row.dtype, *(show(value(row, name), form.format) for name in names)] for row in lines]
+    return markdown(["logits", "dtype", *names], cells) if names else ""
+
+
+def launch_table(points: list[Point]) -> str:
+    """Who waits for whom where a batch is small: the device alone, the host until it has enqueued, a training loop."""
+    figures = {"p50_us": "device, µs", "host_us": "host, µs", "loop_us": "in a loop, µs", "launches": "launches"}
+    names, cells = providers(points), []
     for row in rows(points):
+        for key, title in figures.items():
+            values = [row.value(row.whole, name, key) for name in names]
+            if prod(row.shape) <= SMALL_LOGITS and any(values):
+                cells.append([row.name, row.dtype, title, *(show(value, "{:,.0f}".format) for value in values)])
+    return markdown(["batch", "dtype", "", *names], cells) if cells else ""
 
-        def each(key: str, text: Callable[[float], str], row: Row = row) -> str:
-            return " / ".join(show(row.value(row.whole, name, key), text) for name in names)
 
-        memory = " / ".join(show(in_logits(row, name)) for name in names)
-        whole = "{:,.0f}".format
-        rates = each("gb_per_s", whole), each("percent_of_copy", whole)
-        lines.append([row.name, row.dtype, *rates, memory, each("launches", whole), each("host_us", whole)])
-    return markdown(titles, lines)
+def epoch_table(sides: list[dict[str, Any]]) -> str:
+    cells = [[it["side"], f"{it['seconds']:.3f} s", f"{it['to_bare_loop']:.2f}"] for it in sides]
+    return markdown(["", "time", "to the bare loop's"], cells) if cells else ""
+
+
+def kernels_table(kernels: list[dict[str, Any]]) -> str:
+    """What bench.codegen says that a kernel takes at least, at this machine's rate of copying, and what it took."""
+    cells = []
+    for kernel in kernels:
+        least, measured = kernel.get("predicted_us"), kernel["measured_us"]
+        at_least = ABSENT if least is None else f"{milliseconds(least)} ({kernel['bound']})"
+        name = f"({', '.join(map(str, kernel['shape']))})", kernel["kind"], kernel["mode"]
+        cells.append([*name, at_least, milliseconds(measured), show(least and measured / least)])
+    return markdown(["logits", "call", "launch", "at least", "measured", "times the least"], cells) if cells else ""
+
+
+def tests_sentence(found: dict[str, Any]) -> str:
+    counts = ", ".join(f"{number:,} {name}" for name, number in found["counts"].items()) or "none has run"
+    late = f"; {found['interrupted']} processes did not finish in time" if found["interrupted"] else ""
+    return f"Tests on this GPU: {counts}{late}."
+
+
+def absent_sentence(record: dict[str, Any]) -> str:
+    """Parts that did not succeed, and who could not do which cases, with the reasons."""
+    reasons = {name: [part["error"]] for name, part in record.get("parts", {}).items() if part["error"]}
+    for skip in record["skipped"]:
+        known = reasons.setdefault(skip["provider"], [])
+        known += [skip["reason"]] if skip["reason"] not in known else []
+    said = [f"{name} ({'; '.join(' '.join(reason.split()) for reason in why)})" for name, why in reasons.items()]
+    return f"Not measured, or not all of it: {'; '.join(said)}." if said else ""
 
 
 def predicted_table(kernels: list[dict[str, Any]]) -> str:

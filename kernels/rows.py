@@ -161,15 +161,15 @@ def locate_rows(
 
 
 @triton.jit
-def addresses(tensor, base, j, c, rows):
-    """Return the addresses of a block: of the classes c or, where it lies as the first tensor does, of positions j."""
+def block_offsets(tensor, base, j, c, rows):
+    """Return the offsets of a block: of the classes c or, where it lies as the first tensor does, of positions j."""
     if tensor.strides is None:
-        address = tensor.ptr + base + j
+        offset = base + j
     elif len(c.shape) == 3:
-        address = tensor.ptr + base + c.to(tl.int64) * tensor.strides[len(rows.sizes)]
+        offset = base + c.to(tl.int64) * tensor.strides[len(rows.sizes)]
     else:
-        address = tensor.ptr + base[None, :] + c.to(tl.int64) * tensor.strides[len(rows.sizes)]
-    return address
+        offset = base[None, :] + c.to(tl.int64) * tensor.strides[len(rows.sizes)]
+    return offset
 
 
 @triton.jit
@@ -208,20 +208,20 @@ def edge_places(segment, rows, LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_tile(address, mask, OTHER: tl.constexpr, CLASSES: tl.constexpr, LANES: tl.constexpr):
+def load_tile(ptr, offsets, mask, OTHER: tl.constexpr, CLASSES: tl.constexpr, LANES: tl.constexpr):
     """Load a block of a tile.
 
-    Where classes are adjacent: flattening the addresses makes Triton assign one row to each thread; with the 2-D shape
-    it vectorises along classes, and every reduction of a row needs shuffles. The loads' sectors come through the L1
-    cache; stores, not treated so, are rearranged. Blocks of four classes or fewer are left alone: there rows are
-    adjacent, or next to it.
+    Where classes are adjacent: flattening the offsets makes Triton assign one row to each thread; with the 2-D shape it
+    vectorises along classes, and every reduction of a row needs shuffles. The loads' sectors come through the L1 cache;
+    stores, not treated so, are rearranged. Blocks of four classes or fewer are left alone: there rows are adjacent, or
+    next to it.
     """
     if CLASSES > 4:
-        flat = tl.reshape(address, (CLASSES * LANES,))
-        z = tl.load(flat, mask=tl.reshape(mask, (CLASSES * LANES,)), other=OTHER)
+        flat = tl.reshape(offsets, (CLASSES * LANES,))
+        z = tl.load(ptr + flat, mask=tl.reshape(mask, (CLASSES * LANES,)), other=OTHER)
         z = tl.reshape(z, (CLASSES, LANES))
     else:
-        z = tl.load(address, mask=mask, other=OTHER)
+        z = tl.load(ptr + offsets, mask=mask, other=OTHER)
     return z
 
 
@@ -248,16 +248,17 @@ def load_block(
     base, second_base, _, segment = places
     j, c, class_mask, mask = block_places(start, segment, rows, CLASSES, LANES, VECTOR)
     if VECTOR == 0:
-        z = load_tile(addresses(first, base, j, c, rows), mask, OTHER, CLASSES, LANES).to(ACC)
+        z = load_tile(first.ptr, block_offsets(first, base, j, c, rows), mask, OTHER, CLASSES, LANES).to(ACC)
         t = z
         if PAIRED:
-            t = load_tile(addresses(second, second_base, j, c, rows), mask, 0.0, CLASSES, LANES).to(ACC)
+            t = load_tile(second.ptr, block_offsets(second, second_base, j, c, rows), mask, 0.0, CLASSES, LANES).to(ACC)
     else:
         class_mask = mask & segment[6]
         z = load_vectors(first.ptr + base + j, class_mask, OTHER, EVICT, FILLED).to(ACC)
         t = z
         if PAIRED:
-            t = load_vectors(addresses(second, second_base, j, c, rows), class_mask, 0.0, EVICT, FILLED).to(ACC)
+            address = second.ptr + block_offsets(second, second_base, j, c, rows)
+            t = load_vectors(address, class_mask, 0.0, EVICT, FILLED).to(ACC)
         if FILLED:
             class_mask = tl.full(z.shape, True, tl.int1)
     return z, t, c, class_mask
@@ -276,7 +277,7 @@ def load_edge(
     z = tl.load(first.ptr + base + j, mask=mask, other=OTHER).to(ACC)
     t = z
     if PAIRED:
-        t = tl.load(addresses(second, second_base, j, c, rows), mask=mask, other=0.0).to(ACC)
+        t = tl.load(second.ptr + block_offsets(second, second_base, j, c, rows), mask=mask, other=0.0).to(ACC)
     return z, t, c, mask
 
 
@@ -338,9 +339,9 @@ def store_block(
     j, c, _, mask = block_places(start, places[3], rows, CLASSES, LANES, VECTOR)
     y = convert(y, out.ptr.dtype.element_ty)
     if FILLED:
-        tl.store(addresses(out, places[2], j, c, rows), y, eviction_policy=EVICT)
+        tl.store(out.ptr + block_offsets(out, places[2], j, c, rows), y, eviction_policy=EVICT)
     else:
-        tl.store(addresses(out, places[2], j, c, rows), y, mask=mask, eviction_policy=EVICT)
+        tl.store(out.ptr + block_offsets(out, places[2], j, c, rows), y, mask=mask, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -385,4 +386,4 @@ def map_rows(
         j, c, mask = edge_places(segment, rows, LANES, VECTOR)
         edge = load_edge(tensors, rows, places, OTHER, PAIRED, ACC, LANES, VECTOR)
         y = BODY(edge, context, tensors[1], KIND, ACC)
-        tl.store(addresses(out, places[2], j, c, rows), convert(y, out.ptr.dtype.element_ty), mask=mask)
+        tl.store(out.ptr + block_offsets(out, places[2], j, c, rows), convert(y, out.ptr.dtype.element_ty), mask=mask)

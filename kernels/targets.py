@@ -78,7 +78,7 @@ def smoothed_target(
 
     SUMMED: the caller adds up a row's a, which may lie across lanes.
     """
-    a = valid * smoothing_per_class
+    a = rounded_product(valid, smoothing_per_class)
     if target.weight_ptr is None:
         a = tl.where(mask, a, 0.0)
     if KIND == "probabilities":

@@ -213,6 +213,8 @@ MUTANTS = {
     "rows: arguments are not checked": Mutant("softmax_fused/_fallback.py", "    if suspect:", "    if False:", ("row_outputs",)),
     "architecture: an import that goes up": Mutant("softmax_fused/_spec.py", "    from torch import Tensor\n", "    from torch import Tensor\n\n    from softmax_fused.functional import loss  # noqa: F401\n", ("architecture",)),
     "patch: no lock": Mutant(PATCHING, "lock = threading.Lock()", "import contextlib\nlock = contextlib.nullcontext()"),
+    "a part of the benchmark that fails ends the others": Mutant("bench/parts.py", 'error = f"{type(problem).__name__}: {problem}"', "raise", ("bench_gpu",)),
+    "a forward pass's tiles swept for its backward pass": Mutant("bench/sweep.py", "found.clear()", "pass", ("bench_gpu",)),
 }  # fmt: skip
 
 

@@ -13,49 +13,17 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity
 
-from bench import figures, formulas, measure, memory, plot, providers, record, tables
+from bench import codegen, dry_run, figures, formulas, measure, memory, plot, providers, record, tables
 from bench.cases import JOBS, STEP, Case, Inputs, Job
 from bench.clocks import CpuClock, CudaClock, copy_bandwidth, count_launches
 
 TINY = Case((4, 6), torch.float32)
 
 
-class FakeCuda:
-    """Stands in for torch.cuda: every call takes 2 ms and allocates 64 bytes."""
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None: ...
-
-        def synchronize(self) -> None: ...
-
-        def elapsed_time(self, end: object) -> float:
-            return 2.0
-
-    def __init__(self) -> None:
-        self.released = 0
-
-    def synchronize(self) -> None: ...
-
-    def reset_peak_memory_stats(self) -> None: ...
-
-    def memory_allocated(self) -> int:
-        return 36
-
-    def max_memory_allocated(self) -> int:
-        return 100
-
-    def empty_cache(self) -> None:
-        self.released += 1
-
-
 @pytest.fixture
 def cuda_clock() -> CudaClock:
-    return CudaClock("cpu", FakeCuda(), ProfilerActivity.CPU, flush_bytes=64)
+    return dry_run.make_clock()
 
 
 def make_point(provider: str, ratio: float, mode: str = "both", **more: Any) -> dict[str, Any]:
@@ -276,27 +244,27 @@ def test_write_json_leaves_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(case: Case, *_: object) -> measure.Result:
+    def stopped(case: Case, *_: object, result: measure.Result) -> None:
+        result.points.append(make_point("ours", 1.0))
         if case == STEP:
             raise KeyboardInterrupt
-        return measure.Result([make_point("ours", 1.0)], [])
 
     monkeypatch.setattr(record, "measure_case", stopped)
     path = tmp_path / "cpu.json"
     with pytest.raises(KeyboardInterrupt):
         record.run([TINY, STEP], CpuClock(), path, 0, "python -m bench.cpu", 1000)
     kept = json.loads(path.read_text())
-    assert (len(kept["points"]), kept["complete"]) == (1, False)
+    assert (len(kept["points"]), kept["complete"]) == (2, False)
     assert kept["machine"]["threads"] == torch.get_num_threads()
     assert kept["versions"]["torch"] == torch.__version__
     assert "The run was stopped" in plot.provenance(kept)
 
 
 def test_a_case_too_large_for_the_machine_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_memory(case: Case, *_: object) -> measure.Result:
+    def out_of_memory(case: Case, *_: object, result: measure.Result) -> None:
         if case == TINY:
             raise torch.OutOfMemoryError("tried to allocate")
-        return measure.Result([make_point("ours", 1.0)], [])
+        result.points.append(make_point("ours", 1.0))
 
     monkeypatch.setattr(record, "measure_case", out_of_memory)
     written = record.run([TINY, STEP], CpuClock(), tmp_path / "cpu.json", 0, "python -m bench.cpu", 1000)
@@ -332,12 +300,25 @@ def test_speed_table_keeps_losing_rows_and_marks_the_fastest() -> None:
     ]
 
 
-def test_device_table() -> None:
-    assert tables.device_table(POINTS[:5]).splitlines() == [
-        "| logits | dtype | GB/s: ours / torch | % of copy | peak memory, in logits | launches | host µs |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| (8, 1000) | float32 | 6 / 6 | 50 / 50 | 1.00 / 3.00 | 3 / 6 | 40 / 20 |",
+def test_a_table_of_one_figure_by_provider() -> None:
+    assert tables.provider_table(POINTS[:5], tables.share_of_copy, "{:.0f}").splitlines() == [
+        "| logits | dtype | ours | Liger | torch |",
+        "| --- | --- | --- | --- | --- |",
+        "| (8, 1000) | float32 | 50 | 50 | 50 |",
     ]
+    no_memory = [make_point("Liger", 1.0, peak_bytes=None), make_point("torch", 1.0)]
+    assert tables.provider_table(no_memory, tables.in_logits, "{:.2f}").splitlines()[0] == "| logits | dtype | torch |"
+    assert tables.provider_table(no_memory[:1], tables.in_logits, "{:.2f}") == ""
+
+
+def test_launch_table_has_the_small_batches() -> None:
+    points = [make_point(name, 1.0, "step", shape=[256, 10], host_us=40.4, loop_us=90.0) for name in ("ours", "torch")]
+    assert tables.launch_table([*points, make_point("ours", 1.0, shape=[60_000, 10])]).splitlines()[2:] == [
+        "| training step, 784 → 10, batch 256 | float32 | device, µs | 100 | 100 |",
+        "| training step, 784 → 10, batch 256 | float32 | host, µs | 40 | 40 |",
+        "| training step, 784 → 10, batch 256 | float32 | in a loop, µs | 90 | 90 |",
+    ]
+    assert tables.launch_table([]) == ""
 
 
 def test_memory_sentence() -> None:
@@ -364,6 +345,27 @@ def test_predicted_table() -> None:
     assert tables.predicted_table([*others, KERNEL]).splitlines()[2:] == [
         "| (8192, 32000) | bfloat16 | indices | both | 32 | 12.7 | 2.10 | 0.26 ms (bytes) |"
     ]
+
+
+def test_kernels_beside_their_predictions() -> None:
+    row = {"kernel": "softmax_forward", "mode": "forward", "shape": [8, 1000], "kind": "softmax", "measured_us": 300.0}
+    assert tables.kernels_table([row | {"predicted_us": 240.0, "bound": "bytes"}, row]).splitlines()[2:] == [
+        "| (8, 1000) | softmax | forward | 0.24 ms (bytes) | 0.30 ms | 1.25 |",
+        "| (8, 1000) | softmax | forward | - | 0.30 ms | - |",
+    ]
+
+
+def test_a_kernel_is_predicted_for_a_machine_that_copies_so_fast() -> None:
+    assert codegen.predict(KERNEL, bytes_per_us=1e6) == {"predicted_us": 1048.58, "bound": "bytes"}
+    assert codegen.predict(KERNEL, bytes_per_us=1e9)["bound"] == "EX2"
+
+
+def test_what_is_absent_is_said_once() -> None:
+    skipped = [{"provider": "Liger", "case": case, "reason": "needs\n a GPU"} for case in "ab"]
+    parts = {"step": {"seconds": 1.0, "error": None}, "epoch": {"seconds": 3.0, "error": "KeyError: 'x'"}}
+    said = tables.absent_sentence({"parts": parts, "skipped": skipped})
+    assert said == "Not measured, or not all of it: epoch (KeyError: 'x'); Liger (needs a GPU)."
+    assert tables.absent_sentence({"skipped": []}) == ""
 
 
 @pytest.fixture

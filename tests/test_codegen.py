@@ -21,7 +21,8 @@ from bench.machine_code import Code, Loop, count, inner_loops
 ROOT = Path(__file__).parents[1]
 OUTPUT = {"sm_80": "cubin", "sm_90": "cubin", "sm_100": "cubin", "gfx942": "hsaco"}
 KERNELS = {
-    *(f"cross_entropy_{name}" for name in ("forward", "backward", "reduce", "weights", "combine")),
+    *(f"cross_entropy_{name}" for name in ("forward", "backward", "forward_backward", "reduce", "weights")),
+    "cross_entropy_combine",
     "cross_entropy_terms",
     "cross_entropy_from_terms",
     *(f"{name}_{mode}" for name in ("softmax", "row_outputs") for mode in ("forward", "backward")),
@@ -139,7 +140,7 @@ def test_long_rows_stay_within_limits(folder: Path) -> None:
     problems = []
     for record in loops:
         instructions, ex2 = elements[record["dtype"], record["mode"]]
-        assert record["kernel"] == f"cross_entropy_{'backward' if record['mode'] == 'backward' else 'forward'}"
+        assert record["kernel"] == f"cross_entropy_{record['mode'].replace('both', 'forward_backward')}"
         assert record["instructions_per_element"] > 0
         assert record["ex2_per_element"] >= 1
         assert record["predicted_us"] > 0

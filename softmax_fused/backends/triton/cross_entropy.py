@@ -61,7 +61,7 @@ def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save
     """Compute the loss; with `save` also what `gradient` needs: row statistics, and the denominator of a mean."""
     rows = describe(logits, target)
     logits_strides, target_strides = rows.strides
-    tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, **load_of(weight, spec))
+    tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, **load_of(spec))
     parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
     out = outputs(logits, weight, spec, 1 if parts > 1 else programs, save)
     target_layout = target_of(target, weight, spec, target_strides, logits_strides, tile)
@@ -132,9 +132,7 @@ def fill_gradient(
         upstream = upstream.expand((*logits.shape[: min(logits.ndim - 1, 1)], *logits.shape[2:]))
     rows = describe(logits, target, grad, upstream)
     logits_strides, target_strides, grad_strides, upstream_strides = rows.strides
-    tile, programs = plan(
-        rows, logits.itemsize, tiles.tables.one_pass, logits_strides, grad_strides, **load_of(weight, spec)
-    )
+    tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, grad_strides, **load_of(spec))
     parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
     tensors = LossTensors(
         Strided(logits, logits_strides),
@@ -159,7 +157,7 @@ def loss_and_gradient(
     splitting them over programs, as `loss` does, is faster.
     """
     rows = describe(logits, target)
-    load = load_of(weight, spec)
+    load = load_of(spec)
     tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, rows.strides[0], **load)
     if tile.lanes and split_rows(programs, rows.classes, tile.classes) > 1:
         return *loss(logits, target, weight, spec, save=True), None

@@ -57,9 +57,9 @@ def plan(
     return tile, math.prod(rows.sizes[:-1]) * -(-rows.sizes[-1] // tile.rows)
 
 
-def load_of(weight: Tensor | None, spec: Spec) -> dict[str, Any]:
-    """Return how many rows the loss reads at once, and whether weights of all classes take registers."""
-    return {"streams": 2 if spec.target.dense else 1, "crowded": weight is not None and spec.has_dense_target}
+def load_of(spec: Spec) -> dict[str, Any]:
+    """Return how many rows the loss reads at once, and whether a target of all classes takes registers."""
+    return {"streams": 2 if spec.target.dense else 1, "crowded": spec.has_dense_target}
 
 
 def accumulator(dtype: torch.dtype) -> Any:

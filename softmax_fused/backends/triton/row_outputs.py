@@ -49,7 +49,7 @@ def forward(
     """Compute the outputs asked for and, with `save`, what `gradient` needs."""
     rows = describe(logits, target)
     logits_strides, target_strides = rows.strides
-    load = load_of(weight, options.spec)
+    load = load_of(options.spec)
     load["crowded"] |= "entropy" in options.outputs
     tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, **load)
     out = options.allocate(logits)
@@ -73,7 +73,7 @@ def gradient(
     rows = describe(logits, target, grad, *given)
     logits_strides, target_strides, grad_strides, *some = rows.strides
     upstream_strides = iter(some)
-    load = load_of(weight, options.spec)
+    load = load_of(options.spec)
     load["crowded"] |= upstream[2] is not None
     tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, grad_strides, **load)
     target_layout = target_of(target, weight, options, as_first(logits_strides, target_strides, tile))

@@ -45,7 +45,7 @@ def statistics(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
         return torch_vocab_parallel.statistics(logits, target, weight, spec)
     rows = describe(logits, target)
     logits_strides, target_strides = rows.strides
-    tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, **load_of(weight, spec))
+    tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, **load_of(spec))
     number = math.prod(rows.sizes)
     parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
     out = logits.new_empty((5 if spec.has_dense_target else 3, number, parts), dtype=spec.acc)
