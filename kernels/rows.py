@@ -358,6 +358,11 @@ def map_rows(
     OTHER: tl.constexpr = 0.0 if KIND == "gradient" or KIND == "log gradient" else float("-inf")
     out = tensors[2]
     segment = places[3]
+    if VECTOR > 0:
+        j, c, mask = edge_places(segment, rows, LANES, VECTOR)
+        edge = load_edge(tensors, rows, places, OTHER, PAIRED, ACC, LANES, VECTOR)
+        y = BODY(edge, context, tensors[1], KIND, ACC)
+        tl.store(out.ptr + block_offsets(out, places[2], j, c, rows), convert(y, out.ptr.dtype.element_ty), mask=mask)
     if WHOLE:
         y = BODY(whole, context, tensors[1], KIND, ACC)
         store_block(y, segment[0], out, rows, places, EVICT, False, CLASSES, LANES, VECTOR)
@@ -382,8 +387,3 @@ def map_rows(
                 )  # fmt: skip
                 y = BODY(block, context, tensors[1], KIND, ACC)
                 store_block(y, start, out, rows, places, EVICT, True, CLASSES, LANES, VECTOR)
-    if VECTOR > 0:
-        j, c, mask = edge_places(segment, rows, LANES, VECTOR)
-        edge = load_edge(tensors, rows, places, OTHER, PAIRED, ACC, LANES, VECTOR)
-        y = BODY(edge, context, tensors[1], KIND, ACC)
-        tl.store(out.ptr + block_offsets(out, places[2], j, c, rows), convert(y, out.ptr.dtype.element_ty), mask=mask)

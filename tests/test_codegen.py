@@ -180,8 +180,8 @@ def test_inner_loops_are_found_and_counted() -> None:
 def test_elements_pass_the_widest_loop_that_reads_and_the_widest_that_also_writes() -> None:
     reads, narrow = Loop(9, 1, 0, 0, 256, (128, 128), 0), Loop(50, 1, 0, 0, 512, (16,) * 32, 0)
     writes, fills = Loop(9, 1, 0, 0, 128, (128, 128), 1), Loop(3, 0, 0, 0, 0, (128,), 1)
-    assert Code(32, 0, 0, [narrow, reads, fills, writes]).element_loops() == [reads, writes]
-    assert Code(32, 0, 0, [fills]).element_loops() == []
+    assert Code(32, 0, 0, [narrow, reads, fills, writes], narrow).element_loops() == [reads, writes]
+    assert Code(32, 0, 0, [fills], fills).element_loops() == []
     sums = Loop(40, 0, 0, 0, 256, (128,) * 2, 0)
-    assert Code(32, 0, 0, [sums, reads]).element_loops() == [reads]
-    assert Code(32, 0, 0, [sums]).element_loops() == [sums]  # float64 has no EX2
+    assert Code(32, 0, 0, [sums, reads], sums).element_loops() == [reads]
+    assert Code(32, 0, 0, [sums], sums).element_loops() == [sums]  # float64 has no EX2
