@@ -361,8 +361,8 @@ def map_rows(
     if VECTOR > 0:
         j, c, mask = edge_places(segment, rows, LANES, VECTOR)
         edge = load_edge(tensors, rows, places, OTHER, PAIRED, ACC, LANES, VECTOR)
-        y = BODY(edge, context, tensors[1], KIND, ACC)
-        tl.store(out.ptr + block_offsets(out, places[2], j, c, rows), convert(y, out.ptr.dtype.element_ty), mask=mask)
+        at_edge = convert(BODY(edge, context, tensors[1], KIND, ACC), out.ptr.dtype.element_ty)
+        tl.store(out.ptr + block_offsets(out, places[2], j, c, rows), at_edge, mask=mask)
     if WHOLE:
         y = BODY(whole, context, tensors[1], KIND, ACC)
         store_block(y, segment[0], out, rows, places, EVICT, False, CLASSES, LANES, VECTOR)
