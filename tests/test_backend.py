@@ -141,8 +141,8 @@ def test_all_kernels_are_interpreted_or_none() -> None:
     program = (
         "import os, torch, softmax_fused\nsoftmax_fused.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]))\n"
         "del os.environ['TRITON_INTERPRET']\n"
-        "from softmax_fused.kernels import cross_entropy as a, row_outputs as b, slices as c, softmax as d\n"
-        "kernels = a.cross_entropy_forward, b.row_outputs_forward, c.cross_entropy_close, d.softmax_forward\n"
+        "from softmax_fused.kernels import cross_entropy as a, row_outputs as b, vocab_parallel as c, softmax as d\n"
+        "kernels = a.cross_entropy_forward, b.row_outputs_forward, c.cross_entropy_from_terms, d.softmax_forward\n"
         "print(*{type(kernel).__name__ for kernel in kernels})"
     )
     assert run(program, TRITON_INTERPRET="1") == "InterpretedFunction"

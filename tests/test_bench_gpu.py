@@ -82,7 +82,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("interpreted", "rivals", "signals", "hasty", "here")
 def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(figures, "draw", lambda path, *_: write_json(path, "a picture"))
-    counted = {"kernel": "softmax_long_forward", "target": "sm_90", "dtype": "bfloat16", "shape": [2, 300]}
+    counted = {"kernel": "softmax_forward", "target": "sm_90", "dtype": "bfloat16", "shape": [2, 300]}
     counted |= {"kind": "softmax", "mode": "forward", "instructions_per_element": 9.0, "ex2_per_element": 1.0}
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(plot, "ROOT", tmp_path)
@@ -373,19 +373,19 @@ def test_dry_run_of_the_sweep(
 ) -> None:
     sweep.reads.cache_clear()
     path = tmp_path / "sweep.json"
-    arguments = ["--tables", "one_pass", "softmax_backward", "row_block", "--rows", "4096"]
+    arguments = ["--tables", "one_pass", "two_pass", "row_block", "--rows", "4096"]
     assert sweep.main(["--dry-run", "--json", str(path), "--minutes", "0", *arguments]) == 0
     record = json.loads(path.read_text())
     assert record["complete"]
     assert not record["skipped"]
     assert [(row["table"], row["row"], [name for name, _ in row["calls"]]) for row in record["rows"]] == [
         ("one_pass", 0, ["loss", "gradient"]),
-        ("softmax_backward", 0, ["softmax, gradient"]),
+        ("two_pass", 0, ["loss and gradient", "softmax"]),
     ]
     assert all(len(row["tried"]) == 2 and row["tried"][1]["speed"] == 1 for row in record["rows"])
     said = capsys.readouterr().out
-    assert "one_pass, rows up to 4,096 bytes: [4096, 1, 1] 1.00 | [4096, 1, 2] 1.00 | 4 not tried" in said
-    assert "    one_pass: tuple[LongTile, ...] = (\n        LongTile(4096, 1, 1),\n" in said
+    assert "one_pass, rows up to 4,096 bytes: [4096, 1, 2] 1.00 | [4096, 1, 4] 1.00 | 6 not tried" in said
+    assert "    one_pass: tuple[LongTile, ...] = (\n        LongTile(4096, 1, 2),\n" in said
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -406,7 +406,7 @@ def test_the_best_row_is_printed_and_one_that_fails_is_left_out(
     monkeypatch.setattr(sweep, "with_value", lambda target, value, job: job)
     path = tmp_path / "sweep.json"
     assert sweep.main(["--dry-run", "--json", str(path), "--tables", "one_pass", "--rows", "inf"]) == 0
-    assert "LongTile(math.inf, 16, 2),  # 4.00 times as fast as LongTile(math.inf, 4, 2)" in capsys.readouterr().out
+    assert "LongTile(math.inf, 16, 4),  # 4.00 times as fast as LongTile(math.inf, 4, 4)" in capsys.readouterr().out
 
 
 def test_a_new_table_is_swept_without_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,13 +417,13 @@ def test_a_new_table_is_swept_without_a_change(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tiles.module, "tables", Tables())
     found = sweep.targets(None, None)
     assert [target.name for target in found] == ["new, rows up to 1,024 bytes", "new, longer rows", "few"]
-    assert found[1].shapes(sweep.Sizes(4096, ())) == ((2, 1024),)
+    assert found[1].shapes(sweep.Sizes(4096, ())) == ((2, 704),)
     assert sweep.targets(["new"], [math.inf]) == [found[1]]
     assert tiles.parse("new=2048:2:2,inf:4:1") == ("new", (Row(2048, 2, 2), Row(math.inf, 4, 1)))
 
 
 def test_a_backward_pass_is_swept_by_what_it_reads_itself(interpreted: None) -> None:
     sweep.reads.cache_clear()
-    assert "softmax_backward" in sweep.reads("softmax, gradient", (2, 300), "cpu")
-    assert "two_pass" not in sweep.reads("softmax, gradient", (2, 300), "cpu")
-    assert "two_pass" in sweep.reads("softmax", (2, 300), "cpu")
+    assert "one_pass" in sweep.reads("gradient", (2, 300), "cpu")
+    assert "two_pass" not in sweep.reads("gradient", (2, 300), "cpu")
+    assert "two_pass" in sweep.reads("loss and gradient", (2, 300), "cpu")
