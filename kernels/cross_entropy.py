@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .math import convert, expm1, exponential, log1p, lowest
+from .math import convert, expm1, exponential, log1p, lowest, rounded_product
 from .online import (
     broadcast_lanes,
     broadcast_rows,
@@ -60,12 +60,18 @@ def update_loss_state(state, block, context, target, KIND: tl.constexpr, ACC: tl
             target_logit += lane_sum(tl.where(is_target, z, 0.0))
     m_new, s = online_softmax_update(m, s, z, others)
     if KIND == "probabilities" or target.smoothing is not None:
+        dot = shift_dot(dot, total, m - m_new)
+    if KIND == "probabilities" or (target.smoothing is not None and target.weight_ptr is not None):
         a = smoothed_target(
             t, broadcast_rows(valid, z), confidence, smoothing_per_class, target, c, class_mask, True, KIND, ACC
         )  # fmt: skip
-        dot = shift_dot(dot, total, m - m_new)
         dot += lane_sum(tl.where(a == 0.0, 0.0, a * (z - broadcast_lanes(m_new, z))))
         total += lane_sum(a)
+    elif target.smoothing is not None:  # the same a for all classes
+        a = rounded_product(valid, smoothing_per_class)
+        shifted = lane_sum(tl.where(class_mask, z - broadcast_lanes(m_new, z), 0.0))
+        dot += tl.where(a == 0.0, 0.0, rounded_product(a, shifted))
+        total += rounded_product(a, lane_sum(tl.where(class_mask, 1.0, 0.0).to(ACC)))
     return m_new, s, total, dot, target_logit
 
 
@@ -223,10 +229,9 @@ def cross_entropy_forward(
     # a tile's gradient may be written over logits that another thread has yet to read
     KEEP: tl.constexpr = VECTOR > 0 or tensors.grad is not None
     context = (label, valid, confidence, smoothing_per_class, KEEP)
-    FIRST_PASS: tl.constexpr = "" if tensors.grad is None else "evict_last"
     whole = load_whole(tensors, rows, places, float("-inf"), DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR)
     state = reduce_rows(
-        update_loss_state, fresh_state(LANES, ACC), context, whole, tensors, rows, places, KIND, DENSE, FIRST_PASS, ACC,
+        update_loss_state, fresh_state(LANES, ACC), context, whole, tensors, rows, places, KIND, DENSE, ACC,
         WHOLE, CLASSES, LANES, VECTOR,
     )  # fmt: skip
     state = merge_lanes(state, label, tensors.logits, places[0], rows, KEEP, VECTOR, ACC)

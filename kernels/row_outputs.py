@@ -159,8 +159,7 @@ def row_outputs_forward(
     state = (fresh_state(LANES, ACC), tl.zeros((LANES,), ACC), least, tl.zeros((LANES,), tl.int32))
     whole = load_whole(tensors, rows, places, float("-inf"), DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR)
     loss_state, u, best, index = reduce_rows(
-        update_row_state, state, context, whole, tensors, rows, places, KIND, DENSE, "", ACC, WHOLE, CLASSES, LANES,
-        VECTOR,
+        update_row_state, state, context, whole, tensors, rows, places, KIND, DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR,
     )  # fmt: skip
     m, s, _, _, _ = loss_state
     loss_state = merge_lanes(loss_state, label, tensors.logits, places[0], rows, VECTOR > 0, VECTOR, ACC)

@@ -296,13 +296,14 @@ def load_whole(
 @triton.jit
 def reduce_rows(
     BODY: tl.constexpr, state, context, whole, tensors, rows, places, KIND: tl.constexpr, PAIRED: tl.constexpr,
-    EVICT: tl.constexpr, ACC: tl.constexpr, WHOLE: tl.constexpr, CLASSES: tl.constexpr, LANES: tl.constexpr,
+    ACC: tl.constexpr, WHOLE: tl.constexpr, CLASSES: tl.constexpr, LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Take the program's rows into the state, block by block, and return it.
 
     BODY(state, block, context, second tensor, KIND, ACC) returns the state after a block.
     """
+    EVICT: tl.constexpr = "" if tensors[2] is None else "evict_last"  # rows with an output are read a second time
     OTHER: tl.constexpr = 0.0 if KIND == "gradient" or KIND == "log gradient" else float("-inf")
     segment = places[3]
     if VECTOR > 0:

@@ -58,7 +58,7 @@ def softmax_forward(
     whole = load_whole(tensors, rows, places, float("-inf"), False, ACC, WHOLE, CLASSES, LANES, VECTOR)
     m, s = reduce_rows(
         update_softmax_state, (lowest(LANES, ACC), tl.zeros((LANES,), ACC)), (label,), whole, tensors, rows, places,
-        KIND, False, "evict_last", ACC, WHOLE, CLASSES, LANES, VECTOR,
+        KIND, False, ACC, WHOLE, CLASSES, LANES, VECTOR,
     )  # fmt: skip
     if VECTOR > 0:
         row_max = tl.max(m, axis=0)
@@ -115,7 +115,7 @@ def softmax_backward(
     whole = load_whole(tensors, rows, places, 0.0, True, ACC, WHOLE, CLASSES, LANES, VECTOR)
     state = reduce_rows(
         add_inner_product, (tl.zeros((LANES,), ACC),), (label,), whole, tensors, rows, places,
-        KIND, True, "evict_last", ACC, WHOLE, CLASSES, LANES, VECTOR,
+        KIND, True, ACC, WHOLE, CLASSES, LANES, VECTOR,
     )  # fmt: skip
     product = state[0]
     if VECTOR > 0:

@@ -122,3 +122,19 @@ def test_no_module_is_named_like_a_function_that_its_package_exports(package: st
     imports = [node for node in MODULES[package].body if isinstance(node, ast.ImportFrom)]
     functions = {alias.name for node in imports for alias in node.names if f"{node.module}.{alias.name}" not in MODULES}
     assert not {name for name in functions if f"{package}.{name}" in MODULES}
+
+
+def kernel_functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{path.name}: {node.name}", node
+
+
+def test_device_functions_are_short() -> None:
+    long = {
+        name: (len(node.args.args), node.end_lineno - node.lineno + 1)
+        for name, node in kernel_functions()
+        if node.end_lineno
+    }
+    assert not {name: sizes for name, sizes in long.items() if sizes[0] > 14 or sizes[1] > 60}

@@ -69,7 +69,6 @@ class Tables(NamedTuple):
     )
     whole_row_bytes: int = 32768  # long rows of up to so many bytes stay in registers, if they fill three quarters
     whole_row_lane_classes: int = 32  # so many classes of such a row are a thread's
-    crowded_lane_classes: int = 16  # of a block, where each class of a long row takes several registers
     whole_strided_classes: int = 8  # the most classes that lie apart and stay in registers from the load to the store
     target_programs: int = 512  # these keep every SM of the largest GPUs busy: below, tiles shrink and rows are split
     single_program_rows: int = 256  # rows that one program takes at once, so that loss and reduction are one launch
@@ -106,7 +105,7 @@ def long_tile(
 ) -> Tile:
     """Return the tile for one long row; `streams` such rows are read at once.
 
-    `crowded`: what a kernel keeps of each class leaves registers for fewer.
+    `crowded`: what a kernel keeps of each class leaves registers for half as many.
     """
     vector = VECTOR_BYTES // itemsize
     block = max(power_of_2(classes // vector), WARP) * vector
@@ -114,7 +113,7 @@ def long_tile(
         lanes = max(WARP, block * max(streams, 1 + crowded) // tables.whole_row_lane_classes)
         return Tile(1, block, lanes // WARP, lanes, vector, True)
     warps, vectors = next(entry[1:] for entry in table if classes * itemsize * streams <= entry.row_bytes)
-    vectors = min(vectors, max(1, tables.crowded_lane_classes // vector)) if crowded else vectors
+    vectors = max(1, vectors // 2) if crowded else vectors
     warps = min(warps, 16) if itemsize == 8 else warps  # 32 warps leave a thread 64 registers: float64 needs more
     return Tile(1, vectors * vector * WARP * warps, warps, WARP * warps, vector)
 
