@@ -171,7 +171,7 @@ def make_slice_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
 def name_of(kernel: Any, arguments: dict[str, Any]) -> str:
     """Return a kernel's name; the loss's forward kernel that also writes the gradient has one of its own."""
     name: str = kernel.fn.__name__
-    with_gradient = name == "cross_entropy_forward" and arguments["tensors"].grad is not None
+    with_gradient = name == "cross_entropy_forward" and arguments["tensors"].out.ptr is not None
     return f"{name}_backward" if with_gradient else name
 
 

@@ -29,14 +29,6 @@ from .rows import count_rows, load_whole, locate_rows, map_rows, program_rows, r
 from .targets import class_weight, denominator_share, read_labels, smoothed_target, smoothing_terms
 
 
-class LossTensors(NamedTuple):
-    """The tensors with a class dimension, as the host passes them; the gradient is None where it is not wanted."""
-
-    logits: Any
-    target: Any
-    grad: Any
-
-
 class Saved(NamedTuple):
     """What the loss saved for its gradient, as the host passes it."""
 
@@ -52,7 +44,7 @@ def update_loss_state(state, block, context, target, KIND: tl.constexpr, ACC: tl
     label, valid, confidence, smoothing_per_class, KEEP = context
     others = z
     if KIND != "probabilities" and (
-        len(z.shape) == 2 or z.shape[2] == 1
+        len(z.shape) == 2 or z.shape[len(z.shape) - 1] == 1
     ):  # no block of a long row has the target class
         is_target = c == broadcast_rows(label, z)
         others = tl.where(is_target, float("-inf"), z)
@@ -186,7 +178,7 @@ def loss_gradient(block, context, target, KIND: tl.constexpr, ACC: tl.constexpr)
             t, broadcast_rows(valid, z), confidence, smoothing_per_class, target, c, class_mask, False, KIND, ACC
         )  # fmt: skip
         grad -= broadcast_rows(g, z) * a
-    if KIND != "probabilities" and (len(z.shape) == 2 or z.shape[2] == 1):
+    if KIND != "probabilities" and (len(z.shape) == 2 or z.shape[len(z.shape) - 1] == 1):
         grad = tl.where(c == broadcast_rows(label, z), broadcast_rows(at_target, z), grad)
     if len(z.shape) == 2:
         grad = tl.where(broadcast_rows(valid, z) == 0.0, 0.0, grad)  # a tile's ignored rows have been read
@@ -215,35 +207,34 @@ def cross_entropy_forward(
 ):  # fmt: skip
     """Loss of each row (rows,) for "none", else their sum or mean; statistics of each row for backward.
 
-    With tensors.grad also the gradient for an upstream gradient of 1. With out.partials_ptr the state of parts of rows,
+    With tensors.out also the gradient for an upstream gradient of 1. With out.partials_ptr the state of parts of rows,
     and nothing else.
     Bytes: logits and dense targets once, with the gradient a second time from a cache unless WHOLE; gradient written
     once; 12 or 16 a row saved.
     """
     DENSE: tl.constexpr = KIND == "probabilities"
-    target = tensors.target
     outer, row, row_mask, row_index = program_rows(rows, tl.program_id(0), LANES, VECTOR)
-    confidence, smoothing_per_class = smoothing_terms(target, rows.classes, ACC)
-    label, valid = read_labels(target, outer, row, row_mask, rows, ignore_index, KIND, ACC)
+    confidence, smoothing_per_class = smoothing_terms(tensors.second, rows.classes, ACC)
+    label, valid = read_labels(tensors.second, outer, row, row_mask, rows, ignore_index, KIND, ACC)
     places = locate_rows(tensors, outer, row, row_mask, label, valid != 0.0, rows, DENSE, CLASSES, VECTOR)
     # a tile's gradient may be written over logits that another thread has yet to read
-    KEEP: tl.constexpr = VECTOR > 0 or tensors.grad is not None
+    KEEP: tl.constexpr = VECTOR > 0 or tensors.out.ptr is not None
     context = (label, valid, confidence, smoothing_per_class, KEEP)
     whole = load_whole(tensors, rows, places, float("-inf"), DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR)
     state = reduce_rows(
         update_loss_state, fresh_state(LANES, ACC), context, whole, tensors, rows, places, KIND, DENSE, ACC,
         WHOLE, CLASSES, LANES, VECTOR,
     )  # fmt: skip
-    state = merge_lanes(state, label, tensors.logits, places[0], rows, KEEP, VECTOR, ACC)
+    state = merge_lanes(state, label, tensors.first, places[0], rows, KEEP, VECTOR, ACC)
     if out.partials_ptr is not None:
-        store_partials(out.partials_ptr, state, row_index, row_mask, rows, target, KIND)
+        store_partials(out.partials_ptr, state, row_index, row_mask, rows, tensors.second, KIND)
     else:
-        row_max, log_s, total, loss, log_p = finalize_rows(state, label, valid, confidence, target, ACC)
-        weight = denominator_share(label, valid, target, ACC)
-        if tensors.grad is not None:
+        row_max, log_s, total, loss, log_p = finalize_rows(state, label, valid, confidence, tensors.second, ACC)
+        weight = denominator_share(label, valid, tensors.second, ACC)
+        if tensors.out.ptr is not None:
             g = mean_factor(out, weight, row_mask, rows, REDUCTION, KIND, WEIGHT_PARTS, ACC) + valid * 0.0
             context = gradient_context(
-                row_max, log_s, total, log_p, g, label, valid, confidence, smoothing_per_class, target, ACC
+                row_max, log_s, total, log_p, g, label, valid, confidence, smoothing_per_class, tensors.second, ACC
             )  # fmt: skip
             map_rows(
                 loss_gradient, context, whole, tensors, rows, places, KIND, DENSE, "evict_first", ACC,
@@ -251,7 +242,7 @@ def cross_entropy_forward(
             )  # fmt: skip
         store_losses(
             out, row_index, row_mask, count_rows(rows), row_max, log_s, total, log_p, loss, weight,
-            DENSE or target.weight_ptr is not None, REDUCTION, KIND,
+            DENSE or tensors.second.weight_ptr is not None, REDUCTION, KIND,
         )  # fmt: skip
 
 
@@ -314,25 +305,25 @@ def cross_entropy_backward(
 ):  # fmt: skip
     """Gradient of the logits from the saved row statistics: g * (A * exp(z - m - log s) - a).
 
-    GRAD_PRECOMPUTED: tensors.grad holds the gradient for an upstream gradient of 1 already; rows where it is 1 are left
+    GRAD_PRECOMPUTED: tensors.out holds the gradient for an upstream gradient of 1 already; rows where it is 1 are left
     as they are. Bytes: logits read once, gradient written once, dense targets read once, 12 or 16 a row of statistics.
     """
     DENSE: tl.constexpr = KIND == "probabilities"
-    target = tensors.target
     outer, row, row_mask, row_index = program_rows(rows, tl.program_id(0), LANES, VECTOR)
     g = tl.load(upstream.ptr + value_offsets(outer, row, rows, upstream.strides), mask=row_mask, other=0.0).to(ACC)
     if GRAD_PRECOMPUTED:
         row_mask = row_mask & (g != 1.0)
     if saved.denominator_ptr is not None:
         g = g / tl.load(saved.denominator_ptr)
-    confidence, smoothing_per_class = smoothing_terms(target, rows.classes, ACC)
-    label, valid = read_labels(target, outer, row, row_mask, rows, ignore_index, KIND, ACC)
+    confidence, smoothing_per_class = smoothing_terms(tensors.second, rows.classes, ACC)
+    label, valid = read_labels(tensors.second, outer, row, row_mask, rows, ignore_index, KIND, ACC)
     places = locate_rows(tensors, outer, row, row_mask, label, valid != 0.0, rows, DENSE, CLASSES, VECTOR)
     row_max, log_s, total, log_p = load_statistics(
-        saved.stats_ptr, row_index, row_mask, count_rows(rows), valid, DENSE or target.weight_ptr is not None, KIND
+        saved.stats_ptr, row_index, row_mask, count_rows(rows), valid,
+        DENSE or tensors.second.weight_ptr is not None, KIND,
     )  # fmt: skip
     context = gradient_context(
-        row_max, log_s, total, log_p, g, label, valid, confidence, smoothing_per_class, target, ACC
+        row_max, log_s, total, log_p, g, label, valid, confidence, smoothing_per_class, tensors.second, ACC
     )  # fmt: skip
     whole = load_whole(tensors, rows, places, float("-inf"), DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR)
     map_rows(

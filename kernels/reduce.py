@@ -79,10 +79,11 @@ def cross_entropy_weights(
     """Sum of the target classes' weights over every num_programs-th tile of rows: parts of a mean's denominator."""
     inner = rows.sizes[len(rows.sizes) - 1]
     tiles = count_rows(rows) // inner * tl.cdiv(inner, LANES)
+    KIND: tl.constexpr = "indices"  # other kinds of targets do not weigh a mean
     weights = tl.zeros((LANES,), tl.float64)
-    for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), tiles.to(tl.int32), tl.num_programs(0)):
         outer, row, row_mask, _ = program_rows(rows, tile, LANES, 0)
-        label, valid = read_labels(target, outer, row, row_mask, rows, ignore_index, "indices", ACC)
+        label, valid = read_labels(target, outer, row, row_mask, rows, ignore_index, KIND, ACC)
         weights += tl.where(row_mask, denominator_share(label, valid, target, ACC), 0.0).to(tl.float64)
     tl.store(out.weights_ptr + tl.program_id(0), tl.sum(weights, axis=0))
     if tl.program_id(0) == 0:

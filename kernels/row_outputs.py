@@ -90,7 +90,7 @@ def update_row_state(
     if ENTROPY:
         m_new = loss_state[0]
         others = x
-        if KIND != "probabilities" and (len(z.shape) == 2 or z.shape[2] == 1):
+        if KIND != "probabilities" and (len(z.shape) == 2 or z.shape[len(z.shape) - 1] == 1):
             others = tl.where(c == broadcast_rows(loss_context[0], z), float("-inf"), x)
         y = others - broadcast_lanes(m_new, others)
         e = exponential(y)
@@ -144,10 +144,9 @@ def row_outputs_forward(
 ):  # fmt: skip
     """Outputs of a program's rows. Bytes: logits and dense targets once, 20 a row saved."""
     DENSE: tl.constexpr = KIND == "probabilities"
-    target = tensors.target
     outer, row, row_mask, row_index = program_rows(rows, tl.program_id(0), LANES, VECTOR)
-    confidence, smoothing_per_class = smoothing_terms(target, rows.classes, ACC)
-    label, valid = read_labels(target, outer, row, row_mask, rows, ignore_index, KIND, ACC)
+    confidence, smoothing_per_class = smoothing_terms(tensors.second, rows.classes, ACC)
+    label, valid = read_labels(tensors.second, outer, row, row_mask, rows, ignore_index, KIND, ACC)
     read = valid != 0.0  # an ignored row is not, where only its loss is asked for
     if (out.logsumexp is not None or out.prediction is not None) or out.entropy is not None:
         read = row_mask
@@ -162,16 +161,16 @@ def row_outputs_forward(
         update_row_state, state, context, whole, tensors, rows, places, KIND, DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR,
     )  # fmt: skip
     m, s, _, _, _ = loss_state
-    loss_state = merge_lanes(loss_state, label, tensors.logits, places[0], rows, VECTOR > 0, VECTOR, ACC)
+    loss_state = merge_lanes(loss_state, label, tensors.first, places[0], rows, VECTOR > 0, VECTOR, ACC)
     if VECTOR > 0:
         delta = m - loss_state[0]
         u = tl.sum(rounded_product(shift_dot(u, s, delta), exponential(delta)), axis=0) + tl.zeros((1,), ACC)
         index = tl.min(tl.where(best == tl.max(best, axis=0), index, 2147483647), axis=0) + tl.zeros((1,), tl.int32)
     else:
-        x_target = tl.where(label >= 0, transform_logits(loss_state[4], target, ACC), float("-inf"))
+        x_target = tl.where(label >= 0, transform_logits(loss_state[4], tensors.second, ACC), float("-inf"))
         loss_state = (loss_state[0], loss_state[1], loss_state[2], loss_state[3], x_target)
     store_row_outputs(
-        out, loss_state, u, index, row_index, row_mask, label, valid, confidence, target, rows, ACC
+        out, loss_state, u, index, row_index, row_mask, label, valid, confidence, tensors.second, rows, ACC
     )  # fmt: skip
 
 
@@ -212,7 +211,7 @@ def row_gradient(block, context, target, KIND: tl.constexpr, ACC: tl.constexpr):
         if target.weight_ptr is not None:
             a = tl.where(broadcast_rows(valid, z) == 0.0, 0.0, a)  # an infinite weight's is NaN in ignored rows
         grad -= broadcast_rows(g_loss, z) * a
-    if KIND != "probabilities" and (len(z.shape) == 2 or z.shape[2] == 1):
+    if KIND != "probabilities" and (len(z.shape) == 2 or z.shape[len(z.shape) - 1] == 1):
         grad = tl.where(c == broadcast_rows(label, z), broadcast_rows(at_target, z), grad)
     return tl.where(broadcast_rows(wanted, z) != 0, grad * transform_slope(x, target, ACC), 0.0)
 
@@ -227,10 +226,9 @@ def row_outputs_backward(
     HAS_LOSS: tl.constexpr = upstream.loss is not None
     HAS_ENTROPY: tl.constexpr = upstream.entropy is not None
     DENSE: tl.constexpr = KIND == "probabilities" and HAS_LOSS
-    target = tensors.target
     outer, row, row_mask, row_index = program_rows(rows, tl.program_id(0), LANES, VECTOR)
-    terms = smoothing_terms(target, rows.classes, ACC)
-    label, valid = read_labels(target, outer, row, row_mask, rows, ignore_index, KIND, ACC)
+    terms = smoothing_terms(tensors.second, rows.classes, ACC)
+    label, valid = read_labels(tensors.second, outer, row, row_mask, rows, ignore_index, KIND, ACC)
     g_loss = load_upstream(upstream.loss, outer, row, row_mask, rows, ACC)
     g_lse = load_upstream(upstream.logsumexp, outer, row, row_mask, rows, ACC)
     g_entropy = load_upstream(upstream.entropy, outer, row, row_mask, rows, ACC)
@@ -245,7 +243,7 @@ def row_outputs_backward(
     # no digit of the target class cancels where the row is confident; g_loss * 0 would be NaN times an infinite A
     nothing = tl.zeros(row_mask.shape, ACC)
     at_target = probability_gradient(log_p, nothing, entropy, nothing, g_lse, g_entropy, HAS_ENTROPY)
-    at_target += target_gradient(log_p, total, g_loss, label, terms[0], terms[1], target, ACC)
+    at_target += target_gradient(log_p, total, g_loss, label, terms[0], terms[1], tensors.second, ACC)
     context = (
         row_max, log_s, total, entropy, g_loss, g_lse, g_entropy, at_target, wanted.to(tl.int32), label, valid, terms,
         (HAS_LOSS, HAS_ENTROPY),

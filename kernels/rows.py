@@ -38,6 +38,14 @@ class Strided(NamedTuple):
     strides: Any
 
 
+class Tensors(NamedTuple):
+    """The tensors with a class dimension, as the host passes them; one with neither where there is none."""
+
+    first: Any  # the logits, or the softmax
+    second: Any  # the target, or the upstream gradient
+    out: Any  # the gradient, or the softmax
+
+
 @triton.jit
 def count_rows(rows):
     """Return the number of rows."""
@@ -146,17 +154,17 @@ def locate_rows(
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Return where the rows of the three tensors begin, and the segment that the program goes over."""
-    offset = row_offsets(outer, row, rows, tensors[0].strides)
+    offset = row_offsets(outer, row, rows, tensors.first.strides)
     segment = row_segment(offset, row_mask, target_class, read, rows, CLASSES, VECTOR)
     base = offset
     if VECTOR > 0:
         base = offset // VECTOR * VECTOR
     second_base = base
     if PAIRED:
-        second_base = base_offset(tensors[1], base, outer, row, rows)
+        second_base = base_offset(tensors.second, base, outer, row, rows)
     out_base = base
-    if tensors[2] is not None:
-        out_base = base_offset(tensors[2], base, outer, row, rows)
+    if tensors.out.ptr is not None:
+        out_base = base_offset(tensors.out, base, outer, row, rows)
     return base, second_base, out_base, segment
 
 
@@ -165,7 +173,7 @@ def block_offsets(tensor, base, j, c, rows):
     """Return the offsets of a block: of the classes c or, where it lies as the first tensor does, of positions j."""
     if tensor.strides is None:
         offset = base + j
-    elif len(c.shape) == 3:
+    elif len(c.shape) == 1:
         offset = base + c.to(tl.int64) * tensor.strides[len(rows.sizes)]
     else:
         offset = base[None, :] + c.to(tl.int64) * tensor.strides[len(rows.sizes)]
@@ -173,20 +181,18 @@ def block_offsets(tensor, base, j, c, rows):
 
 
 @triton.jit
-def block_places(start, segment, rows, CLASSES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Return a block's positions and classes, which classes exist, and which elements."""
+def block_places(start, segment, rows, CLASSES: tl.constexpr, VECTOR: tl.constexpr):
+    """Return a block's positions and classes, which classes exist, and which elements; of a long row all (CLASSES,)."""
     if VECTOR == 0:
         j = (start + tl.arange(0, CLASSES))[:, None]
         c = j
         class_mask = c < rows.classes
         mask = class_mask & segment[2][None, :]
     else:
-        REPEATS: tl.constexpr = CLASSES // (LANES * VECTOR)
-        vector = start + (tl.arange(0, REPEATS)[:, None] * LANES + tl.arange(0, LANES)[None, :]) * VECTOR
-        filled = (vector < segment[2]) & (vector != segment[3])
-        j = vector[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
+        j = start + tl.arange(0, CLASSES)
         c = j - segment[4]
-        class_mask = tl.broadcast_to(filled[:, :, None], (REPEATS, LANES, VECTOR))
+        vector = start + tl.arange(0, CLASSES) // VECTOR * VECTOR
+        class_mask = (vector < segment[2]) & (vector != segment[3])
         mask = class_mask
     return j, c, class_mask, mask
 
@@ -204,7 +210,7 @@ def edge_places(segment, rows, LANES: tl.constexpr, VECTOR: tl.constexpr):
     c = j - head_offset
     mask = mask & (c >= 0) & (c < rows.classes) & has_edge
     c = tl.where(mask, c, -2)  # no class: not even a row's that has none
-    return j[None, :, None], c[None, :, None], mask[None, :, None]
+    return j, c, mask
 
 
 @triton.jit
@@ -226,13 +232,19 @@ def load_tile(ptr, offsets, mask, OTHER: tl.constexpr, CLASSES: tl.constexpr, LA
 
 
 @triton.jit
-def load_vectors(address, mask, OTHER: tl.constexpr, EVICT: tl.constexpr, FILLED: tl.constexpr):
-    """Load a block of a long row: without a mask where it is FILLED."""
+def load_vectors(
+    address, mask, OTHER: tl.constexpr, EVICT: tl.constexpr, FILLED: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Load a block of a long row: without a mask where it is FILLED.
+
+    Loaded as a vector and then reshaped: so Triton 3.6, too, gives every thread a lane, and nothing is exchanged.
+    """
     if FILLED:
         z = tl.load(address, eviction_policy=EVICT)
     else:
         z = tl.load(address, mask=mask, other=OTHER, eviction_policy=EVICT)
-    return z
+    return tl.reshape(z, (z.shape[0] // (LANES * VECTOR), LANES, VECTOR))
 
 
 @triton.jit
@@ -244,21 +256,26 @@ def load_block(
 
     Returns both (a placeholder for what is not PAIRED), the block's classes, and which of them exist and are read.
     """
-    first, second, _ = tensors
     base, second_base, _, segment = places
-    j, c, class_mask, mask = block_places(start, segment, rows, CLASSES, LANES, VECTOR)
+    j, c, class_mask, mask = block_places(start, segment, rows, CLASSES, VECTOR)
     if VECTOR == 0:
-        z = load_tile(first.ptr, block_offsets(first, base, j, c, rows), mask, OTHER, CLASSES, LANES).to(ACC)
+        z = load_tile(
+            tensors.first.ptr, block_offsets(tensors.first, base, j, c, rows), mask, OTHER, CLASSES, LANES
+        ).to(ACC)
         t = z
         if PAIRED:
-            t = load_tile(second.ptr, block_offsets(second, second_base, j, c, rows), mask, 0.0, CLASSES, LANES).to(ACC)
+            offsets = block_offsets(tensors.second, second_base, j, c, rows)
+            t = load_tile(tensors.second.ptr, offsets, mask, 0.0, CLASSES, LANES).to(ACC)
     else:
         class_mask = mask & segment[6]
-        z = load_vectors(first.ptr + base + j, class_mask, OTHER, EVICT, FILLED).to(ACC)
+        address = tensors.first.ptr + base + j
+        z = load_vectors(address, class_mask, OTHER, EVICT, FILLED, LANES, VECTOR).to(ACC)
         t = z
         if PAIRED:
-            address = second.ptr + block_offsets(second, second_base, j, c, rows)
-            t = load_vectors(address, class_mask, 0.0, EVICT, FILLED).to(ACC)
+            address = tensors.second.ptr + block_offsets(tensors.second, second_base, j, c, rows)
+            t = load_vectors(address, class_mask, 0.0, EVICT, FILLED, LANES, VECTOR).to(ACC)
+        c = tl.reshape(c, (CLASSES // (LANES * VECTOR), LANES, VECTOR))
+        class_mask = tl.reshape(class_mask, (CLASSES // (LANES * VECTOR), LANES, VECTOR))
         if FILLED:
             class_mask = tl.full(z.shape, True, tl.int1)
     return z, t, c, class_mask
@@ -270,15 +287,15 @@ def load_edge(
     LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """As `load_block`, of a long row's edge, an element a lane."""
-    first, second, _ = tensors
     base, second_base, _, segment = places
     j, c, mask = edge_places(segment, rows, LANES, VECTOR)
     mask = mask & segment[6]
-    z = tl.load(first.ptr + base + j, mask=mask, other=OTHER).to(ACC)
+    z = tl.load(tensors.first.ptr + base + j, mask=mask, other=OTHER).to(ACC)
     t = z
     if PAIRED:
-        t = tl.load(second.ptr + block_offsets(second, second_base, j, c, rows), mask=mask, other=0.0).to(ACC)
-    return z, t, c, mask
+        address = tensors.second.ptr + block_offsets(tensors.second, second_base, j, c, rows)
+        t = tl.load(address, mask=mask, other=0.0).to(ACC)
+    return z[None, :, None], t[None, :, None], c[None, :, None], mask[None, :, None]
 
 
 @triton.jit
@@ -303,18 +320,18 @@ def reduce_rows(
 
     BODY(state, block, context, second tensor, KIND, ACC) returns the state after a block.
     """
-    EVICT: tl.constexpr = "" if tensors[2] is None else "evict_last"  # rows with an output are read a second time
+    EVICT: tl.constexpr = "" if tensors.out.ptr is None else "evict_last"  # rows with an output are read a second time
     OTHER: tl.constexpr = 0.0 if KIND == "gradient" or KIND == "log gradient" else float("-inf")
     segment = places[3]
     if VECTOR > 0:
         edge = load_edge(tensors, rows, places, OTHER, PAIRED, ACC, LANES, VECTOR)
-        state = BODY(state, edge, context, tensors[1], KIND, ACC)
+        state = BODY(state, edge, context, tensors.second, KIND, ACC)
     if WHOLE:
-        state = BODY(state, whole, context, tensors[1], KIND, ACC)
+        state = BODY(state, whole, context, tensors.second, KIND, ACC)
     elif VECTOR == 0:
         for start in range(0, rows.classes, CLASSES):
             block = load_block(start, tensors, rows, places, OTHER, PAIRED, EVICT, ACC, False, CLASSES, LANES, VECTOR)
-            state = BODY(state, block, context, tensors[1], KIND, ACC)
+            state = BODY(state, block, context, tensors.second, KIND, ACC)
     else:
         for part in range(2):
             low, high, end = stretch(part, segment, CLASSES)
@@ -322,12 +339,12 @@ def reduce_rows(
                 block = load_block(
                     start, tensors, rows, places, OTHER, PAIRED, EVICT, ACC, True, CLASSES, LANES, VECTOR
                 )  # fmt: skip
-                state = BODY(state, block, context, tensors[1], KIND, ACC)
+                state = BODY(state, block, context, tensors.second, KIND, ACC)
             for start in range(high, tl.where(segment[6], end, high), CLASSES):
                 block = load_block(
                     start, tensors, rows, places, OTHER, PAIRED, EVICT, ACC, False, CLASSES, LANES, VECTOR
                 )  # fmt: skip
-                state = BODY(state, block, context, tensors[1], KIND, ACC)
+                state = BODY(state, block, context, tensors.second, KIND, ACC)
     return state
 
 
@@ -337,8 +354,10 @@ def store_block(
     CLASSES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Store a block of the output: without a mask where it is FILLED."""
-    j, c, _, mask = block_places(start, places[3], rows, CLASSES, LANES, VECTOR)
+    j, c, _, mask = block_places(start, places[3], rows, CLASSES, VECTOR)
     y = convert(y, out.ptr.dtype.element_ty)
+    if VECTOR > 0:
+        y = tl.reshape(y, (CLASSES,))
     if FILLED:
         tl.store(out.ptr + block_offsets(out, places[2], j, c, rows), y, eviction_policy=EVICT)
     else:
@@ -357,21 +376,21 @@ def map_rows(
     under way do not fit into it.
     """
     OTHER: tl.constexpr = 0.0 if KIND == "gradient" or KIND == "log gradient" else float("-inf")
-    out = tensors[2]
     segment = places[3]
     if VECTOR > 0:
         j, c, mask = edge_places(segment, rows, LANES, VECTOR)
         edge = load_edge(tensors, rows, places, OTHER, PAIRED, ACC, LANES, VECTOR)
-        at_edge = convert(BODY(edge, context, tensors[1], KIND, ACC), out.ptr.dtype.element_ty)
-        tl.store(out.ptr + block_offsets(out, places[2], j, c, rows), at_edge, mask=mask)
+        at_edge = convert(BODY(edge, context, tensors.second, KIND, ACC), tensors.out.ptr.dtype.element_ty)
+        at_edge = tl.reshape(at_edge, (LANES,))
+        tl.store(tensors.out.ptr + block_offsets(tensors.out, places[2], j, c, rows), at_edge, mask=mask)
     if WHOLE:
-        y = BODY(whole, context, tensors[1], KIND, ACC)
-        store_block(y, segment[0], out, rows, places, EVICT, False, CLASSES, LANES, VECTOR)
+        y = BODY(whole, context, tensors.second, KIND, ACC)
+        store_block(y, segment[0], tensors.out, rows, places, EVICT, False, CLASSES, LANES, VECTOR)
     elif VECTOR == 0:
         for start in range(0, rows.classes, CLASSES):
             block = load_block(start, tensors, rows, places, OTHER, PAIRED, EVICT, ACC, False, CLASSES, LANES, VECTOR)
-            y = BODY(block, context, tensors[1], KIND, ACC)
-            store_block(y, start, out, rows, places, EVICT, False, CLASSES, LANES, VECTOR)
+            y = BODY(block, context, tensors.second, KIND, ACC)
+            store_block(y, start, tensors.out, rows, places, EVICT, False, CLASSES, LANES, VECTOR)
     else:
         for part in range(2):
             low, high, end = stretch(1 - part, segment, CLASSES)
@@ -379,12 +398,12 @@ def map_rows(
                 block = load_block(
                     start, tensors, rows, places, OTHER, PAIRED, EVICT, ACC, False, CLASSES, LANES, VECTOR
                 )  # fmt: skip
-                y = BODY(block, context, tensors[1], KIND, ACC)
-                store_block(y, start, out, rows, places, EVICT, False, CLASSES, LANES, VECTOR)
+                y = BODY(block, context, tensors.second, KIND, ACC)
+                store_block(y, start, tensors.out, rows, places, EVICT, False, CLASSES, LANES, VECTOR)
             for at in range(low, high, CLASSES):
                 start = low + high - CLASSES - at
                 block = load_block(
                     start, tensors, rows, places, OTHER, PAIRED, EVICT, ACC, True, CLASSES, LANES, VECTOR
                 )  # fmt: skip
-                y = BODY(block, context, tensors[1], KIND, ACC)
-                store_block(y, start, out, rows, places, EVICT, True, CLASSES, LANES, VECTOR)
+                y = BODY(block, context, tensors.second, KIND, ACC)
+                store_block(y, start, tensors.out, rows, places, EVICT, True, CLASSES, LANES, VECTOR)

@@ -6,22 +6,12 @@ backward: y * (g - <g, y>) from y = softmax;  g - exp(y) * sum(g) from y = log s
 Outputs and gradients may have another type than the input.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from .math import exponential, lowest, rounded_product
 from .online import broadcast_rows, lane_sum, online_softmax_update
 from .rows import load_whole, locate_rows, map_rows, program_rows, reduce_rows
-
-
-class SoftmaxTensors(NamedTuple):
-    """The tensors, as the host passes them: input, None, output; or output, upstream gradient, the input's gradient."""
-
-    first: Any
-    second: Any
-    out: Any
 
 
 @triton.jit

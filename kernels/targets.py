@@ -54,7 +54,12 @@ def class_weight(target, c, mask, ACC: tl.constexpr):
     """Return w at the classes c, or 1 where there are no weights."""
     w = tl.full(c.shape, 1.0, ACC)
     if target.weight_ptr is not None:
-        w = tl.load(target.weight_ptr + c, mask=mask, other=0.0).to(ACC)
+        if len(c.shape) == 3:  # loaded as a vector, as the logits are
+            SIZE: tl.constexpr = c.shape[0] * c.shape[1] * c.shape[2]
+            w = tl.load(target.weight_ptr + tl.reshape(c, (SIZE,)), mask=tl.reshape(mask, (SIZE,)), other=0.0)
+            w = tl.reshape(w, c.shape).to(ACC)
+        else:
+            w = tl.load(target.weight_ptr + c, mask=mask, other=0.0).to(ACC)
     return w
 
 

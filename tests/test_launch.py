@@ -81,7 +81,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def record(kernel: Any, programs: int, warps: int, device: torch.device, *args: Any) -> None:
         arguments = dict(zip(kernel.arg_names, args, strict=True))
-        with_gradient = kernel.fn.__name__ == "cross_entropy_forward" and arguments["tensors"].grad is not None
+        with_gradient = kernel.fn.__name__ == "cross_entropy_forward" and arguments["tensors"].out.ptr is not None
         names.append(kernel.fn.__name__ + ("_backward" if with_gradient else ""))
         real(kernel, programs, warps, device, *args)
 

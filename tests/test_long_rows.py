@@ -102,6 +102,20 @@ def test_minus_infinity_and_the_lowest_numbers(kernels: Place, monkeypatch: pyte
     assert_right(kernels, logits.requires_grad_(), target, reduction="none")
 
 
+@pytest.mark.parametrize("options", [{}, {"grad_in_forward": True}], ids=["apart", "together"])
+@pytest.mark.parametrize("classes", [10, 1000, 1500])
+def test_nan_at_the_target_class_alone(kernels: Place, classes: int, options: dict[str, bool]) -> None:
+    logits = make_logits((3, classes), torch.float32, kernels.device).detach()
+    target = torch.tensor([classes // 2, classes - 1, 0], device=kernels.device)
+    logits[0, classes // 2] = torch.nan
+    logits.requires_grad_()
+    loss = cross_entropy(logits, target, reduction="sum", backend="triton", **options)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert loss.isnan()
+    assert grad.isnan().all(1).tolist() == [True, False, False]
+    assert not grad[1:].isnan().any()
+
+
 def test_ignored_rows_are_not_read(kernels: Place) -> None:
     logits = make_logits((4, 1501), torch.float32, kernels.device).detach()
     logits[1:3] = torch.nan

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from softmax_fused.backends.triton import launch, tiles
-from softmax_fused.backends.triton.launch import accumulator, as_first, ignored, load_of, plan, target_of
+from softmax_fused.backends.triton.launch import NO_TENSOR, accumulator, as_first, ignored, load_of, plan, target_of
 from softmax_fused.backends.triton.layout import describe
 from softmax_fused.backends.triton.tiles import power_of_2, split_rows
 from softmax_fused.kernels.cross_entropy import (
-    LossTensors,
     Saved,
     cross_entropy_backward,
     cross_entropy_combine,
     cross_entropy_forward,
 )
 from softmax_fused.kernels.reduce import LossOutputs, cross_entropy_reduce, cross_entropy_weights
-from softmax_fused.kernels.rows import RowLayout, Strided
+from softmax_fused.kernels.rows import RowLayout, Strided, Tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +64,7 @@ def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save
     parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
     out = outputs(logits, weight, spec, 1 if parts > 1 else programs, save)
     target_layout = target_of(target, weight, spec, target_strides, logits_strides, tile)
-    tensors = LossTensors(Strided(logits, logits_strides), target_layout, None)
+    tensors = Tensors(Strided(logits, logits_strides), target_layout, NO_TENSOR)
     layout = RowLayout(rows.sizes, rows.classes, parts)
     constants = (spec.ignore_index, spec.reader, spec.reduction, accumulator(spec.acc))
     if parts > 1:
@@ -134,7 +133,7 @@ def fill_gradient(
     logits_strides, target_strides, grad_strides, upstream_strides = rows.strides
     tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, grad_strides, **load_of(spec))
     parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
-    tensors = LossTensors(
+    tensors = Tensors(
         Strided(logits, logits_strides),
         target_of(target, weight, spec, target_strides, logits_strides, tile),
         Strided(grad, as_first(logits_strides, grad_strides, tile)),
@@ -175,14 +174,14 @@ def loss_and_gradient(
             out = out._replace(weights_ptr=logits.new_empty((weight_programs,), dtype=torch.float64))
             launch.launch(
                 cross_entropy_weights, weight_programs, 4, logits.device,
-                out, target_layout, layout, spec.ignore_index, acc, 1024,
+                out, target_layout._replace(smoothing=None), layout, spec.ignore_index, acc, 1024,
             )  # fmt: skip
         else:
             out.ticket_ptr.zero_()
     grad_layout = Strided(grad, as_first(logits_strides, grad_strides, tile))
     launch.launch(
         cross_entropy_forward, programs, tile.warps, logits.device,
-        out, LossTensors(Strided(logits, logits_strides), target_layout, grad_layout), layout,
+        out, Tensors(Strided(logits, logits_strides), target_layout, grad_layout), layout,
         spec.ignore_index, spec.reader, spec.reduction, acc, weight_programs, *tile.constants(),
     )  # fmt: skip
     return out.loss_ptr, saved(out), grad

@@ -14,6 +14,7 @@ import triton.language as tl
 from softmax_fused.backends.triton import tiles
 from softmax_fused.backends.triton.tiles import Tile, choose_tile, long_tile
 from softmax_fused.kernels.reduce import cross_entropy_reduce
+from softmax_fused.kernels.rows import Strided
 from softmax_fused.kernels.targets import Target
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ INTERPRETED = not isinstance(cross_entropy_reduce, triton.JITFunction)
 
 # Triton 3.10 turns fused multiply-add off by default; the kernels count on it and are as accurate with it.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+
+
+NO_TENSOR = Strided(None, None)
 
 
 def launch(kernel: Any, programs: int, warps: int, device: torch.device, *args: Any) -> None:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from softmax_fused.backends.triton import launch, tiles
-from softmax_fused.backends.triton.launch import accumulator, as_first, load_of, packed, plan, split
+from softmax_fused.backends.triton.launch import NO_TENSOR, accumulator, as_first, load_of, packed, plan, split
 from softmax_fused.backends.triton.layout import describe
-from softmax_fused.kernels.cross_entropy import LossTensors
 from softmax_fused.kernels.row_outputs import (
     RowPointers,
     RowTarget,
@@ -17,7 +16,7 @@ from softmax_fused.kernels.row_outputs import (
     row_outputs_backward,
     row_outputs_forward,
 )
-from softmax_fused.kernels.rows import RowLayout, Strided
+from softmax_fused.kernels.rows import RowLayout, Strided, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +56,7 @@ def forward(
     target_layout = target_of(target, weight, options, as_first(logits_strides, target_strides, tile))
     launch.launch(
         row_outputs_forward, programs, tile.warps, logits.device,
-        RowPointers(*out, stats), LossTensors(Strided(logits, logits_strides), target_layout, None),
+        RowPointers(*out, stats), Tensors(Strided(logits, logits_strides), target_layout, NO_TENSOR),
         RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, options.spec.reader,
         accumulator(options.spec.acc), *tile.constants(),
     )  # fmt: skip
@@ -81,7 +80,7 @@ def gradient(
     launch.launch(
         row_outputs_backward, programs, tile.warps, logits.device,
         stats, RowUpstream(*[None if g is None else Strided(g, next(upstream_strides)) for g in upstream]),
-        LossTensors(Strided(logits, logits_strides), target_layout, grad_layout),
+        Tensors(Strided(logits, logits_strides), target_layout, grad_layout),
         RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, options.spec.reader,
         accumulator(options.spec.acc), *tile.constants(),
     )  # fmt: skip

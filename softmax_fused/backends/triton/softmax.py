@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from softmax_fused.backends.triton import launch, layout, tiles
-from softmax_fused.backends.triton.launch import accumulator, as_first, plan
-from softmax_fused.kernels.rows import RowLayout, Strided
-from softmax_fused.kernels.softmax import SoftmaxTensors, softmax_backward, softmax_forward
+from softmax_fused.backends.triton.launch import NO_TENSOR, accumulator, as_first, plan
+from softmax_fused.kernels.rows import RowLayout, Strided, Tensors
+from softmax_fused.kernels.softmax import softmax_backward, softmax_forward
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ def forward(input: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
     tile = widen(tile, rows)
     launch.launch(
         softmax_forward, programs, tile.warps, input.device,
-        SoftmaxTensors(Strided(input, input_strides), None, Strided(out, as_first(input_strides, out_strides, tile))),
+        Tensors(Strided(input, input_strides), NO_TENSOR, Strided(out, as_first(input_strides, out_strides, tile))),
         RowLayout(rows.sizes, rows.classes, 1), "log" if log else "softmax",
         accumulator(torch.promote_types(input.dtype, dtype)), *tile.constants(),
     )  # fmt: skip
@@ -49,7 +49,7 @@ def backward(upstream: Tensor, out: Tensor, dim: int, dtype: torch.dtype, log: b
     tile = widen(tile, rows)
     launch.launch(
         softmax_backward, programs, tile.warps, out.device,
-        SoftmaxTensors(
+        Tensors(
             Strided(out, out_strides),
             Strided(upstream, as_first(out_strides, upstream_strides, tile)),
             Strided(grad, as_first(out_strides, grad_strides, tile)),

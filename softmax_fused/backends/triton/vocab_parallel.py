@@ -9,6 +9,7 @@ from softmax_fused._spec import row_shape
 from softmax_fused.backends.torch import vocab_parallel as torch_vocab_parallel
 from softmax_fused.backends.triton import cross_entropy, launch, tiles
 from softmax_fused.backends.triton.launch import (
+    NO_TENSOR,
     accumulator,
     ignored,
     load_of,
@@ -19,9 +20,9 @@ from softmax_fused.backends.triton.launch import (
 )
 from softmax_fused.backends.triton.layout import describe
 from softmax_fused.backends.triton.tiles import split_rows
-from softmax_fused.kernels.cross_entropy import LossTensors, cross_entropy_forward
+from softmax_fused.kernels.cross_entropy import cross_entropy_forward
 from softmax_fused.kernels.reduce import LossOutputs, cross_entropy_reduce
-from softmax_fused.kernels.rows import RowLayout, Strided
+from softmax_fused.kernels.rows import RowLayout, Strided, Tensors
 from softmax_fused.kernels.targets import Target
 from softmax_fused.kernels.vocab_parallel import cross_entropy_from_terms, cross_entropy_terms
 
@@ -52,7 +53,7 @@ def statistics(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec
     target_layout = target_of(target, weight, spec, target_strides, logits_strides, tile)
     launch.launch(
         cross_entropy_forward, programs * parts, tile.warps, logits.device,
-        LossOutputs(partials_ptr=out), LossTensors(Strided(logits, logits_strides), target_layout, None),
+        LossOutputs(partials_ptr=out), Tensors(Strided(logits, logits_strides), target_layout, NO_TENSOR),
         RowLayout(rows.sizes, rows.classes, parts), ignored(spec), spec.reader, "none", accumulator(spec.acc),
         tiles.tables.weight_programs, *tile.constants(),
     )  # fmt: skip
