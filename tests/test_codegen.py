@@ -64,11 +64,19 @@ NEWEST = Limits(
     },
     {"sm_100": 16},
 )
-BEFORE = NEWEST._replace(elements=NEWEST.elements | {("bfloat16", "both"): (14.63, 2.07)})
 LIMITS = {
     "3.9": NEWEST,
-    "3.8": BEFORE,
-    "3.6": BEFORE._replace(stack={"sm_90": 8, "sm_100": 16}),
+    "3.8": NEWEST,
+    "3.6": NEWEST._replace(
+        elements=NEWEST.elements
+        | {
+            ("bfloat16", "forward"): (7.25, 1.04),
+            ("bfloat16", "both"): (14.5, 2.04),
+            ("float32", "forward"): (6.5, 1.07),
+            ("float32", "both"): (12.75, 2.07),
+        },
+        stack={"sm_90": 8, "sm_100": 16},
+    ),
 }
 VERSION = ".".join(triton.__version__.split(".")[:2])
 

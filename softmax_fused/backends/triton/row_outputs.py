@@ -49,7 +49,7 @@ def forward(
     rows = describe(logits, target)
     logits_strides, target_strides = rows.strides
     load = load_of(options.spec)
-    load["crowded"] |= "entropy" in options.outputs
+    load["crowded"] |= "entropy" in options.outputs or options.softcap is not None
     tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, **load)
     out = options.allocate(logits)
     stats = logits.new_empty((5, logits.numel() // rows.classes), dtype=options.spec.acc) if save else None
@@ -73,7 +73,7 @@ def gradient(
     logits_strides, target_strides, grad_strides, *some = rows.strides
     upstream_strides = iter(some)
     load = load_of(options.spec)
-    load["crowded"] |= upstream[2] is not None
+    load["crowded"] |= upstream[2] is not None or options.softcap is not None
     tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, grad_strides, **load)
     target_layout = target_of(target, weight, options, as_first(logits_strides, target_strides, tile))
     grad_layout = Strided(grad, as_first(logits_strides, grad_strides, tile))
