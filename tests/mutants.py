@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("long_rows", "gradient_options", "layouts", "numerics", "loss", "autograd", "launch", "errors", "torch_path")
+TESTS = (
+    "long_rows",
+    "gradient_options",
+    "layouts",
+    "numerics",
+    "loss",
+    "autograd",
+    "launch",
+    "errors",
+    "torch_path",
+    "softmax",
+)
 
 
 class Mutant(NamedTuple):
@@ -42,6 +53,7 @@ KERNEL, ROWS, ONLINE, MATH, READERS, REDUCE, LAUNCH, TORCH, TARGETS, CHUNKS, LIN
     "softmax_fused/functional/chunked_linear.py",
 )
 PATCHING, SOFTMAX, OUTPUTS = "softmax_fused/patching.py", "kernels/softmax.py", "kernels/row_outputs.py"
+SOFTMAX_HOST = "softmax_fused/backends/triton/softmax.py"
 TORCH_OUTPUTS, OUTPUT_TABLE = "softmax_fused/backends/torch/row_outputs.py", "softmax_fused/_row_outputs.py"
 SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR = (
     "kernels/vocab_parallel.py",
@@ -66,7 +78,7 @@ RANKS, SHARDS, LOOP, EVALUATION, FOLDER, CHECKPOINT, LOCK = (
 OWN = {
     PATCHING: ("patch", "patch_compile"),
     LINEAR: LINEAR_TESTS,
-    SOFTMAX: ("softmax",),
+    **dict.fromkeys((SOFTMAX, SOFTMAX_HOST), ("softmax",)),
     OUTPUTS: ("row_outputs",),
     TORCH_OUTPUTS: ("row_outputs",),
     OUTPUT_TABLE: ("row_outputs",),
@@ -155,9 +167,9 @@ MUTANTS = {
     "upstream gradient of images not flattened": Mutant(TORCH, "g.reshape(rows)", "g.expand(rows)", ("derivatives",)),
     "second-order term dropped": Mutant("softmax_fused/functional/autograd.py", "if torch.is_grad_enabled() or batched(upstream):\n            grad = torch_loss", "if batched(upstream):\n            grad = torch_loss"),
     "softmax: maximum of one lane": Mutant(SOFTMAX, "row_max = tl.max(m, axis=0)", "row_max = tl.min(m, axis=0)"),
-    "softmax: padding in the sum of gradients": Mutant(ROWS, '0.0 if KIND == "gradient" or KIND == "log gradient" else float("-inf")\n    segment = places[3]\n    if VECTOR > 0:\n        edge', 'float("-inf")\n    segment = places[3]\n    if VECTOR > 0:\n        edge', ("softmax",)),
+    "softmax: padding in the sum of gradients": Mutant(ROWS, '0.0 if KIND == "gradient" or KIND == "log gradient" else float("-inf")\n    segment = places[3]\n    if VECTOR > 0:\n        edge', 'float("-inf")\n    segment = places[3]\n    if VECTOR > 0:\n        edge'),
     "softmax: logarithm's gradient without the sum": Mutant(SOFTMAX, "grad = g - exponential(y) * product", "grad = g - exponential(y)"),
-    "softmax: upstream gradient read with the output's strides": Mutant("softmax_fused/backends/triton/softmax.py", "Strided(upstream, as_first(out_strides, upstream_strides, tile))", "Strided(upstream, as_first(out_strides, out_strides, tile))", ("softmax",)),
+    "softmax: upstream gradient read with the output's strides": Mutant(SOFTMAX_HOST, "Strided(upstream, as_first(out_strides, upstream_strides, tile))", "Strided(upstream, as_first(out_strides, out_strides, tile))"),
     "rows: last of equal maxima": Mutant(OUTPUTS, "index = tl.where(top > best, first, index)", "index = tl.where(top >= best, first, index)"),
     "rows: entropy not shifted with m": Mutant(OUTPUTS, "u = shift_dot(u, s, m - m_new) * exponential(m - m_new) +", "u = u * exponential(m - m_new) +"),
     "rows: masked logits capped": Mutant(OUTPUTS, 'x = tl.where(class_mask, x, float("-inf"))', "pass"),
@@ -233,7 +245,7 @@ def runs_of(folder: str) -> set[str]:
 def fails(mutant: Mutant, tree: Path, marks: str) -> bool:
     """Whether a test of those marks fails."""
     tests = [f"tests/test_{name}.py" for name in mutant.tests or OWN.get(mutant.file, TESTS)]
-    on_cpu = mutant.tests or mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {SOFTMAX, OUTPUTS}
+    on_cpu = mutant.tests or mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {SOFTMAX, SOFTMAX_HOST, OUTPUTS}
     place = "not interpreter" if on_cpu else "interpreter or launch"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", marks, "-k", place, *tests]
     run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True)
