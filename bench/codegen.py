@@ -186,7 +186,9 @@ def elements_of(loop: Loop, case: Case, arguments: dict[str, Any], warps: int) -
     """Return how many logits a thread takes in a turn: of a long row as many as it loads in whole vectors."""
     if arguments["VECTOR"] and not arguments["WHOLE"]:
         tensors = 2 if case.kind in MORE_PASSES and arguments["KIND"] not in ("softmax", "log") else 1
-        return (loop.widths.count(128) - loop.stores) / tensors * arguments["VECTOR"]
+        vectors = loop.widths.count(128) - loop.stores
+        if vectors > 0:
+            return vectors / tensors * arguments["VECTOR"]
     classes = arguments["CLASSES"]
     block = classes * (1 if arguments["VECTOR"] else arguments["LANES"]) / (32 * warps)
     return block * case.shape[1] / (math.ceil(case.shape[1] / classes) * classes)  # the rest is padding
