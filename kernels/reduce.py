@@ -14,7 +14,7 @@ class LossOutputs(NamedTuple):
     """What a kernel of the loss fills, as the host passes it; None where it is not wanted."""
 
     loss_ptr: Any = None
-    stats_ptr: Any = None  # (numbers, rows): m, log s[, A][, log p of the target class] of each row, for backward
+    stats_ptr: Any = None  # (numbers, rows): m, log s[, log p of the target class][, A] of each row, for backward
     sums_ptr: Any = None  # (2, programs): each program's sum of losses and of shares of the denominator
     denominator_ptr: Any = None  # of a mean
     ticket_ptr: Any = None  # 0: the program that takes the last ticket adds up the sums
