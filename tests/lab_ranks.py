@@ -1,5 +1,7 @@
 """Ranks for tests, and the functions that they run. Each rank imports this module, which therefore imports little."""
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +47,8 @@ def _rank(rank: int, size: int, function: Callable[..., None], folder: str, argu
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     function(Ranks(rank, size, rank, size), *arguments)
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # on a busy machine a thread of gloo may outlive its group, and abort the interpreter at its end
 
 
 def train_all(ranks: Ranks, folder: Path, runs: Runs) -> None:
