@@ -130,7 +130,8 @@ def test_a_job_restarts_after_a_killed_rank_and_stops_on_sigterm(tmp_path: Path)
     # The remaining rank is stopped by SIGTERM where torchrun notices the lost rank first.
     assert re.fullmatch(rf"({reason}|stopped); {folder} keeps \d+ of 100000 epochs; resume with: {command}", lost)
     done = len(metrics_of(folder)["train_loss"])
-    assert stopped == f"stopped; {folder} keeps {done} of 100000 epochs; resume with: {command}"
+    # And on a busy machine the first rank to stop may be missed by the other before SIGTERM reaches that one.
+    assert re.fullmatch(rf"({reason}|stopped); {folder} keeps {done} of 100000 epochs; resume with: {command}", stopped)
     assert curve_lines(out) == [str(number) for number in range(1, done + 1)]
     assert_consistent(folder, done)
     resume(folder, {"epochs": done + 1}, reporter=QUIET)
