@@ -232,7 +232,8 @@ def cross_entropy_forward(
         row_max, log_s, total, loss, log_p = finalize_rows(state, label, valid, confidence, tensors.second, ACC)
         weight = denominator_share(label, valid, tensors.second, ACC)
         if tensors.out.ptr is not None:
-            g = mean_factor(out, weight, row_mask, rows, REDUCTION, KIND, WEIGHT_PARTS, ACC) + valid * 0.0
+            g = mean_factor(out, weight, row_mask, rows, REDUCTION, KIND, WEIGHT_PARTS, ACC)
+            g += tl.zeros(valid.shape, ACC)
             context = gradient_context(
                 row_max, log_s, total, log_p, g, label, valid, confidence, smoothing_per_class, tensors.second, ACC
             )  # fmt: skip

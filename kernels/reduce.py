@@ -19,9 +19,7 @@ class LossOutputs(NamedTuple):
     denominator_ptr: Any = None  # of a mean
     ticket_ptr: Any = None  # 0: the program that takes the last ticket adds up the sums
     weights_ptr: Any = None  # parts of the denominator, from cross_entropy_weights
-    partials_ptr: Any = (
-        None  # (2 or 4, rows, parts): m, s[, sum a, <a, z - m>] of parts of rows, instead of all the others
-    )
+    partials_ptr: Any = None  # (3 or 5, rows, parts), see store_partials: of parts of rows, instead of all the others
 
 
 @triton.jit

@@ -58,6 +58,16 @@ def test_long_rows_go_in_whole_vectors(table: tuple, classes: int, itemsize: int
     assert not tile.whole or tile.classes >= classes // tile.vector * tile.vector  # the rest is the row's edge
 
 
+def test_other_tile_sizes_hold_within_a_block_alone() -> None:
+    table = tiles.tables.one_pass
+    before = tiles.long_tile(1000, 2, table), tiles.choose_tile(10, (60_000,), True, 2)
+    with tiles.override(whole_row_bytes=0, contiguous_class_block=4):
+        assert not tiles.long_tile(1000, 2, table).whole
+        assert tiles.choose_tile(10, (60_000,), True, 2).classes == 4
+    assert (tiles.long_tile(1000, 2, table), tiles.choose_tile(10, (60_000,), True, 2)) == before
+    assert before[0].whole
+
+
 def test_few_long_rows_are_split() -> None:
     assert tiles.split_rows(8192, 128_256, 2048) == 1
     assert tiles.split_rows(512, 128_256, 2048) == 1

@@ -64,9 +64,7 @@ class Tables(NamedTuple):
     )
     long_row_classes: int = 128  # rows of more classes are long: a warp has enough to do with one
     contiguous_class_block: int = 16  # classes a block in shorter rows, one row a thread: 10 classes are one block
-    strided_class_block: int = (
-        4  # where classes lie apart in memory, a vector of pixels a thread: registers for 4 of each
-    )
+    strided_class_block: int = 4  # the same where classes lie apart in memory: registers for 4 of a vector of pixels
     whole_row_bytes: int = 32768  # long rows of up to so many bytes stay in registers, if they fill three quarters
     whole_row_lane_classes: int = 32  # so many classes of such a row are a thread's
     whole_strided_classes: int = 8  # the most classes that lie apart and stay in registers from the load to the store
@@ -86,17 +84,23 @@ def power_of_2(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
+def use(other: Tables) -> None:
+    """Use other tile sizes from now on: tiles chosen before are forgotten."""
+    global tables
+    tables = other
+    long_tile.cache_clear()
+    choose_tile.cache_clear()
+
+
 @contextlib.contextmanager
 def override(**sizes: Any) -> Iterator[None]:
     """Use other tile sizes, named as in `Tables`, within the block."""
-    global tables
-    before, tables = tables, tables._replace(**sizes)
-    choose_tile.cache_clear()
+    before = tables
+    use(before._replace(**sizes))
     try:
         yield
     finally:
-        tables = before
-        choose_tile.cache_clear()
+        use(before)
 
 
 @functools.lru_cache(1024)
