@@ -19,7 +19,7 @@ from .online import (
     broadcast_lanes,
     broadcast_rows,
     fresh_state,
-    lane_sum,
+    lane_reduce,
     merge_partials,
     online_softmax_update,
     shift_dot,
@@ -49,7 +49,7 @@ def update_loss_state(state, block, context, target, KIND: tl.constexpr, ACC: tl
         is_target = c == broadcast_rows(label, z)
         others = tl.where(is_target, float("-inf"), z)
         if KEEP:
-            target_logit += lane_sum(tl.where(is_target, z, 0.0))
+            target_logit += lane_reduce(tl.where(is_target, z, 0.0), tl.sum)
     m_new, s = online_softmax_update(m, s, z, others)
     if KIND == "probabilities" or target.smoothing is not None:
         dot = shift_dot(dot, total, m - m_new)
@@ -57,13 +57,13 @@ def update_loss_state(state, block, context, target, KIND: tl.constexpr, ACC: tl
         a = smoothed_target(
             t, broadcast_rows(valid, z), confidence, smoothing_per_class, target, c, class_mask, True, KIND, ACC
         )  # fmt: skip
-        dot += lane_sum(tl.where(a == 0.0, 0.0, a * (z - broadcast_lanes(m_new, z))))
-        total += lane_sum(a)
+        dot += lane_reduce(tl.where(a == 0.0, 0.0, a * (z - broadcast_lanes(m_new, z))), tl.sum)
+        total += lane_reduce(a, tl.sum)
     elif target.smoothing is not None:  # the same a for all classes
         a = rounded_product(valid, smoothing_per_class)
-        shifted = lane_sum(tl.where(class_mask, z - broadcast_lanes(m_new, z), 0.0))
+        shifted = lane_reduce(tl.where(class_mask, z - broadcast_lanes(m_new, z), 0.0), tl.sum)
         dot += tl.where(a == 0.0, 0.0, rounded_product(a, shifted))
-        total += rounded_product(a, lane_sum(tl.where(class_mask, 1.0, 0.0).to(ACC)))
+        total += rounded_product(a, lane_reduce(tl.where(class_mask, 1.0, 0.0).to(ACC), tl.sum))
     return m_new, s, total, dot, target_logit
 
 

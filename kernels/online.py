@@ -11,38 +11,14 @@ from .math import exponential, lowest, rounded_product
 
 
 @triton.jit
-def lane_max(z):
-    """Maximum over a lane's part of a block."""
+def lane_reduce(z, REDUCE: tl.constexpr):
+    """Reduce a lane's part of a block by tl.max, tl.min or tl.sum."""
     if len(z.shape) == 2:
-        y = tl.max(z, axis=0)
+        y = REDUCE(z, axis=0)
     elif z.shape[2] == 1:
         y = tl.reshape(z, (z.shape[1],))
     else:
-        y = tl.max(tl.max(z, axis=2), axis=0)
-    return y
-
-
-@triton.jit
-def lane_min(x):
-    """Minimum over a lane's part of a block."""
-    if len(x.shape) == 2:
-        y = tl.min(x, axis=0)
-    elif x.shape[2] == 1:
-        y = tl.reshape(x, (x.shape[1],))
-    else:
-        y = tl.min(tl.min(x, axis=2), axis=0)
-    return y
-
-
-@triton.jit
-def lane_sum(z):
-    """Sum over a lane's part of a block."""
-    if len(z.shape) == 2:
-        y = tl.sum(z, axis=0)
-    elif z.shape[2] == 1:
-        y = tl.reshape(z, (z.shape[1],))
-    else:
-        y = tl.sum(tl.sum(z, axis=2), axis=0)
+        y = REDUCE(REDUCE(z, axis=2), axis=0)
     return y
 
 
@@ -79,8 +55,8 @@ def online_softmax_update(m, s, z, others):
 
     m starts at the lowest finite number: a block of -inf needs no test, exp(-inf - m) is 0.
     """
-    m_new = tl.maximum(m, lane_max(z))
-    s = s * exponential(m - m_new) + lane_sum(exponential(others - broadcast_lanes(m_new, others)))
+    m_new = tl.maximum(m, lane_reduce(z, tl.max))
+    s = s * exponential(m - m_new) + lane_reduce(exponential(others - broadcast_lanes(m_new, others)), tl.sum)
     return m_new, s
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .cross_entropy import finalize_rows, merge_lanes, target_gradient, update_loss_state
 from .math import convert, exponential, from_parts, rounded_product, tanh
-from .online import broadcast_lanes, broadcast_rows, fresh_state, lane_max, lane_min, lane_sum, shift_dot
+from .online import broadcast_lanes, broadcast_rows, fresh_state, lane_reduce, shift_dot
 from .rows import count_rows, load_whole, locate_rows, map_rows, program_rows, reduce_rows, value_offsets
 from .targets import read_labels, smoothed_target, smoothing_terms
 
@@ -94,11 +94,11 @@ def update_row_state(
             others = tl.where(c == broadcast_rows(loss_context[0], z), float("-inf"), x)
         y = others - broadcast_lanes(m_new, others)
         e = exponential(y)
-        u = shift_dot(u, s, m - m_new) * exponential(m - m_new) + lane_sum(tl.where(e == 0.0, 0.0, e * y))
+        u = shift_dot(u, s, m - m_new) * exponential(m - m_new) + lane_reduce(tl.where(e == 0.0, 0.0, e * y), tl.sum)
     if PREDICTION:
         x = tl.where(x == x, x, float("inf"))
-        top = lane_max(x)
-        first = lane_min(tl.where(x == broadcast_lanes(top, x), c, 2147483647))
+        top = lane_reduce(x, tl.max)
+        first = lane_reduce(tl.where(x == broadcast_lanes(top, x), c, 2147483647), tl.min)
         index = tl.where(top > best, first, index)
         best = tl.maximum(best, top)
     return loss_state, u, best, index

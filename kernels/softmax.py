@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .math import exponential, lowest, rounded_product
-from .online import broadcast_rows, lane_sum, online_softmax_update
+from .online import broadcast_rows, lane_reduce, online_softmax_update
 from .rows import load_whole, locate_rows, map_rows, program_rows, reduce_rows
 
 
@@ -74,7 +74,7 @@ def add_inner_product(state, block, context, second, KIND: tl.constexpr, ACC: tl
         product = g * y  # a lane's part, which no other lane adds to
     else:
         product = rounded_product(g, y)
-    return (state[0] + lane_sum(product),)
+    return (state[0] + lane_reduce(product, tl.sum),)
 
 
 @triton.jit
