@@ -43,6 +43,8 @@ def counts(output: str) -> Counter[str]:
 def run(commands: Sequence[Sequence[str]], seconds: float) -> dict[str, Any]:
     """Counts and failures of all processes; those that need longer are interrupted, and say how far they came."""
     end = monotonic() + seconds - END_SECONDS
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: pytest would not be interrupted
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, str(number)) for number in range(len(commands))]
         running = []
