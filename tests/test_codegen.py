@@ -166,6 +166,16 @@ def test_long_rows_stay_within_limits(folder: Path) -> None:
     hold(problems)
 
 
+@pytest.mark.slow  # compiles as above
+@pytest.mark.parametrize(("mode", "instructions"), [("forward", 24.5), ("backward", 31.0)])
+def test_capped_logits_stay_within_limits(folder: Path, mode: str, instructions: float) -> None:
+    records = compile_run("sm_90", folder)
+    capped = [r for r in records if r["kernel"] == f"row_outputs_{mode}" and r["kind"] == "loss, softcap"]
+    counts = [r["instructions_per_element"] for r in capped if r["classes"] >= 32_000]
+    assert counts
+    hold([f"softcap, {mode}: {count} instructions an element" for count in counts if count > instructions])
+
+
 BODY = """
 /*0100*/ @!P0 LDG.E.128.CONSTANT R4, desc[UR8][R2.64]
 /*0110*/ MUFU.EX2 R5, R4

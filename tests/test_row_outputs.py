@@ -110,6 +110,16 @@ def test_scaled_and_capped(place: Place, shape: tuple[int, ...], logit_scale: fl
         assert_right(place, z, target, logit_scale=logit_scale, softcap=softcap)
 
 
+@pytest.mark.parametrize("softcap", [1.0, 30.0])
+def test_capping_loses_no_digits(place: Place, softcap: float) -> None:
+    sizes = torch.logspace(-30, 3, 2000, dtype=torch.float64).float() * softcap
+    z = torch.cat((-sizes, sizes, torch.tensor([0.0, -torch.inf, torch.inf])))[:, None].to(place.device)
+    target = torch.zeros(len(z), dtype=torch.int64, device=place.device)
+    rows = cross_entropy_rows(z, target, softcap=softcap, outputs=("logsumexp",), backend=place.backend)
+    expected = softcap * torch.tanh(z[:, 0].double() / softcap)  # the logsumexp of a single class
+    torch.testing.assert_close(rows.logsumexp.double(), expected, rtol=5e-7, atol=0.0)
+
+
 @pytest.mark.parametrize("kind", ["weights", "smoothing", "probabilities", "everything"])
 @pytest.mark.parametrize("shape", [(7, 11), (3, 333), (2, 5, 40)], ids=str)
 def test_every_target(place: Place, shape: tuple[int, ...], kind: str) -> None:
