@@ -32,7 +32,7 @@ from bench.machine_code import Loop, fused_reductions, inspect
 from bench.record import write_json
 from softmax_fused._spec import RowSpec
 from softmax_fused.backends.torch.targets import make_spec
-from softmax_fused.backends.triton import cross_entropy, launch, row_outputs, softmax, vocab_parallel
+from softmax_fused.backends.triton import cross_entropy, launch, plan, row_outputs, softmax, vocab_parallel
 from softmax_fused.backends.triton.tiles import VECTOR_BYTES
 
 if TYPE_CHECKING:
@@ -251,15 +251,15 @@ def time_calls(case: Case, dtype: str, clock: Clock, rounds: int) -> dict[str, f
     found: dict[str, list[float]] = {}
     real = launch.launch
 
-    def timed(kernel: Any, programs: int, warps: int, device: torch.device, *args: Any) -> None:
+    def timed(kernel: Any, programs: int, warps: int, *args: Any) -> None:
         name = name_of(kernel, dict(zip(kernel.arg_names, args, strict=True)))
         if mode_of(name) is None:
-            real(kernel, programs, warps, device, *args)
+            real(kernel, programs, warps, *args)
             return
         clock.flush()
-        found.setdefault(name, []).append(clock.microseconds(lambda: real(kernel, programs, warps, device, *args)))
+        found.setdefault(name, []).append(clock.microseconds(lambda: real(kernel, programs, warps, *args)))
 
-    with mock.patch.object(launch, "launch", timed):
+    with mock.patch.object(launch, "launch", timed), mock.patch.object(plan, "DIRECT", False):
         make_calls(case, getattr(torch, dtype), clock.device)
         found.clear()
         for _ in range(rounds):
@@ -285,7 +285,6 @@ def compile_only(
     kernel: Any,
     programs: int,
     warps: int,
-    _device: torch.device,
     *args: Any,
 ) -> None:
     """Stand in for a launch."""

@@ -24,16 +24,17 @@ from .online import (
     online_softmax_update,
     shift_dot,
 )
-from .reduce import mean_factor, reduce_losses
+from .reduce import mean_factor, reduce_losses, scratch_sums, statistics_size, takes_last_ticket
 from .rows import count_rows, load_whole, locate_rows, map_rows, program_rows, reduce_rows, value_offsets
 from .targets import class_weight, denominator_share, read_labels, smoothed_target, smoothing_terms
 
 
-class Saved(NamedTuple):
-    """What the loss saved for its gradient, as the host passes it."""
+class Upstream(NamedTuple):
+    """The gradient of the loss, as the host passes it."""
 
-    stats_ptr: Any
-    denominator_ptr: Any
+    ptr: Any
+    strides: Any
+    mean: Any  # 1: it is a mean's, whose denominator follows the statistics that were saved
 
 
 @triton.jit
@@ -125,11 +126,11 @@ def finalize_rows(state, label, valid, confidence, target, ACC: tl.constexpr):
 @triton.jit
 def store_losses(
     out, row_index, row_mask, count, row_max, log_s, total, log_p, loss, weight,
-    SAVES_TOTAL: tl.constexpr, REDUCTION: tl.constexpr, KIND: tl.constexpr,
+    SAVES_TOTAL: tl.constexpr, REDUCTION: tl.constexpr, KIND: tl.constexpr, LONE: tl.constexpr,
 ):  # fmt: skip
-    """Store per-row statistics, and per-row losses or this program's part of their sum."""
-    if out.stats_ptr is not None:
-        stats_ptr = out.stats_ptr + row_index
+    """Store per-row statistics, and per-row losses or their sum: all of it in a lone program."""
+    if out.saves is not None:
+        stats_ptr = out.scratch_ptr + row_index
         tl.store(stats_ptr, row_max, mask=row_mask)
         tl.store(stats_ptr + count, log_s, mask=row_mask)
         if KIND != "probabilities":
@@ -140,7 +141,7 @@ def store_losses(
     if REDUCTION == "none":
         tl.store(out.loss_ptr + row_index, convert(loss, out.loss_ptr.dtype.element_ty), mask=row_mask)
     else:
-        reduce_losses(out, loss, weight, row_mask)
+        reduce_losses(out, loss, weight, row_mask, count, SAVES_TOTAL, REDUCTION, KIND, LONE)
 
 
 @triton.jit
@@ -199,16 +200,54 @@ def store_partials(partials_ptr, state, row_index, row_mask, rows, target, KIND:
         tl.store(partials_ptr + 4 * step, dot, mask=row_mask)
 
 
+@triton.jit
+def combine_parts(
+    out, partials_ptr, target, rows, ignore_index,
+    SAVES_TOTAL: tl.constexpr, KIND: tl.constexpr, REDUCTION: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts of all rows, in one program, and reduce the loss."""
+    inner = rows.sizes[len(rows.sizes) - 1]
+    count = count_rows(rows)
+    row_index = tl.arange(0, ROWS).to(tl.int64)
+    row_mask = row_index < count
+    confidence, _ = smoothing_terms(target, rows.classes, ACC)
+    label, valid = read_labels(
+        target, row_index // inner, row_index % inner, row_mask, rows, ignore_index, KIND, ACC
+    )  # fmt: skip
+    mask = row_mask[:, None] & (tl.arange(0, PARTS) < rows.parts)[None, :]
+    step = count * rows.parts
+    target_logit = tl.load(
+        partials_ptr + 2 * step + row_index * rows.parts, mask=row_mask, other=0.0, cache_modifier=".cg"
+    )
+    partials_ptr += row_index[:, None] * rows.parts + tl.arange(0, PARTS)[None, :]
+    m = tl.where(mask, tl.load(partials_ptr, mask=mask, other=0.0, cache_modifier=".cg"), lowest(1, ACC))
+    s = tl.load(partials_ptr + step, mask=mask, other=0.0, cache_modifier=".cg")
+    total = tl.zeros((ROWS, PARTS), ACC)
+    dot = tl.zeros((ROWS, PARTS), ACC)
+    if KIND == "probabilities" or target.smoothing is not None:
+        total = tl.load(partials_ptr + 3 * step, mask=mask, other=0.0, cache_modifier=".cg")
+        dot = tl.load(partials_ptr + 4 * step, mask=mask, other=0.0, cache_modifier=".cg")
+    m, s, total, dot = merge_partials(m, s, total, dot)
+    state = (m, s, total, dot, target_logit)
+    row_max, log_s, total, loss, log_p = finalize_rows(state, label, valid, confidence, target, ACC)
+    store_losses(
+        out, row_index, row_mask, count, row_max, log_s, total, log_p, loss,
+        denominator_share(label, valid, target, ACC), SAVES_TOTAL, REDUCTION, KIND, True,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_forward(
     out, tensors, rows, ignore_index,
     KIND: tl.constexpr, REDUCTION: tl.constexpr, ACC: tl.constexpr, WEIGHT_PARTS: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr,
     WHOLE: tl.constexpr, CLASSES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Loss of each row (rows,) for "none", else their sum or mean; statistics of each row for backward.
 
-    With tensors.out also the gradient for an upstream gradient of 1. With out.partials_ptr the state of parts of rows,
-    and nothing else.
+    With tensors.out also the gradient for an upstream gradient of 1. Rows that are split into PARTS parts at most, ROWS
+    rows at most, are put together by the last program; without out.loss_ptr they are left in parts.
     Bytes: logits and dense targets once, with the gradient a second time from a cache unless WHOLE; gradient written
     once; 12 or 16 a row saved.
     """
@@ -226,8 +265,16 @@ def cross_entropy_forward(
         WHOLE, CLASSES, LANES, VECTOR,
     )  # fmt: skip
     state = merge_lanes(state, label, tensors.first, places[0], rows, KEEP, VECTOR, ACC)
-    if out.partials_ptr is not None:
-        store_partials(out.partials_ptr, state, row_index, row_mask, rows, tensors.second, KIND)
+    SAVES_TOTAL: tl.constexpr = DENSE or tensors.second.weight_ptr is not None
+    if out.loss_ptr is None:
+        store_partials(out.scratch_ptr, state, row_index, row_mask, rows, tensors.second, KIND)
+    elif PARTS > 1:
+        partials_ptr = scratch_sums(out, count_rows(rows), SAVES_TOTAL, REDUCTION, KIND)
+        store_partials(partials_ptr, state, row_index, row_mask, rows, tensors.second, KIND)
+        if takes_last_ticket(out.ticket_ptr):
+            combine_parts(
+                out, partials_ptr, tensors.second, rows, ignore_index, SAVES_TOTAL, KIND, REDUCTION, ACC, ROWS, PARTS
+            )  # fmt: skip
     else:
         row_max, log_s, total, loss, log_p = finalize_rows(state, label, valid, confidence, tensors.second, ACC)
         weight = denominator_share(label, valid, tensors.second, ACC)
@@ -243,43 +290,8 @@ def cross_entropy_forward(
             )  # fmt: skip
         store_losses(
             out, row_index, row_mask, count_rows(rows), row_max, log_s, total, log_p, loss, weight,
-            DENSE or tensors.second.weight_ptr is not None, REDUCTION, KIND,
+            SAVES_TOTAL, REDUCTION, KIND, out.ticket_ptr is None,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["ignore_index"])
-def cross_entropy_combine(
-    out, target, rows, ignore_index,
-    KIND: tl.constexpr, REDUCTION: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Merge the parts of rows that cross_entropy_forward split, all in one program, and reduce the loss."""
-    inner = rows.sizes[len(rows.sizes) - 1]
-    count = count_rows(rows)
-    row_index = tl.arange(0, ROWS).to(tl.int64)
-    row_mask = row_index < count
-    confidence, _ = smoothing_terms(target, rows.classes, ACC)
-    label, valid = read_labels(
-        target, row_index // inner, row_index % inner, row_mask, rows, ignore_index, KIND, ACC
-    )  # fmt: skip
-    mask = row_mask[:, None] & (tl.arange(0, PARTS) < rows.parts)[None, :]
-    partials_ptr = out.partials_ptr + row_index[:, None] * rows.parts + tl.arange(0, PARTS)[None, :]
-    step = count * rows.parts
-    m = tl.where(mask, tl.load(partials_ptr, mask=mask, other=0.0), lowest(1, ACC))
-    s = tl.load(partials_ptr + step, mask=mask, other=0.0)
-    target_logit = tl.load(out.partials_ptr + 2 * step + row_index * rows.parts, mask=row_mask, other=0.0)
-    total = tl.zeros((ROWS, PARTS), ACC)
-    dot = tl.zeros((ROWS, PARTS), ACC)
-    if KIND == "probabilities" or target.smoothing is not None:
-        total = tl.load(partials_ptr + 3 * step, mask=mask, other=0.0)
-        dot = tl.load(partials_ptr + 4 * step, mask=mask, other=0.0)
-    m, s, total, dot = merge_partials(m, s, total, dot)
-    state = (m, s, total, dot, target_logit)
-    row_max, log_s, total, loss, log_p = finalize_rows(state, label, valid, confidence, target, ACC)
-    store_losses(
-        out, row_index, row_mask, count, row_max, log_s, total, log_p, loss,
-        denominator_share(label, valid, target, ACC),
-        KIND == "probabilities" or target.weight_ptr is not None, REDUCTION, KIND,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -300,7 +312,7 @@ def load_statistics(stats_ptr, row_index, row_mask, count, valid, HAS_TOTAL: tl.
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_backward(
-    saved, upstream, tensors, rows, ignore_index,
+    stats_ptr, upstream, tensors, rows, ignore_index,
     GRAD_PRECOMPUTED: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr, WHOLE: tl.constexpr,
     CLASSES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -314,14 +326,14 @@ def cross_entropy_backward(
     g = tl.load(upstream.ptr + value_offsets(outer, row, rows, upstream.strides), mask=row_mask, other=0.0).to(ACC)
     if GRAD_PRECOMPUTED:
         row_mask = row_mask & (g != 1.0)
-    if saved.denominator_ptr is not None:
-        g = g / tl.load(saved.denominator_ptr)
+    SAVES_TOTAL: tl.constexpr = DENSE or tensors.second.weight_ptr is not None
+    if upstream.mean is not None:
+        g = g / tl.load(stats_ptr + statistics_size(count_rows(rows), SAVES_TOTAL, KIND))
     confidence, smoothing_per_class = smoothing_terms(tensors.second, rows.classes, ACC)
     label, valid = read_labels(tensors.second, outer, row, row_mask, rows, ignore_index, KIND, ACC)
     places = locate_rows(tensors, outer, row, row_mask, label, valid != 0.0, rows, DENSE, CLASSES, VECTOR)
     row_max, log_s, total, log_p = load_statistics(
-        saved.stats_ptr, row_index, row_mask, count_rows(rows), valid,
-        DENSE or tensors.second.weight_ptr is not None, KIND,
+        stats_ptr, row_index, row_mask, count_rows(rows), valid, SAVES_TOTAL, KIND
     )  # fmt: skip
     context = gradient_context(
         row_max, log_s, total, log_p, g, label, valid, confidence, smoothing_per_class, tensors.second, ACC

@@ -13,66 +13,106 @@ from .targets import denominator_share, read_labels
 class LossOutputs(NamedTuple):
     """What a kernel of the loss fills, as the host passes it; None where it is not wanted."""
 
-    loss_ptr: Any = None
-    stats_ptr: Any = None  # (numbers, rows): m, log s[, log p of the target class][, A] of each row, for backward
-    sums_ptr: Any = None  # (2, programs): each program's sum of losses and of shares of the denominator
-    denominator_ptr: Any = None  # of a mean
-    ticket_ptr: Any = None  # 0: the program that takes the last ticket adds up the sums
-    weights_ptr: Any = None  # parts of the denominator, from cross_entropy_weights
-    partials_ptr: Any = None  # (3 or 5, rows, parts), see store_partials: of parts of rows, instead of all the others
+    loss_ptr: Any = None  # None: only the parts of rows are wanted, see store_partials
+    scratch_ptr: Any = None
+    saves: Any = None  # 1: what backward needs is kept, the first of the scratch memory
+    ticket_ptr: Any = None  # 0, and 0 again at the end: the program that takes the last ticket does what is left
+    weights_ptr: Any = None  # parts of a mean's denominator, from cross_entropy_weights
 
 
 @triton.jit
-def store_reduced(out, loss, weight):
-    """Store the reduced loss; for the mean also its denominator, NaN where the weights sum to 0, as torch has it."""
-    if out.denominator_ptr is not None:
+def statistics_size(count, SAVES_TOTAL: tl.constexpr, KIND: tl.constexpr):
+    """Return how many numbers of all rows are kept for backward: m, log s[, log p of the target class][, A] of each."""
+    size = count * 2
+    if KIND != "probabilities":
+        size += count
+    if SAVES_TOTAL:
+        size += count
+    return size
+
+
+@triton.jit
+def scratch_sums(out, count, SAVES_TOTAL: tl.constexpr, REDUCTION: tl.constexpr, KIND: tl.constexpr):
+    """Return where scratch memory holds what only this launch needs.
+
+    Before it lies what backward needs: the statistics, and the denominator of a mean.
+    """
+    kept = tl.zeros((), tl.int64)
+    if out.saves is not None:
+        kept += statistics_size(count, SAVES_TOTAL, KIND)
+        if REDUCTION == "mean":
+            kept += 1
+    return out.scratch_ptr + kept
+
+
+@triton.jit
+def takes_last_ticket(ticket_ptr):
+    """Return whether all other programs have stored what they had to; the ticket is 0 again then, for the next launch.
+
+    The others' stores are visible from here on to loads that do not come from the first-level cache.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last
+
+
+@triton.jit
+def store_reduced(
+    out, loss, weight, count, SAVES_TOTAL: tl.constexpr, REDUCTION: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    """Store the reduced loss; for a mean, divided by its weights: NaN where they sum to 0, as torch has it."""
+    if REDUCTION == "mean":
         weight = tl.where(weight == 0.0, float("nan"), weight)
         loss = loss / weight
-        tl.store(out.denominator_ptr, convert(weight, out.denominator_ptr.dtype.element_ty))
+        if out.saves is not None:
+            denominator_ptr = out.scratch_ptr + statistics_size(count, SAVES_TOTAL, KIND)
+            tl.store(denominator_ptr, convert(weight, denominator_ptr.dtype.element_ty))
     tl.store(out.loss_ptr, convert(loss, out.loss_ptr.dtype.element_ty))
 
 
 @triton.jit
-def reduce_sums(out, programs, BLOCK: tl.constexpr):
-    """Add up the programs' sums in a fixed order, in float64: means of 10**6 rows stay exact."""
-    loss = tl.zeros((BLOCK,), tl.float64)
-    weight = tl.zeros((BLOCK,), tl.float64)
+def add_sums(sums_ptr, programs, BLOCK: tl.constexpr):
+    """Return the sum of a number of each program in a fixed order, in float64: means of 10**6 rows stay exact."""
+    total = tl.zeros((), tl.float64)
     for start in range(0, programs, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        mask = i < programs
-        loss += tl.load(out.sums_ptr + i, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float64)
-        weight += tl.load(out.sums_ptr + programs + i, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float64)
-    store_reduced(out, tl.sum(loss, axis=0), tl.sum(weight, axis=0))
+        numbers = tl.load(sums_ptr + i, mask=i < programs, other=0.0, cache_modifier=".cg")
+        total += tl.sum(numbers.to(tl.float64), axis=0)
+    return total
 
 
 @triton.jit
-def cross_entropy_reduce(out, programs, BLOCK: tl.constexpr):
-    """Reduce the loss in a second launch, of one program."""
-    reduce_sums(out, programs, BLOCK)
+def reduce_losses(
+    out, loss, weight, row_mask, count,
+    SAVES_TOTAL: tl.constexpr, REDUCTION: tl.constexpr, KIND: tl.constexpr, LONE: tl.constexpr,
+):  # fmt: skip
+    """Store the sum or mean of all rows: a lone program's, or by the last program the sum of all programs' sums.
 
-
-@triton.jit
-def reduce_losses(out, loss, weight, row_mask):
-    """Store the sum or mean of a lone program's rows, or the program's sums.
-
-    Sums are added up by a second launch or, with a ticket, by the last program to get here.
+    They lie in scratch memory, (2, programs): of losses, and of shares of a mean's denominator.
     """
     loss_sum = tl.sum(tl.where(row_mask, loss, 0.0), axis=0)
     weight_sum = tl.sum(tl.where(row_mask, weight, 0.0), axis=0)
-    if out.sums_ptr is None:
-        store_reduced(out, loss_sum, weight_sum)
+    if LONE:
+        store_reduced(out, loss_sum, weight_sum, count, SAVES_TOTAL, REDUCTION, KIND)
     else:
-        tl.store(out.sums_ptr + tl.program_id(0), loss_sum)
-        tl.store(out.sums_ptr + tl.num_programs(0) + tl.program_id(0), weight_sum)
-        if out.ticket_ptr is not None:
-            tl.debug_barrier()
-            if tl.atomic_add(out.ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-                reduce_sums(out, tl.num_programs(0), 256)
+        programs = tl.num_programs(0)
+        sums_ptr = scratch_sums(out, count, SAVES_TOTAL, REDUCTION, KIND)
+        tl.store(sums_ptr + tl.program_id(0), loss_sum)
+        if REDUCTION == "mean":
+            tl.store(sums_ptr + programs + tl.program_id(0), weight_sum)
+        if takes_last_ticket(out.ticket_ptr):
+            total = add_sums(sums_ptr, programs, 1024)
+            total_weight = total
+            if REDUCTION == "mean":
+                total_weight = add_sums(sums_ptr + programs, programs, 1024)
+            store_reduced(out, total, total_weight, count, SAVES_TOTAL, REDUCTION, KIND)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_weights(
-    out, target, rows, ignore_index, ACC: tl.constexpr, LANES: tl.constexpr
+    weights_ptr, target, rows, ignore_index, ACC: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     """Sum of the target classes' weights over every num_programs-th tile of rows: parts of a mean's denominator."""
     inner = rows.sizes[len(rows.sizes) - 1]
@@ -83,9 +123,7 @@ def cross_entropy_weights(
         outer, row, row_mask, _ = program_rows(rows, tile, LANES, 0)
         label, valid = read_labels(target, outer, row, row_mask, rows, ignore_index, KIND, ACC)
         weights += tl.where(row_mask, denominator_share(label, valid, target, ACC), 0.0).to(tl.float64)
-    tl.store(out.weights_ptr + tl.program_id(0), tl.sum(weights, axis=0))
-    if tl.program_id(0) == 0:
-        tl.store(out.ticket_ptr, 0)
+    tl.store(weights_ptr + tl.program_id(0), tl.sum(weights, axis=0))
 
 
 @triton.jit

@@ -86,5 +86,5 @@ def cross_entropy_from_terms(
         log_p = z_target - log_s
     store_losses(
         out, row_index, row_mask, count, m, log_s, total, log_p, loss, weight,
-        KIND == "probabilities" or WEIGHTED, REDUCTION, KIND,
+        KIND == "probabilities" or WEIGHTED, REDUCTION, KIND, out.ticket_ptr is None,
     )  # fmt: skip

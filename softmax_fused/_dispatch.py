@@ -18,14 +18,14 @@ from softmax_fused._errors import REDUCTIONS, TENSORS
 from softmax_fused._spec import FLOATS, class_dim
 from softmax_fused.backends import REGISTRY
 from softmax_fused.backends.torch import BACKEND as TORCH
-from softmax_fused.backends.torch.targets import kind_of
+from softmax_fused.backends.torch.targets import kind_of, make_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
-    from softmax_fused._spec import Backend, RowOutputsOperations, VocabParallelOperations
+    from softmax_fused._spec import Backend, CrossEntropyOperations, RowOutputsOperations, Spec, VocabParallelOperations
 
 SMALL_CPU_NUMEL = 2**20
 """On the CPU, fewer logits than this go to torch's own operator. Below this size malloc reuses pages and chunking gains
@@ -251,6 +251,21 @@ def is_small(input: Tensor, *_: Any) -> bool:
     return input.itemsize == 2 or not (input.requires_grad and torch.is_grad_enabled())
 
 
+def are_few(input: Any) -> bool:
+    """Whether logits are on the CPU, so few that torch's own operator is faster in any case."""
+    return (
+        type(input) is torch.Tensor
+        and input.is_cpu
+        and input.numel() < SMALL_CPU_NUMEL
+        and automatic("cpu") == TORCH.name
+    )
+
+
+def has_indices(input: Tensor, target: Any) -> bool:
+    """Whether a target is a tensor of class indices."""
+    return type(target) is torch.Tensor and target.ndim < input.ndim
+
+
 def is_small_in_place(input: Tensor, *_: Any) -> bool:
     """Whether the same holds where the gradient, if there is one, is written over the logits: chunks then save more."""
     if not is_small(input):
@@ -272,6 +287,60 @@ def is_small_layer(call: LayerCall) -> bool:
 def inductor_is_better(input: Tensor, target: Tensor, weight: Tensor | None, *_: Any) -> bool:
     """Whether Inductor does better with torch's operations: for class indices on the CPU, without weights."""
     return input.device.type == "cpu" and target.ndim < input.ndim and weight is None
+
+
+# What is known of earlier calls
+
+
+class Call(NamedTuple):
+    """A call of the loss that a backend computes, as its signature decides it."""
+
+    spec: Spec
+    operations: CrossEntropyOperations
+    gradient_with_loss: bool  # also unasked
+
+
+CALLS: dict[tuple[Any, ...], Call] = {}
+"""By signature: the backend, what tensors are but for their numbers, and the options."""
+
+MOST_CALLS = 1024
+
+
+def known_call(
+    input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any, backend: str
+) -> Call | None:
+    """Return what a call's signature decides, from an earlier call if there was one; None if that is not all there is.
+
+    Not asked while torch.compile traces.
+    """
+    if (
+        type(input) not in TENSORS
+        or type(target) is not torch.Tensor
+        or type(reduction) is not str
+        or type(ignore_index) is not int
+        or type(label_smoothing) is not float  # 0 and False are equal to it, and not the same
+        or (backend == "auto" and input.is_cpu)  # whether a gradient is wanted decides, too
+        or target.requires_grad
+        or (weight is not None and (type(weight) not in TENSORS or weight.requires_grad))
+        or under_transform()
+    ):
+        return None
+    signature = (
+        input.dtype, input.shape, input.device, input.layout, target.dtype, target.shape, target.device, target.layout,
+        weight is not None and (weight.dtype, weight.shape, weight.device), ignore_index, reduction, label_smoothing,
+        backend, torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type),
+    )  # fmt: skip
+    call = CALLS.get(signature)
+    if call is None and supports_fused(input, target, weight, ignore_index, reduction, label_smoothing):
+        chosen = get_backend(backend, input.device.type)
+        dtype = loss_dtype(input, target)
+        spec = make_spec(input, target, reduction, ignore_index, label_smoothing, dtype)
+        with_loss = input.device.type in chosen.gradient_with_loss and reduction != "none"
+        call = Call(spec, chosen.cross_entropy, with_loss)
+        if len(CALLS) >= MOST_CALLS:
+            CALLS.clear()
+        CALLS[signature] = call
+    return call
 
 
 # One decision a call

@@ -28,6 +28,7 @@ if not HAS_GPU:
     del os.environ["TRITON_INTERPRET"]
     _dispatch.automatic("cpu")  # pins the decision
 
+import triton.language  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402 - triton asks for the variable when imported
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
@@ -130,17 +131,27 @@ def patch_tensor_for_numpy(tensor: Any, *scope: Any) -> None:
     tensor.__index__ = lambda self: self.handle.data.item()
 
 
+create_splat = interpreter.InterpreterBuilder.create_splat
+
+
+def create_splat_of_truth(self: Any, block_type: Any, number: Any) -> Any:
+    """Spread a truth value as one: Triton 3.9 takes it for a number of the type that was compared."""
+    if number.data.dtype == bool:
+        number = interpreter.TensorHandle(number.data, triton.language.int1)
+    return create_splat(self, block_type, number)
+
+
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let backend="triton" serve CPU tensors, through Triton's interpreter."""
     if HAS_GPU:
         pytest.skip("the kernels run compiled on this machine's GPU instead")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    tiles.choose_tile.cache_clear()
-    few = tiles.tables._replace(target_programs=8)  # rows are split in two or more, not in hundreds
-    monkeypatch.setattr(tiles, "tables", few)
     monkeypatch.setattr(InterpretedFunction, "__call__", call_helper)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_for_numpy)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", create_splat_of_truth)
+    with tiles.override(target_programs=8):  # rows are split in two or more, not in hundreds
+        yield
 
 
 def resolve(request: pytest.FixtureRequest) -> Place:

@@ -87,7 +87,7 @@ def kernels(rank: int, world: int) -> None:
     """The kernels in Triton's interpreter: tiles of rows, pixels, long rows, and long rows in parts."""
     from softmax_fused.backends.triton import tiles
 
-    tiles.tables = tiles.tables._replace(target_programs=8, row_block=8)  # several programs, of few rows
+    tiles.use(tiles.tables._replace(target_programs=8, row_block=8))  # several programs, of few rows
     shapes = {(5, 23): "empty", (2, 7, 6): "uneven", (3, 150 * world): "uneven", (1, 600 * world): "even"}
     for (shape, kind), soft, smoothing in itertools.product(shapes.items(), (False, True), (0.0, 0.1)):
         whole = problem(shape, torch.float32, soft, smoothing > 0, 7)

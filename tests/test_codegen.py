@@ -21,8 +21,7 @@ from bench.machine_code import Code, Loop, count, inner_loops
 ROOT = Path(__file__).parents[1]
 OUTPUT = {"sm_80": "cubin", "sm_90": "cubin", "sm_100": "cubin", "gfx942": "hsaco"}
 KERNELS = {
-    *(f"cross_entropy_{name}" for name in ("forward", "backward", "forward_backward", "reduce", "weights")),
-    "cross_entropy_combine",
+    *(f"cross_entropy_{name}" for name in ("forward", "backward", "forward_backward", "weights")),
     "cross_entropy_terms",
     "cross_entropy_from_terms",
     *(f"{name}_{mode}" for name in ("softmax", "row_outputs") for mode in ("forward", "backward")),
@@ -130,8 +129,7 @@ def test_every_kernel_compiles(folder: Path, name: str) -> None:
     assert {record["classes"] for record in records} == set(classes)
     assert all(OUTPUT[record["target"]] in record["outputs"] for record in records)
     if 32_000 in classes:
-        absent = set() if 128_256 in classes else {"cross_entropy_combine"}  # the only case whose rows are split
-        assert {record["kernel"] for record in records} == KERNELS - absent
+        assert {record["kernel"] for record in records} == KERNELS
     assert [r for r in records if r.get("fused_reductions")] == [], "lanes that should hold the same sum round it apart"
     stack = limits().stack
     hold([f"stack: {record}" for record in records if record.get("stack_bytes", 0) > stack.get(record["target"], 0)])

@@ -9,6 +9,8 @@ from softmax_fused import cross_entropy, cross_entropy_rows, log_softmax, softma
 from softmax_fused.backends.triton import cross_entropy as triton_cross_entropy
 from softmax_fused.backends.triton import launch, tiles
 from softmax_fused.backends.triton.layout import merge_rows
+from softmax_fused.backends.triton.plan import Launch
+from softmax_fused.kernels.cross_entropy import cross_entropy_forward
 from tests.cases import make_indices, make_logits
 from tests.conftest import Place
 
@@ -86,56 +88,45 @@ def test_floats_reach_kernels_in_double_precision() -> None:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is launched, by name."""
     names: list[str] = []
-    real = launch.launch
+    real = Launch.__call__
 
-    def record(kernel: Any, programs: int, warps: int, device: torch.device, *args: Any) -> None:
-        arguments = dict(zip(kernel.arg_names, args, strict=True))
-        with_gradient = kernel.fn.__name__ == "cross_entropy_forward" and arguments["tensors"].out.ptr is not None
-        names.append(kernel.fn.__name__ + ("_backward" if with_gradient else ""))
-        real(kernel, programs, warps, device, *args)
+    def record(self: Launch, *tensors: Any) -> None:
+        with_gradient = self.kernel is cross_entropy_forward and tensors[1][2][0] is not None
+        names.append(self.kernel.fn.__name__ + ("_backward" if with_gradient else ""))
+        real(self, *tensors)
 
-    monkeypatch.setattr(launch, "launch", record)
+    monkeypatch.setattr(Launch, "__call__", record)
     return names
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(
-    ("shape", "second"),
-    [
-        ((256, 10), None),
-        ((600, 10), "cross_entropy_reduce"),
-        ((2, 4, 5, 5), "cross_entropy_reduce"),
-        ((5, 1500), "cross_entropy_reduce"),
-        ((2, 5000), "cross_entropy_combine"),
-    ],
+    ("shape", "programs"),
+    [((256, 10), "one"), ((600, 10), "many"), ((2, 4, 5, 5), "many"), ((5, 1500), "many"), ((2, 5000), "split")],
+    ids=str,
 )
-def test_at_most_two_launches_forward_and_one_backward(
-    kernels: Place,
-    launches: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    shape: tuple[int, ...],
-    second: str | None,
-    reduction: str,
+def test_one_launch_each_way(
+    kernels: Place, launches: list[str], shape: tuple[int, ...], programs: str, reduction: str
 ) -> None:
-    monkeypatch.setattr(tiles, "tables", tiles.tables._replace(target_programs=8))
     logits, target = make_logits(shape, torch.float32, kernels.device), make_indices(shape, kernels.device)
-    reduced = [second] if second and (reduction != "none" or second == "cross_entropy_combine") else []
-    loss = cross_entropy(logits, target, reduction=reduction, backend="triton")
-    assert launches == ["cross_entropy_forward", *reduced]
-    launches.clear()
-    torch.autograd.grad(loss, logits, torch.ones_like(loss))
-    assert launches == ["cross_entropy_backward"]
-    launches.clear()
-    loss = cross_entropy(logits, target, reduction=reduction, backend="triton", grad_in_forward=True)
-    if second == "cross_entropy_combine":  # splitting the rows is worth more
-        assert launches == ["cross_entropy_forward", second]
-    else:
-        first = ["cross_entropy_weights"] if second and reduction == "mean" else []
-        assert launches == [*first, "cross_entropy_forward_backward"]
-    launches.clear()
-    torch.autograd.grad(loss, logits, torch.ones_like(loss))
-    assert launches == ["cross_entropy_backward"]
+    with tiles.override(target_programs=8):
+        loss = cross_entropy(logits, target, reduction=reduction, backend="triton")
+        assert launches == ["cross_entropy_forward"]
+        launches.clear()
+        torch.autograd.grad(loss, logits, torch.ones_like(loss))
+        assert launches == ["cross_entropy_backward"]
+        launches.clear()
+        loss = cross_entropy(logits, target, reduction=reduction, backend="triton", grad_in_forward=True)
+        if programs == "split":  # splitting the rows is worth more
+            assert launches == ["cross_entropy_forward"]
+        else:
+            first = ["cross_entropy_weights"] if programs == "many" and reduction == "mean" else []
+            assert launches == [*first, "cross_entropy_forward_backward"]
+        launches.clear()
+        torch.autograd.grad(loss, logits, torch.ones_like(loss))
+        assert launches == ["cross_entropy_backward"]
 
 
 @pytest.mark.parametrize("shape", [(600, 10), (2, 4, 5, 5), (5, 1500)], ids=str)
@@ -162,7 +153,7 @@ def test_nothing_is_saved_that_nobody_needs(kernels: Place, monkeypatch: pytest.
     )
     logits = make_logits((8, 10), torch.float32, kernels.device)
     cross_entropy(logits if grad else logits.detach(), make_indices((8, 10), kernels.device), backend="triton")
-    assert [tuple(tensor.shape) for tensor in kept[0][1]] == ([(3, 8), (1,)] if grad else [(1,)])
+    assert [tuple(tensor.shape) for tensor in kept[0][1]] == ([(3 * 8 + 1,)] if grad else [])
 
 
 OPTIONS = [{}, {"grad_in_forward": True}, {"inplace_backward": True}]

@@ -1,6 +1,6 @@
 """Rows of many classes: blocks, their ends, the labelled class anywhere, rows that begin anywhere, rows in parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -57,9 +57,16 @@ def test_logits_whose_elements_share_memory(kernels: Place, overlapping: Callabl
     assert_right(kernels, logits, make_indices(tuple(logits.shape), kernels.device), reduction="sum", **option)
 
 
-@pytest.mark.parametrize("programs", [1, 8, 64])
-def test_rows_in_parts(kernels: Place, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
-    monkeypatch.setattr(tiles, "tables", tiles.tables._replace(target_programs=programs))
+@pytest.fixture
+def programs(request: pytest.FixtureRequest, kernels: Place) -> Iterator[None]:
+    """Split rows over so many programs in all."""
+    with tiles.override(target_programs=request.param):
+        yield
+
+
+@pytest.mark.parametrize("programs", [1, 8, 64], indirect=True)
+@pytest.mark.usefixtures("programs")
+def test_rows_in_parts(kernels: Place) -> None:
     for classes in (3071, 4096):
         logits = make_logits((3, classes), torch.float32, kernels.device)
         target = make_indices((3, classes), kernels.device)
@@ -71,9 +78,9 @@ def test_rows_in_parts(kernels: Place, monkeypatch: pytest.MonkeyPatch, programs
         assert_right(kernels, logits, target)
 
 
-@pytest.mark.parametrize("programs", [1, 8])
-def test_confident_rows_keep_their_digits(kernels: Place, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
-    monkeypatch.setattr(tiles, "tables", tiles.tables._replace(target_programs=programs))
+@pytest.mark.parametrize("programs", [1, 8], indirect=True)
+@pytest.mark.usefixtures("programs")
+def test_confident_rows_keep_their_digits(kernels: Place) -> None:
     for label in (0, 700, 2047):
         logits = torch.zeros(1, 2048, device=kernels.device)
         logits[0, label] = 30.0
@@ -86,9 +93,9 @@ def test_confident_rows_keep_their_digits(kernels: Place, monkeypatch: pytest.Mo
         torch.testing.assert_close(grad[0, label].double().cpu(), -others / (1 + others), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("programs", [1, 8])
-def test_minus_infinity_and_the_lowest_numbers(kernels: Place, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
-    monkeypatch.setattr(tiles, "tables", tiles.tables._replace(target_programs=programs))
+@pytest.mark.parametrize("programs", [1, 8], indirect=True)
+@pytest.mark.usefixtures("programs")
+def test_minus_infinity_and_the_lowest_numbers(kernels: Place) -> None:
     lowest = torch.finfo(torch.float32).min
     logits = make_logits((7, 1500), torch.float32, kernels.device).detach()
     logits[0, :1400] = -torch.inf  # whole blocks

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
     from softmax_fused._spec import CrossEntropyOperations, RowOutputsOperations, RowSpec, SoftmaxOperations, Spec
 
-BATCHED = tuple(torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorchBatched"))
+BATCHED = sum(
+    torch._C.DispatchKeySet(torch._C._dispatch_key_parse(name)).raw_repr() for name in ("Batched", "FuncTorchBatched")
+)
 
 
 def batched(tensor: Tensor) -> bool:
     """Whether vmap is at work: torch.func.vmap, or torch.autograd.grad(..., is_grads_batched=True)."""
-    keys = torch._C._dispatch_keys(tensor)
-    return any(keys.has(key) for key in BATCHED)
+    return bool(torch._C._dispatch_keys(tensor).raw_repr() & BATCHED)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -42,31 +43,31 @@ class CrossEntropy(torch.autograd.Function):
         gradient_mode: str,
     ) -> Tensor:
         """Compute the loss."""
-        ctx.precomputed_grad = None
+        precomputed = None
         if gradient_mode == "forward":
-            loss, saved, ctx.precomputed_grad = operations.loss_and_gradient(logits, target, weight, spec)
+            loss, saved, precomputed = operations.loss_and_gradient(logits, target, weight, spec)
         else:
             loss, saved = operations.loss(logits, target, weight, spec, save=True)
         ctx.save_for_backward(logits, target, weight, *saved)
-        ctx.spec, ctx.operations, ctx.gradient_mode = spec, operations, gradient_mode
+        ctx.call = spec, operations, gradient_mode, precomputed
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradient of the logits; in torch operations where it is to be differentiated or batched."""
         logits, target, weight, *saved = ctx.saved_tensors
-        arguments = (upstream, logits, target, weight, saved, ctx.spec)
-        if torch.is_grad_enabled() or batched(upstream):
-            grad = torch_loss.differentiable_gradient(upstream, logits, target, weight, ctx.spec)
-        elif ctx.gradient_mode == "in place":
-            grad = ctx.operations.gradient(*arguments, grad=logits.detach())
+        spec, operations, gradient_mode, precomputed = ctx.call
+        if torch.is_grad_enabled() or torch._C._dispatch_keys(upstream).raw_repr() & BATCHED:
+            grad = torch_loss.differentiable_gradient(upstream, logits, target, weight, spec)
+        elif gradient_mode == "in place":
+            grad = operations.gradient(upstream, logits, target, weight, saved, spec, logits.detach())
             torch.autograd.graph.increment_version(logits)  # autograd raises where the logits are needed later
-        elif ctx.precomputed_grad is not None:
+        elif precomputed is not None:
             # It is returned once, as the caller may change it: a second backward computes its own.
-            grad, ctx.precomputed_grad = ctx.precomputed_grad, None
-            grad = ctx.operations.rescale_gradient(*arguments, grad)
+            ctx.call = spec, operations, gradient_mode, None
+            grad = operations.rescale_gradient(upstream, logits, target, weight, saved, spec, precomputed)
         else:
-            grad = ctx.operations.gradient(*arguments)
+            grad = operations.gradient(upstream, logits, target, weight, saved, spec)
         return grad, None, None, None, None, None
 
 

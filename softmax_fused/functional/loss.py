@@ -11,8 +11,20 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from softmax_fused import _dispatch, _errors
-from softmax_fused._dispatch import LOSS, LOSS_IN_PLACE, check_backend, get_backend, loss_dtype, route, under_transform
+from softmax_fused._dispatch import (
+    LOSS,
+    LOSS_IN_PLACE,
+    Call,
+    are_few,
+    get_backend,
+    has_indices,
+    known_call,
+    loss_dtype,
+    route,
+    under_transform,
+)
 from softmax_fused._fallback import torch_cross_entropy, torch_function
+from softmax_fused.backends import REGISTRY
 from softmax_fused.backends.torch.targets import make_spec
 from softmax_fused.functional import operators
 from softmax_fused.functional.autograd import CrossEntropy
@@ -100,33 +112,42 @@ def cross_entropy(
         )
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    if backend != "auto":
-        check_backend(backend)
+    if backend != "auto" and backend not in REGISTRY:
+        raise _errors.unknown_backend(backend, REGISTRY)
     if grad_in_forward and inplace_backward:
         raise _errors.both_gradient_options()
     arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
-    path = route(LOSS_IN_PLACE if inplace_backward else LOSS, backend, arguments)
-    if path == "small":
-        loss = torch_cross_entropy(*arguments)
-        if (weight is None and target.ndim < input.ndim) or not zero_times_infinity(loss):
-            return loss
-        path = "backend" if _dispatch.supports_fused(*arguments) else "torch"
-    if path == "torch":
-        return unfused(*arguments, backend)
-    dtype = loss_dtype(input, target)
-    if path == "operator":
-        options_of_spec = (reduction, ignore_index, float(label_smoothing), dtype)
-        in_graph: Tensor = operators.cross_entropy(input, target, weight, *options_of_spec, backend)[0]
-        return in_graph
-    chosen = get_backend(backend, input.device.type)
-    operations = chosen.cross_entropy
-    spec = make_spec(input, target, reduction, ignore_index, label_smoothing, dtype)
+    call = None
+    if not is_compiling():
+        if weight is None and backend == "auto" and are_few(input) and has_indices(input, target):
+            return torch_cross_entropy(*arguments)
+        call = known_call(*arguments, backend)
+    if call is None:
+        path = route(LOSS_IN_PLACE if inplace_backward else LOSS, backend, arguments)
+        if path == "small":
+            loss = torch_cross_entropy(*arguments)
+            if (weight is None and target.ndim < input.ndim) or not zero_times_infinity(loss):
+                return loss
+            path = "backend" if _dispatch.supports_fused(*arguments) else "torch"
+        if path == "torch":
+            return unfused(*arguments, backend)
+        dtype = loss_dtype(input, target)
+        if path == "operator":
+            options_of_spec = (reduction, ignore_index, float(label_smoothing), dtype)
+            in_graph: Tensor = operators.cross_entropy(
+                input, target, weight, *options_of_spec, backend, operators.LAYOUT
+            )[0]
+            return in_graph
+        chosen = get_backend(backend, input.device.type)
+        spec = make_spec(input, target, reduction, ignore_index, label_smoothing, dtype)
+        with_loss = input.device.type in chosen.gradient_with_loss and reduction != "none"
+        call = Call(spec, chosen.cross_entropy, with_loss)
+    spec, operations, with_loss = call
     if not (input.requires_grad and torch.is_grad_enabled()):
         return operations.loss(input, target, weight, spec, save=False)[0]
     if inplace_backward:
         check_writable(input)
-    with_loss = grad_in_forward or (input.device.type in chosen.gradient_with_loss and reduction != "none")
-    gradient_mode = "in place" if inplace_backward else "forward" if with_loss else "backward"
+    gradient_mode = "in place" if inplace_backward else "forward" if grad_in_forward or with_loss else "backward"
     differentiable: Tensor = CrossEntropy.apply(input, target, weight, spec, operations, gradient_mode)
     return differentiable
 

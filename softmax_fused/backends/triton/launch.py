@@ -1,8 +1,7 @@
-"""The kernels' host side, and the only module that imports triton: tile choice, grid, launch."""
+"""What launches have in common: Triton's dispatch, the choice of a tile, and arguments as kernels get them."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import struct
 from typing import TYPE_CHECKING, Any
@@ -13,18 +12,16 @@ import triton.language as tl
 
 from softmax_fused.backends.triton import tiles
 from softmax_fused.backends.triton.tiles import Tile, choose_tile, long_tile
-from softmax_fused.kernels.reduce import cross_entropy_reduce
-from softmax_fused.kernels.rows import Strided
+from softmax_fused.kernels.reduce import cross_entropy_weights
+from softmax_fused.kernels.rows import Strided, Tensors
 from softmax_fused.kernels.targets import Target
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from softmax_fused._spec import Spec
-    from softmax_fused.backends.triton.layout import Rows
+    from softmax_fused.backends.triton.layout import Rows, Strides
     from softmax_fused.backends.triton.tiles import LongTile
 
-INTERPRETED = not isinstance(cross_entropy_reduce, triton.JITFunction)
+INTERPRETED = not isinstance(cross_entropy_weights, triton.JITFunction)
 """Whether the kernels run through Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
 
 # Triton 3.10 turns fused multiply-add off by default; the kernels count on it and are as accurate with it.
@@ -33,19 +30,20 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 NO_TENSOR = Strided(None, None)
 
-
-def launch(kernel: Any, programs: int, warps: int, device: torch.device, *args: Any) -> None:
-    """Launch `kernel` on the device that holds its tensors."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        kernel[(programs,)](*args, num_warps=warps, **OPTIONS)
+TARGET_TENSORS = (Tensors, (Strided,), (Target,), (Strided,))
+"""Logits, their target and perhaps their gradient, see `plan.named`."""
 
 
-def plan(
+def launch(kernel: Any, programs: int, warps: int, *args: Any) -> Any:
+    """Launch `kernel` on the current device by Triton's own dispatch, and return what it compiled."""
+    return kernel[(programs,)](*args, num_warps=warps, **OPTIONS)
+
+
+def choose(
     rows: Rows,
     itemsize: int,
     table: tuple[LongTile, ...],
-    *strides: tuple[int, ...],
+    *strides: Strides,
     streams: int = 1,
     crowded: bool = False,
 ) -> tuple[Tile, int]:
@@ -71,11 +69,6 @@ def accumulator(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype is torch.float64 else tl.float32
 
 
-def packed(weight: Tensor | None) -> Tensor | None:
-    """Return the class weights without gaps: C numbers, cheaper to copy than to address by a stride."""
-    return None if weight is None else weight.contiguous()
-
-
 def split(value: float) -> tuple[float, float] | None:
     """Return a float64 as the sum of two float32, or None for 0: kernels get floats in single precision only."""
     if not value:
@@ -95,13 +88,6 @@ def ignored(spec: Spec) -> int | tuple[int, int, int]:
     return (spec.ignore_index, spec.first, spec.classes) if spec.classes else spec.ignore_index
 
 
-def as_first(first: tuple[int, ...], strides: tuple[int, ...], tile: Tile) -> tuple[int, ...] | None:
+def as_first(first: Strides, strides: Strides, tile: Tile) -> Strides | None:
     """Return strides, or None where they are the first tensor's and rows are long: the kernel then knows it."""
     return None if strides == first and tile.lanes else strides
-
-
-def target_of(
-    target: Tensor, weight: Tensor | None, spec: Spec, strides: tuple[int, ...], first: tuple[int, ...], tile: Tile
-) -> Target:
-    """Return the target as kernels get it."""
-    return Target(target, as_first(first, strides, tile), packed(weight), smoothing(spec))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
+Strides = tuple[int, ...]
 
 
 def merge_rows(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
@@ -39,14 +40,13 @@ class Rows(NamedTuple):
 
     classes: int
     sizes: tuple[int, ...]
-    strides: tuple[tuple[int, ...], ...]
+    strides: tuple[Strides, ...]
 
 
-@functools.lru_cache(1024)
-def rows_of(shape: tuple[int, ...], class_dim: int, *strides: tuple[int, ...]) -> Rows:
-    """Lay out a tensor of `shape` and its classes, and tensors of as many dimensions or without the class dimension.
+def rows_of(shape: tuple[int, ...], class_dim: int, *strides: Strides) -> Rows:
+    """Lay out a tensor of `shape` whose classes lie along `class_dim`.
 
-    Kept for the shapes of a training run: it is half of what a call costs the host.
+    `strides` are its own and those of others, of as many dimensions or without that of the classes.
     """
     whole = [len(stride) == len(shape) for stride in strides]
     row_strides = [
@@ -58,11 +58,6 @@ def rows_of(shape: tuple[int, ...], class_dim: int, *strides: tuple[int, ...]) -
     return Rows(shape[class_dim], sizes, tuple((*rows, step) for rows, step in zip(merged, steps, strict=True)))
 
 
-def describe(logits: Tensor, *others: Tensor) -> Rows:
-    """Describe the layout of logits (C,) or (N, C, d1..dk) and of tensors with or without the class dimension."""
-    return along(min(logits.ndim - 1, 1), logits, *others)
-
-
-def along(dim: int, tensor: Tensor, *others: Tensor) -> Rows:
-    """Describe the layout of a tensor whose classes lie along `dim`, and of others of its shape or without `dim`."""
-    return rows_of(tuple(tensor.shape), dim, tensor.stride(), *[other.stride() for other in others])
+def like(shape: tuple[int, ...], strides: Strides) -> Strides:
+    """Return the strides of torch.empty_like for a tensor of this shape and these strides."""
+    return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()

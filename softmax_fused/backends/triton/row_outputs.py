@@ -1,14 +1,16 @@
-"""Several outputs of each row by the kernels: tile choice, grid, launch."""
+"""Several outputs of each row by the kernels: what a signature decides, memory, launch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from softmax_fused.backends.triton import launch, tiles
-from softmax_fused.backends.triton.launch import NO_TENSOR, accumulator, as_first, load_of, packed, plan, split
-from softmax_fused.backends.triton.layout import describe
+from softmax_fused._spec import class_dim
+from softmax_fused.backends.triton import tiles
+from softmax_fused.backends.triton.launch import NO_TENSOR, accumulator, as_first, choose, load_of, split
+from softmax_fused.backends.triton.layout import Strides, like, rows_of
+from softmax_fused.backends.triton.plan import Launch, planned
 from softmax_fused.kernels.row_outputs import (
     RowPointers,
     RowTarget,
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from softmax_fused._row_outputs import RowOutputs
     from softmax_fused._spec import RowSpec, Upstream
 
+TENSORS = (Tensors, (Strided,), (RowTarget,), (Strided,))
+
 
 def transform(options: RowSpec) -> tuple[Any, Any]:
     """Return (scale / softcap, softcap), (scale, None) or, where nothing is to be done, (None, None)."""
@@ -37,51 +41,102 @@ def parts(value: float) -> tuple[float, float]:
     return split(value) or (0.0, 0.0)
 
 
-def target_of(target: Tensor, weight: Tensor | None, options: RowSpec, strides: tuple[int, ...] | None) -> RowTarget:
-    """Return the target and what is done to the logits, as kernels get them."""
-    return RowTarget(target, strides, packed(weight), split(options.spec.label_smoothing), *transform(options))
+class RowsPlan(NamedTuple):
+    """How the outputs of rows of a signature, or their gradient, are computed."""
+
+    launch: Launch
+    logits: Strides
+    target: Strides | None
+    options: tuple[Any, ...]  # label smoothing, scale and softcap, as kernels get them
+    grad: Strides | None = None
+    upstream: tuple[Strides | None, ...] = ()
+
+
+@planned
+def plan_rows(
+    options: RowSpec, dtype: torch.dtype, shape: tuple[int, ...], strides: Strides, target_strides: Strides,
+    device: torch.device, *_: object,
+) -> RowsPlan:  # fmt: skip
+    """Decide how the outputs are computed; `_` tells signatures apart."""
+    rows = rows_of(shape, class_dim(len(shape)), strides, target_strides)
+    load = load_of(options.spec)
+    load["crowded"] |= "entropy" in options.outputs or options.softcap is not None
+    tile, programs = choose(rows, dtype.itemsize, tiles.tables.one_pass, rows.strides[0], **load)
+    launch = Launch(
+        row_outputs_forward, programs, tile.warps, device, ((RowPointers,), TENSORS),
+        RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, options.spec.reader,
+        accumulator(options.spec.acc), *tile.constants(),
+    )  # fmt: skip
+    target = as_first(rows.strides[0], rows.strides[1], tile)
+    return RowsPlan(launch, rows.strides[0], target, (split(options.spec.label_smoothing), *transform(options)))
 
 
 def forward(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec, save: bool
 ) -> tuple[RowOutputs, Tensor | None]:
     """Compute the outputs asked for and, with `save`, what `gradient` needs."""
-    rows = describe(logits, target)
-    logits_strides, target_strides = rows.strides
-    load = load_of(options.spec)
-    load["crowded"] |= "entropy" in options.outputs or options.softcap is not None
-    tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, **load)
+    if weight is not None:
+        weight = weight.contiguous()
+    plan = plan_rows(
+        options, logits.dtype, logits.shape, logits.stride(), target.stride(), logits.device, save, target.dtype,
+        logits.data_ptr() % 16, target.data_ptr() % 16,
+        weight is not None and (weight.dtype, weight.data_ptr() % 16),
+    )  # fmt: skip
     out = options.allocate(logits)
-    stats = logits.new_empty((5, logits.numel() // rows.classes), dtype=options.spec.acc) if save else None
-    target_layout = target_of(target, weight, options, as_first(logits_strides, target_strides, tile))
-    launch.launch(
-        row_outputs_forward, programs, tile.warps, logits.device,
-        RowPointers(*out, stats), Tensors(Strided(logits, logits_strides), target_layout, NO_TENSOR),
+    stats = None
+    if save:
+        rows = logits.numel() // logits.shape[class_dim(logits.ndim)]
+        stats = torch.empty((5, rows), dtype=options.spec.acc, device=logits.device)
+    plan.launch((*out, stats), ((logits, plan.logits), (target, plan.target, weight, *plan.options), NO_TENSOR))
+    return out, stats
+
+
+@planned
+def plan_rows_gradient(
+    options: RowSpec, dtype: torch.dtype, shape: tuple[int, ...], strides: Strides, target_strides: Strides,
+    upstream_strides: tuple[Strides | None, ...], device: torch.device, *_: object,
+) -> RowsPlan:  # fmt: skip
+    """Decide how the gradient is computed; `_` tells signatures apart."""
+    given = [it for it in upstream_strides if it is not None]
+    rows = rows_of(shape, class_dim(len(shape)), strides, target_strides, like(shape, strides), *given)
+    first, target, grad, *some = rows.strides
+    load = load_of(options.spec)
+    load["crowded"] |= upstream_strides[2] is not None or options.softcap is not None
+    tile, programs = choose(rows, dtype.itemsize, tiles.tables.one_pass, first, grad, **load)
+    launch = Launch(
+        row_outputs_backward, programs, tile.warps, device,
+        (None, (RowUpstream, (Strided,), (Strided,), (Strided,)), TENSORS),
         RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, options.spec.reader,
         accumulator(options.spec.acc), *tile.constants(),
     )  # fmt: skip
-    return out, stats
+    merged = iter(some)
+    return RowsPlan(
+        launch,
+        first,
+        as_first(first, target, tile),
+        (split(options.spec.label_smoothing), *transform(options)),
+        as_first(first, grad, tile),
+        tuple(None if it is None else next(merged) for it in upstream_strides),
+    )
 
 
 def gradient(
     upstream: Upstream, logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor | None, options: RowSpec
 ) -> Tensor:
     """Compute the gradient of the logits from those of loss, logsumexp and entropy, None where not asked for."""
-    grad = torch.empty_like(logits)
-    given = [g for g in upstream if g is not None]
-    rows = describe(logits, target, grad, *given)
-    logits_strides, target_strides, grad_strides, *some = rows.strides
-    upstream_strides = iter(some)
-    load = load_of(options.spec)
-    load["crowded"] |= upstream[2] is not None or options.softcap is not None
-    tile, programs = plan(rows, logits.itemsize, tiles.tables.one_pass, logits_strides, grad_strides, **load)
-    target_layout = target_of(target, weight, options, as_first(logits_strides, target_strides, tile))
-    grad_layout = Strided(grad, as_first(logits_strides, grad_strides, tile))
-    launch.launch(
-        row_outputs_backward, programs, tile.warps, logits.device,
-        stats, RowUpstream(*[None if g is None else Strided(g, next(upstream_strides)) for g in upstream]),
-        Tensors(Strided(logits, logits_strides), target_layout, grad_layout),
-        RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, options.spec.reader,
-        accumulator(options.spec.acc), *tile.constants(),
+    if weight is not None:
+        weight = weight.contiguous()
+    plan = plan_rows_gradient(
+        options, logits.dtype, logits.shape, logits.stride(), target.stride(),
+        tuple([None if g is None else g.stride() for g in upstream]), logits.device, target.dtype,
+        logits.data_ptr() % 16, target.data_ptr() % 16,
+        weight is not None and (weight.dtype, weight.data_ptr() % 16),
+        *[g is not None and (g.dtype, g.data_ptr() % 16) for g in upstream],
     )  # fmt: skip
+    grad = torch.empty_like(logits)
+    plan.launch(
+        stats,
+        tuple([None if g is None else (g, strides) for g, strides in zip(upstream, plan.upstream, strict=True)]),
+        ((logits, plan.logits), (target, plan.target, weight, *plan.options), (grad, plan.grad)),
+    )
     return grad

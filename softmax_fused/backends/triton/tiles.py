@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,12 +83,16 @@ def power_of_2(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
+CACHES: list[Any] = []
+"""Of functions that depend on the tile sizes."""
+
+
 def use(other: Tables) -> None:
-    """Use other tile sizes from now on: tiles chosen before are forgotten."""
+    """Use other tile sizes from now on: what was decided before is forgotten."""
     global tables
     tables = other
-    long_tile.cache_clear()
-    choose_tile.cache_clear()
+    for cache in CACHES:
+        cache.cache_clear()
 
 
 @contextlib.contextmanager
@@ -103,7 +106,6 @@ def override(**sizes: Any) -> Iterator[None]:
         use(before)
 
 
-@functools.lru_cache(1024)
 def long_tile(
     classes: int, itemsize: int, table: tuple[LongTile, ...], streams: int = 1, crowded: bool = False
 ) -> Tile:
@@ -122,7 +124,6 @@ def long_tile(
     return Tile(1, vectors * vector * WARP * warps, warps, WARP * warps, vector)
 
 
-@functools.lru_cache(1024)
 def choose_tile(classes: int, sizes: tuple[int, ...], classes_adjacent: bool, itemsize: int) -> Tile:
     """Return the tile for rows of `sizes` (outer..., inner), not long ones."""
     rows, inner = math.prod(sizes), sizes[-1]
