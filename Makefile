@@ -36,7 +36,7 @@ bring that folder here and run PIP_NO_INDEX=1 PIP_FIND_LINKS=WHEELS make $(MAKEC
 endef
 export UNFINISHED
 
-.PHONY: help train test test-slow test-all check mutants bench bench-cpu bench-gpu bench-plot clean
+.PHONY: help train test test-slow test-all check mutants bench bench-cpu bench-gpu bench-host bench-plot clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -83,6 +83,9 @@ bench-cpu: $(VENV)/.bench ## README's table for the CPU, four minutes on an idle
 bench-gpu: export PYTHONPATH := $(if $(RIVALS),$(abspath $(RIVALS)):)$(PYTHONPATH)
 bench-gpu: ## GPU tests and every benchmark, eight minutes, under any python with torch and triton: no installs, no network
 	@$(PYTHON) -m bench.gpu $(ARGS)
+
+bench-host: $(VENV)/.bench ## what a call costs the host, without a GPU too: a minute on an idle machine
+	$(BIN)/python -m bench.host $(ARGS)
 
 bench-plot: $(VENV)/.bench ## README's tables and figures of speed, from bench/results
 	$(BIN)/python -m bench.plot $(ARGS)

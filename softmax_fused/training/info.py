@@ -2,6 +2,7 @@
 
 import torch
 
+from softmax_fused.backends import triton
 from softmax_fused.functional import explain_backend
 from softmax_fused.training.ranks.devices import device_name
 from softmax_fused.training.versions import versions
@@ -17,6 +18,11 @@ def describe_installation() -> list[str]:
         table[str(device)] = f"{device_name(device)}; backend {backend}: {reason}"
     if not torch.cuda.is_available():
         table["cuda"] = "none that torch can use"
+    if not triton.problem():
+        from softmax_fused.backends.triton.plan import direct_launches
+
+        direct, reason = direct_launches()
+        table["launches"] = f"{'straight to compiled kernels' if direct else 'through Triton every time'}: {reason}"
     return [f"{name:14}{text}" for name, text in table.items()]
 
 
