@@ -76,7 +76,7 @@ mutants: $(VENV)/.test ## plant bugs, one at a time, and see a test catch each: 
 bench: $(VENV)/.bench ## pytest-benchmark suites on the CPU; ARGS="-k 'both and 32000'" picks some
 	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
-bench-cpu: $(VENV)/.bench ## README's table for the CPU, four minutes on an idle machine
+bench-cpu: $(VENV)/.bench ## the tables of the CPU, four minutes on an idle machine
 	$(BIN)/python -m bench.cpu $(ARGS)
 
 # RIVALS names a folder with unpacked wheels (python -m zipfile -e liger_kernel.whl FOLDER), where pip cannot install them
@@ -84,7 +84,7 @@ bench-gpu: export PYTHONPATH := $(if $(RIVALS),$(abspath $(RIVALS)):)$(PYTHONPAT
 bench-gpu: ## GPU tests and every benchmark, eight minutes, under any python with torch and triton: no installs, no network
 	@$(PYTHON) -m bench.gpu $(ARGS)
 
-bench-plot: $(VENV)/.bench ## README's tables and figures of speed, from bench/results
+bench-plot: $(VENV)/.bench ## the tables and figures of speed in docs and README, from bench/results
 	$(BIN)/python -m bench.plot $(ARGS)
 
 clean: ## remove what the targets made, except runs/

@@ -1,9 +1,9 @@
-"""docs/chapter.md: what it prints is what comes out."""
+"""docs/chapter-in-commands.md: what it prints is what comes out."""
 
 import doctest
 from pathlib import Path
 
-CHAPTER = Path(__file__).parents[1] / "docs/chapter.md"
+CHAPTER = Path(__file__).parents[1] / "docs/chapter-in-commands.md"
 
 
 def test_the_examples_print_what_they_say() -> None:
