@@ -1,7 +1,7 @@
 """The tables and figures of speed from bench/results: `make bench-plot`, or python -m bench.plot [--check].
 
-docs/performance.md has all of them, README some rows. --check writes nothing, and exits with 1 if either is not what the
-results give.
+docs/performance.md has all of them, README some rows. --check writes nothing, and exits with 1 if either is not what
+the results give.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Tables in Markdown, from records as bench.record writes them. Every row that was measured is in them but the summary."""
+"""Tables in Markdown, from records as bench.record writes them. Every row that was measured is in one."""
 
 from collections.abc import Callable
 from math import prod

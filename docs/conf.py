@@ -10,7 +10,7 @@ from sphinx.environment import BuildEnvironment
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "extensions")]
 
-import softmax_fused  # noqa: E402 - found by the path above
+import softmax_fused
 
 project = "softmax_fused"
 author = "The softmax_fused authors"
@@ -51,13 +51,15 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_preprocess_types = False
 
-# The names of torch and of Python that are linked to, in the plain text of Sphinx's first inventory format: the pages are
-# the same with and without a network.
+# The names of torch and of Python that are linked to, in the plain text of Sphinx's first inventory format: the pages
+# are the same with and without a network.
 intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable/", str(HERE / "inventories/torch.txt")),
     "python": ("https://docs.python.org/3/", str(HERE / "inventories/python.txt")),
 }
 
+pygments_style = "tango"
+pygments_dark_style = "github-dark"
 html_theme = "furo"
 html_title = f"softmax_fused {version}"
 html_static_path = ["static"]

@@ -1,4 +1,4 @@
-"""Draw the figures of docs/kernels.md: python docs/figures.py [FOLDER]. What they show is computed here, not measured."""
+"""Draw the figures of docs/kernels.md: python docs/figures.py [FOLDER]. What they show is computed, not measured."""
 
 import sys
 from pathlib import Path
@@ -141,12 +141,8 @@ def lanes() -> Figure:
         left = 17 + 10.2 * lane
         axes.add_patch(Rectangle((left, 0.75), 8.2, 0.75, facecolor=colour, edgecolor=INK))
         axes.text(left + 4.1, 1.12, f"lane {lane}: m, s", ha="center", va="center", fontsize=11)
-        axes.add_patch(
-            FancyArrowPatch((left + 4.1, 0.75), (36.4, 0.05), arrowstyle="->", mutation_scale=12, color=INK)
-        )
-    axes.text(
-        36.4, -0.08, "merged once, after the last block: m, s of the row", ha="center", va="top", fontsize=11
-    )
+        axes.add_patch(FancyArrowPatch((left + 4.1, 0.75), (36.4, 0.05), arrowstyle="->", mutation_scale=12, color=INK))
+    axes.text(36.4, -0.08, "merged once, after the last block: m, s of the row", ha="center", va="top", fontsize=11)
     axes.add_patch(Rectangle((0, 0.85), 2, 0.55, facecolor=PALE, edgecolor=INK))
     axes.text(2.6, 1.12, "the row's edge:\nan element a lane", va="center", fontsize=10)
     axes.set(xlim=(-0.3, 72.3), ylim=(-0.6, 4.8))
@@ -160,16 +156,14 @@ def programs() -> Figure:
     panels = figure.subplots(1, 4)
     shades = (*LANE_COLOURS, "#C9C3E6", "#E6E0A8")
     kinds: list[tuple[str, str, Any]] = [
-        ("few classes", "a program: many rows,\none a thread", lambda r, c: r // 4),
-        ("many classes", "a program: one row,\nall its threads", lambda r, c: r % 6),
-        ("few rows, many classes", "several programs a row,\nmerged by a second launch", lambda r, c: (c // 4) % 6),
-        ("images (N, C, H, W)", "a program: neighbouring pixels,\nall their classes", lambda r, c: c // 4),
+        ("few classes", "a program: many rows,\none a thread", lambda r, _: r // 4),
+        ("many classes", "a program: one row,\nall its threads", lambda r, _: r % 6),
+        ("few rows, many classes", "several programs a row,\nmerged by a second launch", lambda _, c: (c // 4) % 6),
+        ("images (N, C, H, W)", "a program: neighbouring pixels,\nall their classes", lambda _, c: c // 4),
     ]
     sizes = [(12, 4), (6, 24), (1, 24), (5, 16)]
     names = [("classes", "rows"), ("classes", "rows"), ("classes", "rows"), ("pixels", "classes")]
-    for axes, (title, text, program), (rows, columns), (across, down) in zip(
-        panels, kinds, sizes, names, strict=True
-    ):
+    for axes, (title, text, program), (rows, columns), (across, down) in zip(panels, kinds, sizes, names, strict=True):
         width, height = 1 / max(columns, 12), 1 / max(rows, 12) * (1.6 if rows < 12 else 1)
         for r in range(rows):
             for c in range(columns):
@@ -181,7 +175,9 @@ def programs() -> Figure:
                 )  # fmt: skip
         axes.set(xlim=(-0.12, 1.02), ylim=(-1.02, 0.14))
         axes.text(0, 0.03, f"{across} \N{RIGHTWARDS ARROW}", fontsize=9.5, color="#555555")
-        axes.text(-0.03, 0, f"{down} \N{RIGHTWARDS ARROW}", fontsize=9.5, color="#555555", rotation=-90, ha="right", va="top")
+        axes.text(
+            -0.03, 0, f"{down} \N{RIGHTWARDS ARROW}", fontsize=9.5, color="#555555", rotation=-90, ha="right", va="top"
+        )
         axes.set_title(title, fontsize=12, loc="left")
         axes.set_xlabel(text, fontsize=10)
         axes.set(xticks=[], yticks=[])

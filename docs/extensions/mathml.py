@@ -3,6 +3,7 @@
 The converter is the one of docutils. A formula that it does not know is a warning.
 """
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -11,6 +12,10 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
+# Between a function's name and its argument, unless that is in parentheses, TeX has a thin space and MathML has none.
+APPLIED = re.compile(r"<mo>(&ApplyFunction;|\u2061)</mo>(?!\s*<m(o|row)[^>]*>\s*(<mo[^>]*>)?[(\[])")
+THIN_SPACE = '<mspace width="0.17em"></mspace>'
+
 logger = logging.getLogger(__name__)
 
 
@@ -18,7 +23,7 @@ def convert(formula: nodes.Element, block: bool) -> str:
     """Return the formula as MathML; as it was written where the converter refuses it."""
     text = formula.astext()
     try:
-        return str(tex2mathml(text, as_block=block))
+        return APPLIED.sub(THIN_SPACE, tex2mathml(text, as_block=block))
     except MathError as error:
         logger.warning("formula not understood: %s: %s", text, error, location=formula)
         return f"<code>{text}</code>"
