@@ -9,9 +9,10 @@ CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 VENV := .venv$(if $(TORCH),-$(TORCH))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-EXTRAS := train test bench dev
+EXTRAS := train test bench docs dev
 STAMPS := $(EXTRAS:%=$(VENV)/.%)
 QUIET := $(if $(CI),--quiet) # elsewhere pip shows the downloads' progress
+SPHINX := $(BIN)/python -m sphinx -W --keep-going -q docs build/docs
 PYTEST := $(BIN)/python -m pytest -n auto $(if $(CI),,-q)
 
 ifneq ($(filter-out cpu,$(TORCH)),)
@@ -36,7 +37,7 @@ bring that folder here and run PIP_NO_INDEX=1 PIP_FIND_LINKS=WHEELS make $(MAKEC
 endef
 export UNFINISHED
 
-.PHONY: help train test test-slow test-all check mutants bench bench-cpu bench-gpu bench-host bench-plot clean
+.PHONY: help train test test-slow test-all check docs mutants bench bench-cpu bench-gpu bench-host bench-plot clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -53,7 +54,10 @@ $(STAMPS): $(VENV)/.%: pyproject.toml | $(BIN)/python
 
 train: $(VENV)/.train ## train softmax regression on Fashion-MNIST with the fused loss: a quarter of a minute
 	@echo "Training softmax regression on Fashion-MNIST (30 MB, downloaded once): 10 epochs, about 15 seconds on two cores."
+	@echo "Look at curves.png, predictions.png and confusion.png in the folder that it names at the end."
 	$(BIN)/softmax-fused train $(ARGS)
+	@echo "Next: $(BIN)/softmax-fused compare        (this loss, torch's and the textbook's side by side)"
+	@echo "      $(BIN)/softmax-fused                (all commands, with an example of each)"
 
 test: $(VENV)/.test ## the tests of everything essential on the CPU, kernels in Triton's interpreter: four minutes
 	@echo "Running the tests, the kernels in Triton's interpreter: about 4 minutes on two cores."
@@ -65,10 +69,15 @@ test-slow: $(VENV)/.test ## the other tests: more cases, compilation for four GP
 
 test-all: test test-slow ## every test
 
-check: $(VENV)/.dev ## formatting, lint, types
+check: $(VENV)/.dev ## formatting, lint, types, the documentation without warnings
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(SPHINX)
+
+docs: $(VENV)/.docs ## the documentation as a site in build/docs, without a network: ten seconds
+	$(SPHINX)
+	@echo "Open build/docs/index.html."
 
 mutants: $(VENV)/.test ## plant bugs, one at a time, and see a test catch each: half an hour
 	$(BIN)/python -m tests.mutants $(ARGS)
@@ -76,7 +85,7 @@ mutants: $(VENV)/.test ## plant bugs, one at a time, and see a test catch each: 
 bench: $(VENV)/.bench ## pytest-benchmark suites on the CPU; ARGS="-k 'both and 32000'" picks some
 	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
-bench-cpu: $(VENV)/.bench ## README's table for the CPU, four minutes on an idle machine
+bench-cpu: $(VENV)/.bench ## the tables of the CPU, four minutes on an idle machine
 	$(BIN)/python -m bench.cpu $(ARGS)
 
 # RIVALS names a folder with unpacked wheels (python -m zipfile -e liger_kernel.whl FOLDER), where pip cannot install them
@@ -87,7 +96,7 @@ bench-gpu: ## GPU tests and every benchmark, eight minutes, under any python wit
 bench-host: $(VENV)/.bench ## what a call costs the host, without a GPU too: a minute on an idle machine
 	$(BIN)/python -m bench.host $(ARGS)
 
-bench-plot: $(VENV)/.bench ## README's tables and figures of speed, from bench/results
+bench-plot: $(VENV)/.bench ## the tables and figures of speed in docs and README, from bench/results
 	$(BIN)/python -m bench.plot $(ARGS)
 
 clean: ## remove what the targets made, except runs/

@@ -1,1 +1,1 @@
-"""Speed and memory, measured: pytest-benchmark suites, one table a machine, README's tables and figures from them."""
+"""Speed and memory, measured: pytest-benchmark suites, a table a machine, the documentation's tables and figures."""

@@ -2,7 +2,8 @@
 
 Measured on gloo ranks of one thread each on this machine: collectives and bytes of a step, and the time of loss and
 gradient where every rank holds as many classes as the only one of a world of one (weak scaling). On paper: what a step
-takes on 8 to 1024 GPUs, by the formula beside the table. README's tables are what `measured` and `on_paper` make.
+takes on 8 to 1024 GPUs, by the formula beside the table. The tables in docs/performance.md are what `measured` and
+`on_paper` make.
 """
 
 import argparse

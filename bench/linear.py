@@ -1,8 +1,8 @@
 """A linear layer and its loss in one, against one after the other: python -m bench.linear [--json FILE] [--rounds R].
 
 Time and peak memory of loss and gradients of input and weight. Providers take turns within each round, A B C, C B A;
-peaks are measured in a process each, beyond input, weight and target. Tables in README are what `table` makes of the
-JSON file, which is written after every case.
+peaks are measured in a process each, beyond input, weight and target. The table in docs/performance.md is what
+`table` makes of the JSON file, which is written after every case.
 """
 
 import argparse

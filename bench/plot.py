@@ -1,6 +1,7 @@
-"""README's tables and figures of speed from bench/results: `make bench-plot`, or python -m bench.plot [--check].
+"""The tables and figures of speed from bench/results: `make bench-plot`, or python -m bench.plot [--check].
 
---check writes nothing, and exits with 1 if README is not what the results give.
+docs/performance.md has all of them, README some rows. --check writes nothing, and exits with 1 if either is not what
+the results give.
 """
 
 import json
@@ -16,8 +17,10 @@ from softmax_fused.training.wording import plural
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
-README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs/performance.md"
 IMAGES = Path("docs/images")
+DOCUMENTS = {"README.md": ("summary",), "docs/performance.md": ("cpu", "gpu", "predicted")}
+"""The files that hold tables, and the names of the markers in each."""
 
 NOT_ON_A_GPU = "**Not measured on a GPU yet.** `make bench-gpu` does, in one command."
 
@@ -35,7 +38,7 @@ TITLES = {
     "absent": "",
 }
 
-PREDICTED = """### On an H200, predicted from the machine code, not measured
+PREDICTED = """## On an H200, predicted from the machine code, not measured
 `python bench/codegen.py` counts what the compiler makes of the kernels for sm_90 and says what bytes, issue slots and
 EX2 allow at best: no kernel can be faster, a real one will be slower. Other types and small shapes are in
 bench/results/codegen.json.
@@ -73,7 +76,7 @@ def section(stem: str, record: dict[str, Any]) -> str:
     parts = [provenance(record)]
     parts += gpu_tables(record) if on_gpu else [tables.speed_table(points), tables.memory_sentence(points)]
     parts += [
-        f"![Loss and gradient, times faster than torch, by shape of the logits]({IMAGES / name})"
+        f"![Loss and gradient, times faster than torch, by shape of the logits]({IMAGES.name}/{name})"
         for name in figures.figure_names(stem, record)
     ]
     return "\n\n".join(filter(None, parts))
@@ -99,7 +102,7 @@ def gpu_tables(record: dict[str, Any]) -> list[str]:
 
 
 def blocks(results: Path) -> dict[str, str]:
-    """What belongs between README's markers."""
+    """What belongs between the markers, by their names."""
     found = records(results)
     by_device = {
         device: [section(stem, record) for stem, record in found.items() if record["machine"]["device"] == device]
@@ -108,41 +111,50 @@ def blocks(results: Path) -> dict[str, str]:
     codegen = results / "codegen.json"
     predicted = tables.predicted_table(json.loads(codegen.read_text())) if codegen.exists() else ""
     return {
+        "summary": summary(found.get("cpu")),
         "cpu": "\n\n".join(by_device["cpu"]),
         "gpu": "\n\n".join(by_device["cuda"]) or NOT_ON_A_GPU,
         "predicted": PREDICTED.format(predicted) if predicted else "",
     }
 
 
-def fill(readme: str, texts: dict[str, str]) -> str:
-    """Put each text between its markers; README must have them."""
-    for name, text in texts.items():
-        pattern = rf"(<!-- speed:{name} -->\n).*?(<!-- /speed:{name} -->)"
-        inside = f"\n{text}\n\n" if text else ""
-        readme, count = re.subn(pattern, lambda found, inside=inside: found[1] + inside + found[2], readme, flags=re.S)
+def summary(record: dict[str, Any] | None) -> str:
+    """The rows of the CPU that README shows."""
+    return "" if record is None else f"{tables.summary_table(record['points'])}\n\n{provenance(record)}"
+
+
+def fill(name: str, text: str, found: dict[str, str]) -> str:
+    """Put what was found between the markers of a document, which must have them."""
+    for block in DOCUMENTS[name]:
+        pattern = rf"(<!-- speed:{block} -->\n).*?(<!-- /speed:{block} -->)"
+        inside = f"\n{found[block]}\n\n" if found[block] else ""
+        text, count = re.subn(pattern, lambda marks, inside=inside: marks[1] + inside + marks[2], text, flags=re.S)
         if count != 1:
             raise ValueError(
-                f"README must have <!-- speed:{name} --> and <!-- /speed:{name} --> once; has it {count} times"
+                f"{name} must have <!-- speed:{block} --> and <!-- /speed:{block} --> once; has it {count} times"
             )
-    return readme
+    return text
 
 
-def missing_images(readme: str, root: Path) -> list[str]:
-    return [name for name in re.findall(r"\]\((docs/images/speed-[^)]+)\)", readme) if not (root / name).exists()]
+def missing_images(text: str, root: Path) -> list[str]:
+    names = re.findall(rf"\]\({IMAGES.name}/(speed-[^)]+)\)", text)
+    return [f"{IMAGES / name}" for name in names if not (root / IMAGES / name).exists()]
 
 
-def check(results: Path = RESULTS, readme: Path = README) -> list[str]:
+def check(results: Path = RESULTS, root: Path = ROOT) -> list[str]:
     """Return what is out of date."""
-    text = readme.read_text()
-    stale = [] if fill(text, blocks(results)) == text else [f"{readme.name} differs from {results.name}"]
-    return stale + [f"{name} is missing" for name in missing_images(text, readme.parent)]
+    texts, found = {name: (root / name).read_text() for name in DOCUMENTS}, blocks(results)
+    stale = [f"{name} differs from {results.name}" for name, text in texts.items() if fill(name, text, found) != text]
+    return stale + [f"{name} is missing" for text in texts.values() for name in missing_images(text, root)]
 
 
-def write(results: Path = RESULTS, readme: Path = README) -> None:
+def write(results: Path = RESULTS, root: Path = ROOT) -> None:
     """Write tables and pictures."""
-    readme.write_text(fill(readme.read_text(), blocks(results)))
+    found = blocks(results)
+    for name in DOCUMENTS:
+        (root / name).write_text(fill(name, (root / name).read_text(), found))
     for stem, record in records(results).items():
-        figures.draw_all(readme.parent / IMAGES, stem, record)
+        figures.draw_all(root / IMAGES, stem, record)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What the pytest-benchmark suites share: parameters by device, and a case handed to the benchmark fixture.
 
 pytest-benchmark runs one provider after the other and times until the device is done, the host included. The ratios in
-README come from bench.cpu and bench.gpu, where providers take turns; on a GPU their figures, which are the device's
-alone, are added here as extra information.
+docs/performance.md come from bench.cpu and bench.gpu, where providers take turns; on a GPU their figures, which are the
+device's alone, are added here as extra information.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""README's tables in Markdown, from records as bench.record writes them. Every row that was measured is in them."""
+"""Tables in Markdown, from records as bench.record writes them. Every row that was measured is in one."""
 
 from collections.abc import Callable
 from math import prod
@@ -10,6 +10,14 @@ Point = dict[str, Any]
 ABSENT = "-"
 KINDS = ("loss", "softmax", "step")
 SMALL_LOGITS = 10_000  # up to so many the host decides
+SUMMARY = (  # README's rows: two where ours is ahead, two where torch.compile is, 16 bits, and images
+    ((2048, 10000), "float32"),
+    ((256, 128256), "float32"),
+    ((4096, 1000), "float32"),
+    ((60000, 10), "float32"),
+    ((1, 19, 512, 1024), "float32"),
+    ((2048, 10000), "bfloat16"),
+)
 PREDICTABLE_US = 50.0  # below, launching decides
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -85,6 +93,15 @@ def speed_table(points: list[Point]) -> str:
     both = [f"both: {name.removeprefix(f'{OURS}, ')}{', time' if name == BASE else ''}" for name in names]
     titles = ["logits", "dtype", "forward: ours", "backward: ours", *both, "both: ours, time"]
     return markdown(titles, [speed_line(row, names) for row in rows(points)])
+
+
+def summary_table(points: list[Point]) -> str:
+    """The rows of `SUMMARY`: loss and gradient, torch eager's time over each provider's, without the other modes."""
+    lines = [row for row in rows(points) if (row.shape, row.dtype) in SUMMARY and not row.step]
+    names = providers([point for row in lines for point in row.points.values()])
+    titles = ["torch, time" if name == BASE else name for name in names]
+    cells = [[row.name, row.dtype, *speed_line(row, names)[4:-1]] for row in lines]
+    return markdown(["logits", "dtype", *titles], cells)
 
 
 def in_logits(row: Row, provider: str) -> float | None:

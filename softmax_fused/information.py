@@ -1,7 +1,7 @@
 r"""Information theory of probability distributions: how surprising outcomes are, how far apart two distributions lie.
 
-Every function comes twice, for probabilities and, as `..._from_logits`, for logits z with p = softmax(z); the second is
-exact where probabilities would have been rounded to 0. What holds for all:
+Every function comes twice, for probabilities and, its name ending in `_from_logits`, for logits z with p = softmax(z);
+the second is exact where probabilities would have been rounded to 0. What holds for all:
 
 - Distributions lie along `dim`; other axes broadcast. That probabilities are not negative and sum to 1 is not checked:
   it would make the host wait for the device.

@@ -74,7 +74,7 @@ def known_function(tensors: list[Tensor]) -> Callable[..., Tensor]:
 
 
 class Patch:
-    """What :func:`patch` returns: a context manager, or undone by hand."""
+    """What :func:`softmax_fused.patch` returns: a context manager, or undone by hand."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options

@@ -29,7 +29,7 @@ from softmax_fused.training.models.loop import train_epoch
 from softmax_fused.training.ranks.group import CPU, Ranks
 from softmax_fused.training.ranks.shards import EpochShards
 
-README = Path(__file__).parents[1] / "README.md"
+GUIDE = Path(__file__).parents[1] / "docs/distributed.md"
 CONFIG = TrainConfig(loss="torch", batch_size=50, epochs=2, device="cpu")
 
 
@@ -136,9 +136,9 @@ def trained_on_mesh(data: ImageData, config: TrainConfig, tolerance: float = 1e-
         assert (found - counts).abs().sum() <= 0.002 * len(data.test)
 
 
-def readme(rank: int, world: int) -> None:
-    """README's two blocks, as they stand there."""
-    text = README.read_text().partition("## More than one device\n")[2].partition("\n## ")[0]
+def guide(rank: int, world: int) -> None:
+    """The two blocks of the guide, as they stand there."""
+    text = GUIDE.read_text()
     slices, both = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     x, y = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6)
     names: dict[str, Any] = {"torch": torch, "features": 8, "local_classes": rank + 1, "x": x, "target": y}

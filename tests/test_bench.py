@@ -369,27 +369,33 @@ def test_what_is_absent_is_said_once() -> None:
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> tuple[Path, Path]:
-    """A folder of results and a README written from it."""
-    results, readme = tmp_path / "results", tmp_path / "README.md"
+def written(tmp_path: Path) -> Path:
+    """A folder of results, and documents written from it."""
+    results = tmp_path / "results"
     record.write_json(results / "machine-7.json", make_record(POINTS))
     record.write_json(results / "codegen.json", [KERNEL])
-    readme.write_text(
-        "# Name\n" + "".join(f"<!-- speed:{it} -->\nold\n<!-- /speed:{it} -->\n" for it in plot.blocks(results))
-    )
-    plot.write(results, readme)
-    return results, readme
+    write_empty_documents(tmp_path)
+    plot.write(results, tmp_path)
+    return tmp_path
 
 
-def test_readme_from_results(written: tuple[Path, Path]) -> None:
-    results, readme = written
-    text = readme.read_text()
-    assert "old" not in text
+def write_empty_documents(root: Path) -> None:
+    """The documents that hold tables, with nothing current in them."""
+    for name, blocks in plot.DOCUMENTS.items():
+        marked = "".join(f"<!-- speed:{block} -->\nold\n<!-- /speed:{block} -->\n" for block in blocks)
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(f"# Name\n{marked}")
+
+
+def test_documents_from_results(written: Path) -> None:
+    text = (written / "docs/performance.md").read_text()
+    assert "old" not in text + (written / "README.md").read_text()
     assert text.startswith("# Name\n")
     assert plot.NOT_ON_A_GPU not in text
     assert "Machine 7, driver 1.2, copy 4,300 GB/s; torch 2.11; 2026-11-21; `python -m bench.gpu`." in text
-    assert (readme.parent / "docs/images/speed-machine-7-float32.png").stat().st_size > 10_000
-    assert plot.check(results, readme) == []
+    assert "](images/speed-machine-7-float32.png)" in text
+    assert (written / "docs/images/speed-machine-7-float32.png").stat().st_size > 10_000
+    assert plot.check(written / "results", written) == []
 
 
 def test_provenance_ends_with_what_is_to_be_known() -> None:
@@ -397,21 +403,29 @@ def test_provenance_ends_with_what_is_to_be_known() -> None:
     assert plot.provenance(noted).endswith("`. The machine was busy. The run was stopped: cases are missing.")
 
 
-def test_check_sees_what_is_out_of_date(written: tuple[Path, Path]) -> None:
-    results, readme = written
+def test_the_summary_is_some_rows_of_the_cpu(tmp_path: Path) -> None:
+    shown = [make_point("ours", 2.0, shape=[2048, 10000]), make_point("torch", 1.0, shape=[2048, 10000])]
+    lines = tables.summary_table([*POINTS, *shown]).splitlines()
+    assert lines[0] == "| logits | dtype | ours | torch, time |"
+    assert [line.split(" | ")[:3] for line in lines[2:]] == [["| (2048, 10000)", "float32", "**2.00**"]]
+    record.write_json(tmp_path / "cpu.json", make_record(shown))
+    assert plot.blocks(tmp_path)["summary"].startswith(lines[0])
+
+
+def test_check_sees_what_is_out_of_date(written: Path) -> None:
     changed = copy.deepcopy(POINTS)
     changed[2]["ratio_p50"] = 1.8
-    record.write_json(results / "machine-7.json", make_record(changed))
-    (readme.parent / "docs/images/speed-machine-7-float32.png").unlink()
-    assert plot.check(results, readme) == [
-        "README.md differs from results",
+    record.write_json(written / "results/machine-7.json", make_record(changed))
+    (written / "docs/images/speed-machine-7-float32.png").unlink()
+    assert plot.check(written / "results", written) == [
+        "docs/performance.md differs from results",
         "docs/images/speed-machine-7-float32.png is missing",
     ]
 
 
-def test_readme_without_markers() -> None:
-    with pytest.raises(ValueError, match="<!-- speed:cpu -->"):
-        plot.fill("# Name", {"cpu": "text"})
+def test_a_document_without_markers() -> None:
+    with pytest.raises(ValueError, match=r"README.md must have <!-- speed:summary --> and"):
+        plot.fill("README.md", "# Name", {"summary": "text"})
 
 
 def test_bars_start_at_one() -> None:
@@ -422,5 +436,5 @@ def test_bars_start_at_one() -> None:
     assert drawn[0][1]["left"] == 1
 
 
-def test_this_readme_is_what_the_results_give() -> None:
+def test_the_documents_are_what_the_results_give() -> None:
     assert plot.check() == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import distributed
-from bench.plot import README, RESULTS, records
+from bench.plot import PERFORMANCE, RESULTS, records
 
 
 def test_a_world_of_one_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,13 +28,13 @@ def test_the_model_is_its_formula() -> None:
     assert rows[16]["transfer_us"] == round(2 * 15 / 16 * 3 * 8192 * 4 / 50e3, 1)
 
 
-def test_this_readme_has_the_tables_of_the_results() -> None:
+def test_the_page_has_the_tables_of_the_results() -> None:
     path = RESULTS / "distributed-cpu.json"
     assert path.stem not in records(RESULTS), "it is no table of the loss alone"
     record = json.loads(path.read_text())
     assert record["model"] == distributed.model()
     for text in (distributed.measured(record), distributed.on_paper(record), record["formula"]):
-        assert text in README.read_text()
+        assert text in PERFORMANCE.read_text()
     steps = {row["world"]: row for row in record["rows"] if row["call"] == "sizes given"}
     assert {world: row["collectives"] for world, row in steps.items()} == {1: 0, 2: 2, 4: 2}
     assert steps[2]["bytes"] == steps[4]["bytes"] == 3 * 4 * distributed.ROWS

@@ -23,6 +23,7 @@ from bench.memory import ROOT
 from bench.parts import Part, Run, Setting
 from bench.record import measure_all, write_json
 from tests.test_backend import needs_interpreter
+from tests.test_bench import write_empty_documents
 
 RIVALS = {
     "liger_kernel.transformers.functional": {
@@ -105,12 +106,12 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert {row["side"] for row in record["epoch"]} == {"bare loop", "lab, torch", "lab, fused", "test set"}
     assert "gpu is complete" in capsys.readouterr().out.replace(str(path), "gpu")
 
-    readme = tmp_path / "README.md"
-    readme.write_text("".join(f"<!-- speed:{it} -->\n<!-- /speed:{it} -->\n" for it in ("cpu", "gpu", "predicted")))
+    write_empty_documents(tmp_path)
     (path.parent / "codegen.json").unlink()
-    plot.write(path.parent, readme)
-    assert [title for title in plot.TITLES.values() if title not in readme.read_text()] == []
-    assert plot.check(path.parent, readme) == []
+    plot.write(path.parent, tmp_path)
+    text = (tmp_path / "docs/performance.md").read_text()
+    assert [title for title in plot.TITLES.values() if title not in text] == []
+    assert plot.check(path.parent, tmp_path) == []
 
 
 def test_the_kernels_to_be_timed_have_been_predicted() -> None:

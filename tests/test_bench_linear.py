@@ -11,7 +11,7 @@ from bench import dry_run, linear
 from bench.clocks import CpuClock
 from bench.formulas import BASE, OURS
 from bench.measure import Result
-from bench.plot import README, RESULTS, records
+from bench.plot import PERFORMANCE, RESULTS, records
 
 TINY = linear.Case(8, 4, 10, "float32")
 
@@ -67,7 +67,7 @@ def test_a_provider_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     assert linear.table(result.points).splitlines()[2].startswith("| 8, 4, 10 | float32 | - | - | - |")
 
 
-def test_this_readme_has_the_table_of_the_results() -> None:
+def test_the_page_has_the_table_of_the_results() -> None:
     path = RESULTS / "linear-cpu.json"
     assert path.stem not in records(RESULTS), "it is no table of the loss alone"
-    assert linear.table(json.loads(path.read_text())["rows"]) in README.read_text()
+    assert linear.table(json.loads(path.read_text())["rows"]) in PERFORMANCE.read_text()

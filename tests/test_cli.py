@@ -97,6 +97,22 @@ def test_the_version_is_one_line(
     )
 
 
+def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
+    environment = subprocess_environment() | {
+        "HOME": str(tmp_path),
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+    }
+    command = subprocess_arguments("--install-completion", "bash")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    script = tmp_path / ".bash_completions/softmax-fused.sh"
+    assert f"source '{script}'" in (tmp_path / ".bashrc").read_text()
+    asked = {"_SOFTMAX_FUSED_COMPLETE": "complete_bash", "COMP_WORDS": "softmax-fused tr", "COMP_CWORD": "1"}
+    assert set(asked) - {"COMP_WORDS", "COMP_CWORD"} <= set(re.findall(r"\w+", script.read_text()))
+    done = subprocess.run(subprocess_arguments(), env=environment | asked, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("train\n", "")
+
+
 def test_help_names_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_cli(capsys, "--help")
     assert outcome.status == 0

@@ -14,7 +14,7 @@ def test_ranks(world: int, tmp_path: Path) -> None:
     """One start of the ranks for all of it: that is what takes the time."""
     extra = {
         2: (slices_on_ranks.under_compile,),
-        4: (slices_on_ranks.subgroups, mesh_on_ranks.readme, mesh_on_ranks.softmax_model_on_a_mesh),
+        4: (slices_on_ranks.subgroups, mesh_on_ranks.guide, mesh_on_ranks.softmax_model_on_a_mesh),
     }
     run(tmp_path, world, several, slices_on_ranks.ALL + dtensors_on_ranks.ALL + extra[world])
 

@@ -1,4 +1,4 @@
-"""README's recipes run as they stand there, with ours."""
+"""The recipes of docs/drop-in.md run as they stand there, with ours."""
 
 import functools
 import re
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from softmax_fused import functional, modules
 from tests.tiny import REASON, digits, language_model, lightnings_warnings, sentences
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SECTION = README.partition("## Recipes\n")[2].partition("\n## ")[0]
+GUIDE = (Path(__file__).parents[1] / "docs/drop-in.md").read_text()
+SECTION = GUIDE.partition("## Recipes\n")[2].partition("\n## ")[0]
 RECIPES = dict(re.findall(r"^### (.*?)\n\n```python\n(.*?)^```", SECTION, re.DOTALL | re.MULTILINE))
 
 

@@ -17,7 +17,7 @@ from softmax_fused.training.report.console import Reporter
 from softmax_fused.training.report.page import write_report
 from softmax_fused.training.report.plots import plot_comparison
 from softmax_fused.training.report.sentences import describe_accuracies, describe_identical
-from softmax_fused.training.runs.compare import compare
+from softmax_fused.training.runs.compare import compare, explain_small_batches
 from softmax_fused.training.runs.run import train
 from tests.lab import QUIET, SMALL, few_digits, metrics_of, run_cli
 
@@ -98,6 +98,16 @@ def test_losses_identical_to_torch_are_named_in_a_sentence_and_not_drawn(
     page = write_report([tmp_path / "same"]).read_text()
     assert f"<p>{sentence.replace(chr(39), '&#39;')}.</p>" in page
     assert "<figcaption>Largest difference</figcaption>" not in page
+
+
+def test_a_sentence_says_why_fused_is_not_faster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = "fused takes torch's time here, but for noise: on the CPU torch's own operator computes 256 x 10 logits"
+    assert explain_small_batches(["scratch", "fused", "torch"], 256, 10).startswith(sentence)
+    assert explain_small_batches(["fused", "scratch"], 256, 10) == ""
+    assert explain_small_batches(["fused", "torch"], 2**20, 10) == ""
+    compare(["fused", "torch"], replace(SMALL, epochs=1), output=tmp_path, data=few_digits(), reporter=Reporter())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fused takes torch's time")]
+    assert len(lines) == (comparison(tmp_path)["device"] == "cpu")
 
 
 def test_each_loss_trains_as_it_does_alone(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def linear_cross_entropy(
 
     .. math::
         z = x W^T + b, \qquad
-        \ell_n = -\sum_c w_c \Big((1-\epsilon)\, t_{nc} + \frac{\epsilon}{C}\Big) \log \mathrm{softmax}(z_n)_c
+        \ell_n = -\sum_c w_c \left((1-\epsilon)\, t_{nc} + \frac{\epsilon}{C}\right) \log \mathrm{softmax}(z_n)_c
 
     Loss and gradient are those of `cross_entropy(torch.nn.functional.linear(input, linear_weight, linear_bias), ...)`,
     up to rounding. The gradients of a mean or sum are computed along with it, chunk by chunk, and that of 16-bit

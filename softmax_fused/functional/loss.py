@@ -50,7 +50,7 @@ def cross_entropy(
     r"""Cross-entropy between logits and class indices or class probabilities, softmax included.
 
     .. math::
-        \ell_n = -\sum_c w_c \Big((1-\epsilon)\, t_{nc} + \frac{\epsilon}{C}\Big) \log \mathrm{softmax}(z_n)_c
+        \ell_n = -\sum_c w_c \left((1-\epsilon)\, t_{nc} + \frac{\epsilon}{C}\right) \log \mathrm{softmax}(z_n)_c
 
     with t the one-hot row of a class index or the given probabilities. `mean` divides by the number of rows or, for
     class indices, by the weights of the true classes; ignored rows count nowhere. A drop-in for

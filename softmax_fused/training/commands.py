@@ -37,7 +37,6 @@ EXAMPLES = (
 app = typer.Typer(
     help="Linear regression, softmax regression and an MLP, from scratch or from library parts, with the fused loss.",
     epilog="\n".join(["\b", "Examples:", *(f"  {example}" for example in EXAMPLES)]),
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
