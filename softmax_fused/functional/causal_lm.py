@@ -32,6 +32,7 @@ def causal_lm_loss(
     hidden_states: Tensor | None = None,
     lm_head_weight: Tensor | None = None,
     lm_head_bias: Tensor | None = None,
+    backend: str = "auto",
     **kwargs: Any,
 ) -> Tensor:
     r"""Cross-entropy between each token's logits and the next token, as transformers' `ForCausalLMLoss`.
@@ -55,6 +56,7 @@ def causal_lm_loss(
             of rows at a time, by :func:`linear_cross_entropy`.
         lm_head_weight: Weight of that layer (V, D).
         lm_head_bias: Bias of that layer (V,).
+        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
         kwargs: Not read. A model hands its loss whatever it was called with.
 
     Returns:
@@ -72,38 +74,46 @@ def causal_lm_loss(
         tensor(1.0397)
     """
     del kwargs
-    source = logits if hidden_states is None else hidden_states
-    if source is None or (logits is not None and hidden_states is not None):
-        raise _errors.logits_or_hidden_states()
-    if (hidden_states is None) != (lm_head_weight is None):
+    if (logits is None) == (hidden_states is None) or (hidden_states is None) != (lm_head_weight is None):
         raise _errors.logits_or_hidden_states()
     if shift_labels is None:
         if labels is None:
             raise _errors.no_labels()
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    target = shift_labels.reshape(-1).to(source.device)
     reduction = "mean" if num_items_in_batch is None else "sum"
-    if lm_head_weight is not None:
-        rows = source.reshape(-1, source.shape[-1])
+    if hidden_states is not None and lm_head_weight is not None:
+        target = shift_labels.reshape(-1).to(hidden_states.device)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         with float32_loss(rows):
             loss = linear_cross_entropy(
-                rows, lm_head_weight, target, linear_bias=lm_head_bias, reduction=reduction, ignore_index=ignore_index
+                rows,
+                lm_head_weight,
+                target,
+                linear_bias=lm_head_bias,
+                reduction=reduction,
+                ignore_index=ignore_index,
+                backend=backend,
             )
     else:
-        rows = source.reshape(-1, vocab_size)
-        if rows.dtype in HALF:
-            loss = cross_entropy_rows(
-                rows, target, ignore_index=ignore_index, outputs=("loss",), dtype=torch.float32
-            ).loss.sum()
-            if reduction == "mean":
-                return loss / (target != ignore_index).sum()
-        else:
-            loss = cross_entropy(rows, target, ignore_index=ignore_index, reduction=reduction)
+        assert logits is not None
+        target = shift_labels.reshape(-1).to(logits.device)
+        loss = loss_of_logits(logits.reshape(-1, vocab_size), target, ignore_index, reduction, backend)
     if num_items_in_batch is None:
         return loss
     if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss / num_items_in_batch
+
+
+def loss_of_logits(logits: Tensor, target: Tensor, ignore_index: int, reduction: str, backend: str) -> Tensor:
+    """Return the mean or sum of the rows' losses, in float32 where the logits are 16-bit."""
+    if logits.dtype not in HALF:
+        return cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction, backend=backend)
+    rows = cross_entropy_rows(
+        logits, target, ignore_index=ignore_index, outputs=("loss",), dtype=torch.float32, backend=backend
+    )
+    total = rows.loss.sum()
+    return total / (target != ignore_index).sum() if reduction == "mean" else total
 
 
 def float32_loss(rows: Tensor) -> AbstractContextManager[None]:
