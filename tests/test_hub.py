@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.hub import HUB, build_hub, builder
-from tests.tiny import REASON, unregistered
+from tests.tiny import REASON, kernels_package, unregistered
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_metadata_and_digests(hub: Path) -> None:
 
 @pytest.mark.parametrize("part", ["", "torch-universal"], ids=["the device's build", "torch-universal"])
 def test_get_local_kernel(hub: Path, part: str) -> None:
-    kernels = pytest.importorskip("kernels", reason=REASON)
+    kernels = kernels_package()
     module = kernels.get_local_kernel(hub / part, backend="cpu")
     assert module.cross_entropy(torch.zeros(2, 4), torch.tensor([0, 1])).item() == pytest.approx(1.3862944)
     assert Path(module.__file__).parent.name == (part or "torch-cpu")
@@ -143,7 +143,7 @@ LAYERS = {
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_kernelize(hub: Path, name: str, compiled: bool) -> None:
-    kernels = pytest.importorskip("kernels", reason=REASON)
+    kernels = kernels_package()
 
     class Model(nn.Module):
         def __init__(self) -> None:

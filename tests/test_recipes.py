@@ -18,6 +18,7 @@ from tests.hub import build_hub
 from tests.tiny import (
     REASON,
     digits,
+    kernels_package,
     language_model,
     lightnings_warnings,
     sentences,
@@ -153,7 +154,7 @@ def test_transformers_causal_language_models(tmp_path: Path) -> None:
 def test_transformers_kernel_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the installed kernels is too old for transformers, the steps of `set_use_kernels` one by one."""
     transformers = pytest.importorskip("transformers", reason=REASON)
-    kernels = pytest.importorskip("kernels", reason=REASON)
+    kernels = kernels_package()
     kernel_config = pytest.importorskip(
         "transformers.utils.kernel_config", reason="this transformers has no KernelConfig"
     )
@@ -183,7 +184,7 @@ def test_transformers_kernel_config(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_kernels(tmp_path: Path) -> None:
-    pytest.importorskip("kernels", reason=REASON)
+    kernels_package()
     names = classifier()
     net = names["model"]
     names["model"] = nn.ModuleDict({"net": net, "criterion": nn.CrossEntropyLoss(label_smoothing=0.1)})

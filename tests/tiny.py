@@ -1,7 +1,9 @@
 """Models and data small enough to train in a second, built without a download."""
 
 import contextlib
+import importlib
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +17,12 @@ lightnings_warnings = pytest.mark.filterwarnings(
     "ignore:The .*dataloader.* does not have many workers",
     "ignore:The number of training batches",
 )
+
+
+def kernels_package() -> ModuleType:
+    """Hugging Face's kernels. Without it, its name leads to this repository's folder."""
+    pytest.importorskip("kernels.layer", reason=REASON)
+    return importlib.import_module("kernels")
 
 
 def language_model() -> nn.Module:
