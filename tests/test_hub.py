@@ -44,11 +44,14 @@ def test_variants(hub: Path) -> None:
     assert all(name.isidentifier() for name in identifiers)
 
 
-def test_imports_are_relative(hub: Path) -> None:
-    """But for torch, Triton and the standard library."""
+def test_imports_are_relative_and_operators_its_own(hub: Path) -> None:
+    """Imports but those of torch, Triton and the standard library."""
     allowed = {*sys.stdlib_module_names, "torch", "triton"}
     for path in (hub / "torch-universal").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        text = path.read_text()
+        assert "torch.ops.softmax_fused" not in text
+        assert "softmax_fused::" not in text
+        for node in ast.walk(ast.parse(text)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]

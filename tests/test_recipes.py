@@ -271,6 +271,7 @@ def test_timm(counted: list[Names]) -> None:
 @pytest.mark.filterwarnings("ignore")  # fastai's own
 def test_fastai() -> None:
     core = pytest.importorskip("fastai.data.core", reason=REASON)
+    torch_core = pytest.importorskip("fastai.torch_core", reason=REASON)
     losses = pytest.importorskip("fastai.losses", reason=REASON)
     learner = pytest.importorskip("fastai.learner", reason=REASON)
     found = []
@@ -283,6 +284,12 @@ def test_fastai() -> None:
             made.fit(1)
         found.append((weights(names), made.recorder.values))
     torch.testing.assert_close(found[0][0], found[1][0])
+    logits, y = torch.randn(4, 10, requires_grad=True), torch.arange(4)
+    loss = run("fastai", classifier() | {"dls": core.DataLoaders(loader(), loader())})["loss_func"](
+        torch_core.TensorBase(logits), torch_core.TensorCategory(y)
+    )
+    assert type(loss) is Tensor
+    torch.testing.assert_close(loss, F.cross_entropy(logits, y))
     assert [*found[0][1][0]] == pytest.approx([*found[1][1][0]])
 
 
@@ -349,7 +356,9 @@ def test_torch_export() -> None:
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
 def test_onnx(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason=REASON)
+    onnx = pytest.importorskip("onnx", reason=REASON)
     reference = pytest.importorskip("onnx.reference", reason=REASON)
     names = run("ONNX", classifier())
+    assert "Softmax" in {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     (found,) = reference.ReferenceEvaluator(str(tmp_path / "model.onnx")).run(None, {"x": names["x"].numpy()})
     torch.testing.assert_close(torch.tensor(found), names["model"](names["x"]).softmax(1).detach())

@@ -42,7 +42,8 @@ def causal_lm_loss(
         \log \mathrm{softmax}(z_{b,t})_{y_{b,t+1}}
 
     with M the number of terms, or `num_items_in_batch`. Takes the arguments of `ForCausalLMLoss` in its order, so that
-    it can be the `loss_function` of a transformers model. 16-bit logits are not copied to float32 for it.
+    it can be the `loss_function` of a transformers model. The kernels read 16-bit logits as they are and sum in
+    float32, where transformers copies the logits to float32 first.
 
     Args:
         logits: Logits (..., T, V); None where `hidden_states` and `lm_head_weight` are given.
