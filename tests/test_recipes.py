@@ -229,6 +229,15 @@ def test_trl_grpo() -> None:
     upstream = torch.randn(2, 2, 7).unbind()
     torch.testing.assert_close(*[torch.autograd.grad(result, logits, upstream) for result in results])
 
+    # what GRPOTrainer has its model return, for the tokens that are not masked out
+    model, batch = language_model(), torch.utils.data.default_collate(sentences())
+    tokens = batch["labels"][:, 1:]
+    ours = found(model(input_ids=batch["input_ids"]).logits[:, :-1], tokens, temperature=0.7)
+    utils.add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    theirs = model(**batch, fused_lm_head=True)
+    for mine, other in zip(ours, (theirs.log_probs, theirs.entropy), strict=True):
+        torch.testing.assert_close(mine[tokens != -100], other[:, -tokens.shape[1] :][tokens != -100])
+
 
 def test_accelerate(counted: list[Names]) -> None:
     state = pytest.importorskip("accelerate.state", reason=REASON)
