@@ -9,7 +9,7 @@ CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 VENV := .venv$(if $(TORCH),-$(TORCH))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-EXTRAS := train test bench docs dev
+EXTRAS := train test bench docs dev integrations
 STAMPS := $(EXTRAS:%=$(VENV)/.%)
 QUIET := $(if $(CI),--quiet) # elsewhere pip shows the downloads' progress
 SPHINX := $(BIN)/python -m sphinx -W --keep-going -q docs build/docs
@@ -37,11 +37,12 @@ bring that folder here and run PIP_NO_INDEX=1 PIP_FIND_LINKS=WHEELS make $(MAKEC
 endef
 export UNFINISHED
 
-.PHONY: help train test test-slow test-all check docs mutants bench bench-cpu bench-gpu bench-host bench-plot clean
+.PHONY: help train test test-slow test-all test-integrations hub check docs mutants \
+    bench bench-cpu bench-gpu bench-host bench-plot clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "softmax_fused needs Python 3.10 or newer; %s is %s: run make PYTHON=python3.12" % (sys.executable, sys.version.split()[0]))'
@@ -68,6 +69,12 @@ test-slow: $(VENV)/.test ## the other tests: more cases, compilation for four GP
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-slow ## every test
+
+test-integrations: $(VENV)/.test $(VENV)/.integrations ## docs/integrations.md with every library that it names: two minutes
+	$(PYTEST) tests/test_integrations.py tests/test_recipes.py tests/test_hub.py tests/test_causal_lm.py $(ARGS)
+
+hub: ## write the kernel for Hugging Face's kernels into build/; ARGS=FOLDER elsewhere
+	@$(PYTHON) hub/build.py $(ARGS)
 
 check: $(VENV)/.dev ## formatting, lint, types, the documentation without warnings
 	$(BIN)/ruff format --check .

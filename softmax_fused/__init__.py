@@ -3,6 +3,7 @@
 from softmax_fused import distributed, information
 from softmax_fused.functional import (
     RowOutputs,
+    causal_lm_loss,
     cross_entropy,
     cross_entropy_rows,
     linear_cross_entropy,
@@ -21,6 +22,7 @@ __all__ = [
     "RowOutputs",
     "Softmax",
     "__version__",
+    "causal_lm_loss",
     "cross_entropy",
     "cross_entropy_rows",
     "distributed",

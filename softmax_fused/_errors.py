@@ -383,3 +383,16 @@ def different_outcomes(names: Collection[str], shapes: Iterable[Sequence[int]], 
 def no_such_axis(shape: Sequence[int], dim: int) -> IndexError:
     """The distributions do not lie along such an axis."""
     return IndexError(f"dim must be from {-len(shape)} to {len(shape) - 1} for shape {tuple(shape)}; got {dim}")
+
+
+# The loss of causal language models
+
+
+def logits_or_hidden_states() -> ValueError:
+    """Neither logits nor what they are computed from, or more than one of them."""
+    return ValueError("give either logits, or hidden_states and lm_head_weight with logits=None")
+
+
+def no_labels() -> ValueError:
+    """Nothing to compare the logits with."""
+    return ValueError("labels must be a tensor where shift_labels is None; got None")

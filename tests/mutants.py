@@ -54,6 +54,8 @@ KERNEL, ROWS, ONLINE, MATH, READERS, REDUCE, LAUNCH, TORCH, TARGETS, CHUNKS, LIN
     "softmax_fused/functional/chunked_linear.py",
 )
 PATCHING, SOFTMAX, OUTPUTS = "softmax_fused/patching.py", "kernels/softmax.py", "kernels/row_outputs.py"
+CAUSAL, HUB = "softmax_fused/functional/causal_lm.py", "hub/build.py"
+HUB_LAYERS = "hub/torch-ext/softmax_fused/layers.py"
 SOFTMAX_HOST = "softmax_fused/backends/triton/softmax.py"
 TORCH_OUTPUTS, OUTPUT_TABLE = "softmax_fused/backends/torch/row_outputs.py", "softmax_fused/_row_outputs.py"
 SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR = (
@@ -80,6 +82,8 @@ RANKS, SHARDS, LOOP, EVALUATION, FOLDER, CHECKPOINT, LOCK = (
 )
 OWN = {
     PATCHING: ("patch", "patch_compile"),
+    CAUSAL: ("causal_lm",),
+    **dict.fromkeys((HUB, HUB_LAYERS), ("hub",)),
     LINEAR: LINEAR_TESTS,
     **dict.fromkeys((SOFTMAX, SOFTMAX_HOST), ("softmax",)),
     OUTPUTS: ("row_outputs",),
@@ -235,6 +239,14 @@ MUTANTS = {
     "rows: the loss is computed to check the arguments": Mutant("softmax_fused/_fallback.py", "    if suspect:", "    if True:", ("row_outputs",)),
     "rows: arguments are not checked": Mutant("softmax_fused/_fallback.py", "    if suspect:", "    if False:", ("row_outputs",)),
     "architecture: an import that goes up": Mutant("softmax_fused/_spec.py", "    from torch import Tensor\n", "    from torch import Tensor\n\n    from softmax_fused.functional import loss  # noqa: F401\n", ("architecture",)),
+    "causal: labels are not shifted": Mutant(CAUSAL, "value=ignore_index)[..., 1:]", "value=ignore_index)[..., :-1]"),
+    "causal: ignored labels count in the mean": Mutant(CAUSAL, "(target != ignore_index).sum()", "target.numel()"),
+    "causal: the mean is divided by the number of items": Mutant(CAUSAL, 'reduction = "mean" if num_items_in_batch is None else "sum"', 'reduction = "mean"'),
+    "causal: 16-bit features have a 16-bit loss": Mutant(CAUSAL, "return torch.autocast(device, dtype=rows.dtype)", "return contextlib.nullcontext()"),
+    "hub: two builds share their operators": Mutant(HUB, 'text.replace(f"{NAME}::", f"{identifier}::")', "text"),
+    "hub: absolute imports stay": Mutant(HUB, "    if left:\n", "    if False:\n"),
+    "hub: an operator of the installed package is called": Mutant(HUB, '.replace(f"torch.ops.{NAME}.", f"torch.ops.{identifier}.")', ""),
+    "hub: a layer's smoothing is lost": Mutant(HUB_LAYERS, "            label_smoothing=self.label_smoothing,  # type: ignore[arg-type]\n", ""),
     "patch: no lock": Mutant(PATCHING, "lock = threading.Lock()", "import contextlib\nlock = contextlib.nullcontext()"),
     "a part of the benchmark that fails ends the others": Mutant("bench/parts.py", 'error = f"{type(problem).__name__}: {problem}"', "raise", ("bench_gpu",)),
     "a forward pass's tiles swept for its backward pass": Mutant("bench/sweep.py", "found.clear()", "pass", ("bench_gpu",)),

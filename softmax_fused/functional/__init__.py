@@ -3,12 +3,14 @@
 from softmax_fused._dispatch import explain_backend
 from softmax_fused._row_outputs import RowOutputs
 from softmax_fused.functional.activation import log_softmax, softmax
+from softmax_fused.functional.causal_lm import causal_lm_loss
 from softmax_fused.functional.linear import linear_cross_entropy
 from softmax_fused.functional.loss import cross_entropy
 from softmax_fused.functional.rows import cross_entropy_rows
 
 __all__ = [
     "RowOutputs",
+    "causal_lm_loss",
     "cross_entropy",
     "cross_entropy_rows",
     "explain_backend",
