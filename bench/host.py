@@ -13,6 +13,7 @@ within each round; the table shows medians.
 """
 
 import argparse
+import datetime
 import sys
 import tempfile
 from collections.abc import Callable
@@ -182,8 +183,8 @@ def table(record: dict[str, Any]) -> str:
     """The record as a table in Markdown: microseconds, and how many times torch's they are."""
     titles = {"forward": "loss, no_grad", "both": "loss + gradient"}
     rows = []
-    for shape in dict.fromkeys(tuple(point["shape"]) for point in record["points"]):
-        of_shape = {(it["provider"], it["mode"]): it["us"] for it in record["points"] if tuple(it["shape"]) == shape}
+    for shape in dict.fromkeys(tuple(point["shape"]) for point in record["calls"]):
+        of_shape = {(it["provider"], it["mode"]): it["us"] for it in record["calls"] if tuple(it["shape"]) == shape}
         for name in dict.fromkeys(provider for provider, _ in of_shape):
             times = [(of_shape[name, mode], of_shape[name, mode] / of_shape[TORCH, mode]) for mode in MODES]
             rows.append(["x".join(map(str, shape)), name, *(f"{us:.1f} ({ratio:.2f})" for us, ratio in times)])
@@ -206,12 +207,13 @@ def main() -> None:
         record: dict[str, Any] = {
             "machine": {"device": device, "name": name},
             "versions": versions(),
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             "command": " ".join(["python -m bench.host", *sys.argv[1:]]),
-            "points": [],
+            "calls": [],
         }
         for shape in SHAPES:
             for (provider, mode), us in measure(shape, device, options.rounds).items():
-                record["points"].append({"shape": shape, "provider": provider, "mode": mode, "us": round(us, 2)})
+                record["calls"].append({"shape": shape, "provider": provider, "mode": mode, "us": round(us, 2)})
             write_json(path, record)
     print(table(record))
 

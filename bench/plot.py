@@ -12,14 +12,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
-from bench import figures, linear, tables
+from bench import figures, host, linear, tables
 from softmax_fused.training.wording import plural
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
 PERFORMANCE = ROOT / "docs/performance.md"
 IMAGES = Path("docs/images")
-DOCUMENTS = {"README.md": ("summary",), "docs/performance.md": ("cpu", "gpu", "predicted")}
+DOCUMENTS = {"README.md": ("summary",), "docs/performance.md": ("cpu", "host", "gpu", "predicted")}
 """The files that hold tables, and the names of the markers in each."""
 
 NOT_ON_A_GPU = "**Not measured on a GPU yet.** `make bench-gpu` does, in one command."
@@ -113,6 +113,7 @@ def blocks(results: Path) -> dict[str, str]:
     return {
         "summary": summary(found.get("cpu")),
         "cpu": "\n\n".join(by_device["cpu"]),
+        "host": "\n\n".join(host_section(json.loads(path.read_text())) for path in sorted(results.glob("host-*.json"))),
         "gpu": "\n\n".join(by_device["cuda"]) or NOT_ON_A_GPU,
         "predicted": PREDICTED.format(predicted) if predicted else "",
     }
@@ -121,6 +122,12 @@ def blocks(results: Path) -> dict[str, str]:
 def summary(record: dict[str, Any] | None) -> str:
     """The rows of the CPU that README shows."""
     return "" if record is None else f"{tables.summary_table(record['points'])}\n\n{provenance(record)}"
+
+
+def host_section(record: dict[str, Any]) -> str:
+    """What calls cost the host of a machine."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    return f"{host.table(record)}\n\n{record['machine']['name']}; {versions}; {record['date']}; `{record['command']}`."
 
 
 def fill(name: str, text: str, found: dict[str, str]) -> str:

@@ -251,21 +251,6 @@ def is_small(input: Tensor, *_: Any) -> bool:
     return input.itemsize == 2 or not (input.requires_grad and torch.is_grad_enabled())
 
 
-def are_few(input: Any) -> bool:
-    """Whether logits are on the CPU, so few that torch's own operator is faster in any case."""
-    return (
-        type(input) is torch.Tensor
-        and input.is_cpu
-        and input.numel() < SMALL_CPU_NUMEL
-        and automatic("cpu") == TORCH.name
-    )
-
-
-def has_indices(input: Tensor, target: Any) -> bool:
-    """Whether a target is a tensor of class indices."""
-    return type(target) is torch.Tensor and target.ndim < input.ndim
-
-
 def is_small_in_place(input: Tensor, *_: Any) -> bool:
     """Whether the same holds where the gradient, if there is one, is written over the logits: chunks then save more."""
     if not is_small(input):

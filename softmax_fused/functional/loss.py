@@ -14,10 +14,10 @@ from softmax_fused import _dispatch, _errors
 from softmax_fused._dispatch import (
     LOSS,
     LOSS_IN_PLACE,
+    SMALL_CPU_NUMEL,
     Call,
-    are_few,
+    automatic,
     get_backend,
-    has_indices,
     known_call,
     loss_dtype,
     route,
@@ -116,12 +116,21 @@ def cross_entropy(
         raise _errors.unknown_backend(backend, REGISTRY)
     if grad_in_forward and inplace_backward:
         raise _errors.both_gradient_options()
+    compiling = is_compiling()
+    if (
+        weight is None
+        and backend == "auto"
+        and type(input) is torch.Tensor
+        and input.is_cpu
+        and not compiling
+        and input.numel() < SMALL_CPU_NUMEL
+        and type(target) is torch.Tensor
+        and target.ndim < input.ndim
+        and automatic("cpu") == "torch"
+    ):
+        return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
-    call = None
-    if not is_compiling():
-        if weight is None and backend == "auto" and are_few(input) and has_indices(input, target):
-            return torch_cross_entropy(*arguments)
-        call = known_call(*arguments, backend)
+    call = None if compiling else known_call(*arguments, backend)
     if call is None:
         path = route(LOSS_IN_PLACE if inplace_backward else LOSS, backend, arguments)
         if path == "small":

@@ -59,7 +59,7 @@ class LossPlan(NamedTuple):
     """How the loss of a signature is computed, perhaps with its gradient."""
 
     launch: Launch
-    loss: tuple[int, ...]  # its shape
+    loss: Tensor  # one like it: torch makes another sooner from a tensor than from a shape
     scratch: int  # numbers of scratch memory; those that are saved come first
     saves: int | None
     has_ticket: bool
@@ -110,7 +110,7 @@ def plan_loss(
         )  # fmt: skip
     return LossPlan(
         launch,
-        () if reduced else row_shape(shape),
+        torch.empty((), dtype=spec.dtype, device=device).expand(() if reduced else row_shape(shape)),
         scratch,
         1 if save else None,
         has_ticket,
@@ -130,7 +130,7 @@ def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save
         logits.device, target.dtype, logits.data_ptr() % 16, target.data_ptr() % 16,
         weight is not None and (weight.dtype, weight.data_ptr() % 16),
     )  # fmt: skip
-    out = logits.new_empty(plan.loss, dtype=spec.dtype)
+    out = torch.empty_like(plan.loss)
     scratch = logits.new_empty(plan.scratch, dtype=spec.acc) if plan.scratch else None
     launch, (target_strides, smoothed) = plan.launch, plan.target
     launch(
@@ -164,7 +164,7 @@ def loss_and_gradient(
     if plan is None:
         return *loss(logits, target, weight, spec, save=True), None
     grad = torch.empty_like(logits) if grad is None else grad
-    out = logits.new_empty(plan.loss, dtype=spec.dtype)
+    out = torch.empty_like(plan.loss)
     scratch = logits.new_empty(plan.scratch, dtype=spec.acc)
     launch, (target_strides, smoothed) = plan.launch, plan.target
     weights = None
