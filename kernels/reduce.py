@@ -33,9 +33,9 @@ def statistics_size(count, SAVES_TOTAL: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def scratch_sums(out, count, SAVES_TOTAL: tl.constexpr, REDUCTION: tl.constexpr, KIND: tl.constexpr):
-    """Return where scratch memory holds what only this launch needs.
+    """Return the address behind what scratch memory keeps for backward: the statistics, and a mean's denominator.
 
-    Before it lies what backward needs: the statistics, and the denominator of a mean.
+    What only this launch needs lies there: sums of programs, or parts of rows.
     """
     kept = tl.zeros((), tl.int64)
     if out.saves is not None:
@@ -47,9 +47,10 @@ def scratch_sums(out, count, SAVES_TOTAL: tl.constexpr, REDUCTION: tl.constexpr,
 
 @triton.jit
 def takes_last_ticket(ticket_ptr):
-    """Return whether all other programs have stored what they had to; the ticket is 0 again then, for the next launch.
+    """Return whether this program is the last of its launch to get here; the ticket is then 0 again for the next launch.
 
-    The others' stores are visible from here on to loads that do not come from the first-level cache.
+    The atomic acquires and releases: what the other programs stored before it is visible to this program's loads from
+    then on, if they bypass the L1 cache.
     """
     tl.debug_barrier()
     last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1

@@ -294,9 +294,10 @@ MOST_CALLS = 1024
 def known_call(
     input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any, backend: str
 ) -> Call | None:
-    """Return what a call's signature decides, from an earlier call if there was one; None if that is not all there is.
+    """Return the decision for a call, kept from an earlier call of the same signature or made now.
 
-    Not asked while torch.compile traces.
+    None where the signature does not decide: tensor subclasses, transforms, gradients of the target or the weights, and
+    CPU tensors under backend="auto". Must not be called while torch.compile traces.
     """
     if (
         type(input) not in TENSORS

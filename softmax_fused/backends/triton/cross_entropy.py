@@ -59,7 +59,7 @@ class LossPlan(NamedTuple):
     """How the loss of a signature is computed, perhaps with its gradient."""
 
     launch: Launch
-    loss: Tensor  # one like it: torch makes another sooner from a tensor than from a shape
+    loss: Tensor  # of its shape and dtype: torch.empty_like is cheaper than new_empty, which parses both
     scratch: int  # numbers of scratch memory; those that are saved come first
     saves: int | None
     has_ticket: bool

@@ -52,7 +52,7 @@ if VERSION >= (3, 4):
     RUNTIME, COMPILATION = triton.knobs.runtime, triton.knobs.compilation
 
     def watched() -> bool:
-        """Whether somebody asked Triton to tell of launches, or to compile in another way."""
+        """Whether launch hooks are set, or options that Triton compiles other code for."""
         enter, leave = RUNTIME.launch_enter_hook, RUNTIME.launch_exit_hook
         return bool(
             (enter is not None and getattr(enter, "calls", True))
@@ -65,7 +65,7 @@ if VERSION >= (3, 4):
 else:
 
     def watched() -> bool:
-        """Whether somebody asked Triton to tell of launches, or to compile in another way."""
+        """Whether launch hooks are set, or options that Triton compiles other code for."""
         kernel = triton.compiler.CompiledKernel
         return bool(kernel.launch_enter_hook or kernel.launch_exit_hook or os.environ.get("TRITON_DEBUG", "0") == "1")
 
