@@ -47,7 +47,7 @@ def scratch_sums(out, count, SAVES_TOTAL: tl.constexpr, REDUCTION: tl.constexpr,
 
 @triton.jit
 def takes_last_ticket(ticket_ptr):
-    """Return whether this program is the last of its launch to get here; the ticket is then 0 again for the next launch.
+    """Return whether this program is the last of its launch to get here; the ticket is then 0 again for the next one.
 
     The atomic acquires and releases: what the other programs stored before it is visible to this program's loads from
     then on, if they bypass the L1 cache.
