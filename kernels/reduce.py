@@ -104,10 +104,10 @@ def reduce_losses(
         if REDUCTION == "mean":
             tl.store(sums_ptr + programs + tl.program_id(0), weight_sum)
         if takes_last_ticket(out.ticket_ptr):
-            total = add_sums(sums_ptr, programs, 1024)
+            total = add_sums(sums_ptr, programs, 512)
             total_weight = total
             if REDUCTION == "mean":
-                total_weight = add_sums(sums_ptr + programs, programs, 1024)
+                total_weight = add_sums(sums_ptr + programs, programs, 512)
             store_reduced(out, total, total_weight, count, SAVES_TOTAL, REDUCTION, KIND)
 
 

@@ -136,7 +136,7 @@ MUTANTS = {
     "weight ignored for the target class": Mutant(KERNEL, "tl.where(has_label, confidence * class_weight(target, label, has_label, ACC), 0.0)", "tl.where(has_label, confidence, 0.0)"),
     "weight ignored in smoothing": Mutant(READERS, "a = rounded_product(a, w) if SUMMED else a * w", "a = tl.where(mask, a, 0.0)"),
     "smoothing dropped from the gradient": Mutant(KERNEL, "grad -= broadcast_rows(g, z) * a", "pass"),
-    "partial sums added up twice": Mutant(REDUCE, "add_sums(sums_ptr + programs, programs, 1024)", "add_sums(sums_ptr, programs, 1024)"),
+    "partial sums added up twice": Mutant(REDUCE, "add_sums(sums_ptr + programs, programs, 512)", "add_sums(sums_ptr, programs, 512)"),
     "a row's beginning is forgotten": Mutant(ROWS, "((piece == 0) & (head_offset > 0))", "(piece == 3)"),
     "a row's end is forgotten": Mutant(ROWS, "(piece == 2) | (", "(piece < 0) | ("),
     "elements before the row are read": Mutant(ROWS, "mask = mask & (c >= 0) &", "mask = mask &"),
