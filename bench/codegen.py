@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
 from bench.machine_code import Loop, fused_reductions, inspect
 from bench.record import write_json
+from softmax_fused._row_outputs import DIFFERENTIABLE
 from softmax_fused._spec import RowSpec
 from softmax_fused.backends.torch.targets import make_spec
 from softmax_fused.backends.triton import cross_entropy, launch, plan, row_outputs, softmax, vocab_parallel
@@ -154,7 +155,8 @@ def make_row_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
     spec = make_spec(logits, target, "none", -100, 0.0, dtype)
     options = RowSpec(spec, 1.0, softcap, tuple(outputs if softcap else (*outputs, last)))
     out, stats = row_outputs.forward(logits, target, None, options, save=True)
-    row_outputs.gradient((out.loss, out.logsumexp, out.entropy), logits, target, None, stats, options)
+    upstream = tuple(getattr(out, name) for name in DIFFERENTIABLE)
+    row_outputs.gradient(upstream, logits, target, None, stats, options)
 
 
 def make_slice_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:

@@ -1,8 +1,10 @@
-"""Several outputs of each row from one read of its logits: loss, log sum exp, prediction, entropy; and their gradient.
+"""Several outputs of each row from one read of its logits, and their gradient.
 
 x = softcap * tanh(scale * z / softcap),  m = max x,  s = sum exp(x - m),  u = sum exp(x - m) (x - m)
-log sum exp = m + log s,  entropy H = log s - u / s,  prediction = argmax x,  loss as in cross_entropy.py
-gradient by x = p * (g_loss * A + g_lse - g_H * (log p + H)) - g_loss * a;  by z, times scale * (1 - tanh^2)
+log sum exp = m + log s,  entropy H = log s - u / s,  prediction = argmax x,  loss and log p of the target class as in
+cross_entropy.py; t is one-hot at the target class
+gradient by x = p * (g_loss * A + g_lse - g_log_prob - g_H * (log p + H)) - g_loss * a + g_log_prob * t;  by z, times
+scale * (1 - tanh^2)
 
 What is not asked for has no pointer, and no instruction.
 """
@@ -13,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .cross_entropy import finalize_rows, merge_lanes, target_gradient, update_loss_state
-from .math import convert, exponential, from_parts, rounded_product, tanh
+from .math import convert, expm1, exponential, from_parts, rounded_product, tanh
 from .online import broadcast_lanes, broadcast_rows, fresh_state, lane_reduce, shift_dot
 from .rows import count_rows, load_whole, locate_rows, map_rows, program_rows, reduce_rows, value_offsets
 from .targets import read_labels, smoothed_target, smoothing_terms
@@ -37,6 +39,7 @@ class RowPointers(NamedTuple):
     logsumexp: Any
     prediction: Any
     entropy: Any
+    log_prob: Any
     stats: Any  # (5, rows): m, log s, A, H, and log p of the target class, for backward
 
 
@@ -46,6 +49,7 @@ class RowUpstream(NamedTuple):
     loss: Any
     logsumexp: Any
     entropy: Any
+    log_prob: Any
 
 
 @triton.jit
@@ -127,6 +131,9 @@ def store_row_outputs(
         tl.store(out.prediction + row_index, index.to(tl.int64), mask=row_mask)
     if out.entropy is not None:
         tl.store(out.entropy + row_index, convert(entropy, out.entropy.dtype.element_ty), mask=row_mask)
+    if out.log_prob is not None:
+        log_prob = tl.where(valid == 1.0, log_p, valid)  # 0 where ignored, NaN where there is no such class
+        tl.store(out.log_prob + row_index, convert(log_prob, out.log_prob.dtype.element_ty), mask=row_mask)
     if out.stats is not None:
         count = count_rows(rows)
         tl.store(out.stats + row_index, row_max, mask=row_mask)
@@ -243,7 +250,15 @@ def row_outputs_backward(
     # no digit of the target class cancels where the row is confident; g_loss * 0 would be NaN times an infinite A
     nothing = tl.zeros(row_mask.shape, ACC)
     at_target = probability_gradient(log_p, nothing, entropy, nothing, g_lse, g_entropy, HAS_ENTROPY)
-    at_target += target_gradient(log_p, total, g_loss, label, terms[0], terms[1], tensors.second, ACC)
+    if HAS_LOSS:
+        at_target += target_gradient(log_p, total, g_loss, label, terms[0], terms[1], tensors.second, ACC)
+    else:
+        total = nothing
+    if upstream.log_prob is not None:
+        g_log_prob = load_upstream(upstream.log_prob, outer, row, row_mask, rows, ACC)
+        g_log_prob = tl.where(valid == 0.0, 0.0, g_log_prob * valid)
+        at_target -= g_log_prob * expm1(log_p)
+        g_lse -= g_log_prob  # of the other classes, p is what both are multiplied by
     context = (
         row_max, log_s, total, entropy, g_loss, g_lse, g_entropy, at_target, wanted.to(tl.int32), label, valid, terms,
         (HAS_LOSS, HAS_ENTROPY),

@@ -206,6 +206,11 @@ def unknown_outputs(names: Any, known: Iterable[str]) -> ValueError:
     return ValueError(f"outputs must name some of {', '.join(known)}; got {names!r}")
 
 
+def no_target_class(names: Iterable[str], target: Tensor) -> ValueError:
+    """An output is that of a row's target class, and the target is probabilities."""
+    return ValueError(f"{listed(names)} in outputs needs class indices as the target; got {describe(target)}")
+
+
 def wrong_dtype(dtype: Any) -> ValueError:
     """The outputs' type is none of floating point."""
     return ValueError(f"dtype must be a floating point type or None; got {dtype!r}")

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softmax_fused import RowOutputs, cross_entropy_rows
+from softmax_fused._row_outputs import DEFAULT, OUTPUTS
 from softmax_fused.functional.rows import NAMES
 from tests.cases import ULPS, make_indices, make_logits, make_probabilities
 from tests.conftest import INTERPRETER, Place
 
 INF = float("inf")
-SOFT = ("loss", "logsumexp", "entropy")
+SOFT = ("loss", "logsumexp", "entropy", "log_prob")
 
 
 def reference(
@@ -35,7 +36,11 @@ def reference(
     )  # fmt: skip
     log_p = torch.log_softmax(x, dim)
     entropy = -torch.where(log_p == -INF, 0, log_p.exp() * log_p).sum(dim)
-    return RowOutputs(loss, torch.logsumexp(x, dim), x.argmax(dim), entropy)
+    log_prob = None
+    if target.ndim < z.ndim:
+        ignored = target == ignore_index
+        log_prob = log_p.gather(dim, target.masked_fill(ignored, 0).unsqueeze(dim)).squeeze(dim).masked_fill(ignored, 0)
+    return RowOutputs(loss, torch.logsumexp(x, dim), x.argmax(dim), entropy, log_prob)
 
 
 def assert_near(got: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
@@ -50,11 +55,12 @@ def assert_right(
     z: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    outputs: tuple[str, ...] = NAMES,
+    outputs: tuple[str, ...] | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> None:
     """Compare the outputs, and the gradient under random upstream gradients of all of them, with float64."""
+    outputs = outputs or (NAMES if target.ndim < z.ndim else DEFAULT)
     before, version = z.detach().clone(), z._version
     rows = cross_entropy_rows(z, target, weight, outputs=outputs, dtype=dtype, backend=place.backend, **options)
     leaf = z.detach().double().requires_grad_()
@@ -93,7 +99,9 @@ def test_every_output(place: Place, shape: tuple[int, ...], dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize(
-    "outputs", [(name,) for name in NAMES] + [("loss", "prediction"), ("logsumexp", "entropy")], ids=str
+    "outputs",
+    [(name,) for name in NAMES] + [("loss", "prediction"), ("logsumexp", "entropy"), ("log_prob", "entropy")],
+    ids=str,
 )
 @pytest.mark.parametrize("shape", [(7, 10), (2, 300)], ids=str)
 def test_any_outputs(place: Place, shape: tuple[int, ...], outputs: tuple[str, ...]) -> None:
@@ -154,7 +162,7 @@ def test_predictions_of_ties_infinities_and_nan(place: Place, classes: int) -> N
     z[4, 9] = float("nan")
     z[5, :-1] = -INF
     target = torch.full((7,), classes - 1, device=place.device)
-    rows = cross_entropy_rows(z, target, backend=place.backend)
+    rows = cross_entropy_rows(z, target, outputs=NAMES, backend=place.backend)
     truth = reference(z, target)
     expected = z.argmax(1)
     assert rows.prediction.tolist() == expected.tolist()
@@ -195,7 +203,7 @@ def test_float32_outputs_of_16_bit_logits(place: Place) -> None:
 @pytest.mark.parametrize("shape", [(5, 11), (2, 300)], ids=str)
 def test_float64_outputs_of_bfloat16_logits(place: Place, shape: tuple[int, ...]) -> None:
     z, target = make_logits(shape, torch.bfloat16, place.device), make_indices(shape, place.device)
-    rows = cross_entropy_rows(z, target, dtype=torch.float64, backend=place.backend)
+    rows = cross_entropy_rows(z, target, outputs=NAMES, dtype=torch.float64, backend=place.backend)
     truth = reference(z, target)
     for name in SOFT:
         assert_near(getattr(rows, name).detach(), getattr(truth, name).detach(), torch.float32)
@@ -223,6 +231,61 @@ def test_infinite_weights_leave_ignored_rows_alone(kernels: Place, shape: tuple[
     assert grad[1, 3].eq(INF).all()
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("classes", [11, 333])
+def test_log_prob_knows_no_weights_and_no_smoothing(place: Place, classes: int, label_smoothing: float) -> None:
+    z, target = make_logits((6, classes), torch.float32, place.device), make_indices((6, classes), place.device)
+    target[0], target[1] = -100, 2
+    weight = torch.rand(classes, device=place.device)
+    assert_right(place, z, target, weight, label_smoothing=label_smoothing)
+    weight[2] = INF
+    rows = cross_entropy_rows(
+        z, target, weight, label_smoothing=label_smoothing, outputs=("log_prob", "logsumexp"), backend=place.backend
+    )
+    assert_near(rows.log_prob.detach(), reference(z.detach(), target).log_prob, torch.float32)
+    for name in ("log_prob", "logsumexp"):
+        leaf = z.detach().double().requires_grad_()
+        (exact,) = torch.autograd.grad(getattr(reference(leaf, target), name).sum(), leaf)
+        assert_near(torch.autograd.grad(getattr(rows, name).sum(), z, retain_graph=True)[0], exact, torch.float32)
+
+
+@pytest.mark.parametrize("call", ["outputs", "alone", "with the loss", "torch.func"])
+@pytest.mark.parametrize("classes", [10, 300])
+def test_log_prob_near_certainty_keeps_its_digits(place: Place, classes: int, call: str) -> None:
+    """Of p from 1/2 up to 1 - 1e-20: the error is a few units in the last place of log p, not of p."""
+    z = torch.randn(40, classes)
+    z[:, 3] = torch.linspace(0, 50, 40) + z.exp().sum(1).log()
+    z, target = z.to(place.device).requires_grad_(), torch.full((40,), 3, device=place.device)
+    outputs = {"outputs": NAMES, "with the loss": ("loss", "log_prob")}.get(call, ("log_prob",))
+
+    def log_prob(x: Tensor) -> Tensor:
+        return cross_entropy_rows(x, target, outputs=outputs, backend=place.backend).log_prob
+
+    leaf = z.detach().double().requires_grad_()
+    others = torch.cat((leaf[:, :3], leaf[:, 4:]), 1)
+    exact = -torch.log1p((others - leaf[:, 3:4]).exp().sum(1))
+    (exact_grad,) = torch.autograd.grad(exact.sum(), leaf)
+    if call == "torch.func":
+        grad, found = torch.func.grad_and_value(lambda x: log_prob(x).sum())(z.detach())
+        torch.testing.assert_close(found.double(), exact.sum().detach(), rtol=2e-6, atol=0)
+    else:
+        found = log_prob(z)
+        (grad,) = torch.autograd.grad(found.sum(), z)
+        torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=0)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(4, 11), (4, 333)], ids=str)
+def test_log_prob_of_a_class_that_does_not_exist(kernels: Place, shape: tuple[int, ...]) -> None:
+    z, target = make_logits(shape, torch.float32, kernels.device), make_indices(shape, kernels.device)
+    target[1], target[2] = shape[1], -1
+    rows = cross_entropy_rows(z, target, outputs=NAMES, backend="triton")
+    assert rows.log_prob.isnan().tolist() == rows.loss.isnan().tolist() == [False, True, True, False]
+    (grad,) = torch.autograd.grad(rows.log_prob.sum(), z)
+    assert grad.isnan().all(1).tolist() == [False, True, True, False]
+    assert grad.isfinite().all(1).tolist() == [True, False, False, True]
+
+
 def test_no_gradient_flows_where_none_is_asked_for(place: Place) -> None:
     z, target = make_logits((4, 10), torch.float32, place.device), make_indices((4, 10), place.device)
     rows = cross_entropy_rows(z, target, backend=place.backend)
@@ -239,7 +302,7 @@ def test_second_derivatives(place: Place, options: dict[str, Any]) -> None:
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
         rows = cross_entropy_rows(x, target, outputs=SOFT, backend=place.backend, **options)
-        return rows.loss, rows.logsumexp, rows.entropy
+        return rows.loss, rows.logsumexp, rows.entropy, rows.log_prob
 
     quick = {"fast_mode": place == INTERPRETER}  # every entry of the Jacobian is a launch: slow there
     assert torch.autograd.gradcheck(function, (z,), **quick)
@@ -251,11 +314,11 @@ def test_torch_func_and_compile(place: Place) -> None:
 
     def total(x: Tensor) -> Tensor:
         rows = cross_entropy_rows(x, target, softcap=4.0, outputs=SOFT, backend=place.backend)
-        return (rows.loss + rows.logsumexp.square() + rows.entropy).sum()
+        return (rows.loss + rows.logsumexp.square() + rows.entropy + rows.log_prob.exp()).sum()
 
     def exact(x: Tensor) -> Tensor:
         rows = reference(x, target, softcap=4.0)
-        return (rows.loss + rows.logsumexp.square() + rows.entropy).sum()
+        return (rows.loss + rows.logsumexp.square() + rows.entropy + rows.log_prob.exp()).sum()
 
     for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
         torch.testing.assert_close(transform(total)(z), transform(exact)(z))
@@ -293,7 +356,7 @@ def test_masked_classes_change_no_derivative(place: Place, derivative: Callable[
         rows = cross_entropy_rows(x, target, outputs=outputs, logit_scale=0.7, backend=backend)
         return sum(getattr(rows, name).square().sum() for name in outputs)
 
-    for outputs in (("entropy",), ("logsumexp",), SOFT):
+    for outputs in (("entropy",), ("logsumexp",), ("log_prob",), SOFT):
         found = derivative(lambda x: total(x + mask, target, outputs, place.backend), z)  # noqa: B023 - called here
         expected = derivative(lambda x: total(x[:, kept], target.clamp(max=2), outputs, "torch"), z)  # noqa: B023
         torch.testing.assert_close(found, expected)
@@ -305,7 +368,7 @@ def test_masked_classes_change_no_derivative(place: Place, derivative: Callable[
         (
             {"outputs": ("loss", "argmax")},
             ValueError,
-            "outputs must name some of loss, logsumexp, prediction, entropy; got",
+            "outputs must name some of loss, logsumexp, prediction, entropy, log_prob; got",
         ),
         ({"outputs": ()}, ValueError, "outputs must name some of"),
         ({"softcap": 0.0}, ValueError, "softcap must be a positive number or None; got 0.0"),
@@ -321,6 +384,13 @@ def test_masked_classes_change_no_derivative(place: Place, derivative: Callable[
 def test_errors_say_what_was_expected(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         cross_entropy_rows(torch.zeros(2, 3), torch.tensor([0, 1]), **options)
+
+
+@pytest.mark.parametrize("output", [name for name in NAMES if OUTPUTS[name].needs_label])
+def test_probabilities_have_no_target_class(place: Place, output: str) -> None:
+    z, target = make_logits((4, 11), torch.float32, place.device), torch.ones(4, 11, device=place.device) / 11
+    with pytest.raises(ValueError, match=f"'{output}' in outputs needs class indices as the target; got a float32"):
+        cross_entropy_rows(z, target, outputs=("loss", output), backend=place.backend)
 
 
 def test_torchs_errors_for_targets(place: Place) -> None:

@@ -18,6 +18,7 @@ from softmax_fused import (
     CrossEntropyLoss,
     LinearCrossEntropyLoss,
     LogSoftmax,
+    RowOutputs,
     Softmax,
     cross_entropy,
     cross_entropy_rows,
@@ -48,6 +49,7 @@ EVERY_CALL: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
     "cross_entropy_rows, torch": lambda z, y, w: cross_entropy_rows(
         z, y, w[0], softcap=3.0, outputs=["loss"], backend="torch"
     ),
+    "cross_entropy_rows, every output": lambda z, y, w: cross_entropy_rows(z, y, outputs=RowOutputs._fields),
     "linear_cross_entropy": lambda z, y, w: linear_cross_entropy(z, w, y),
     "linear_cross_entropy, chunks": lambda z, y, w: linear_cross_entropy(z, w, y, chunk_rows=3),
     "linear_cross_entropy, torch": lambda z, y, w: linear_cross_entropy(z, w, y, weight=w[0], backend="torch"),

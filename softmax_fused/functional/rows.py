@@ -22,7 +22,7 @@ from softmax_fused._dispatch import (
     supports_fused,
 )
 from softmax_fused._fallback import validate
-from softmax_fused._row_outputs import OUTPUTS, RowOutputs
+from softmax_fused._row_outputs import DEFAULT, OUTPUTS, RowOutputs, log_prob_of
 from softmax_fused._spec import FLOATS, RowSpec
 from softmax_fused.backends.torch.row_outputs import effective, needs_log_p, statistics
 from softmax_fused.backends.torch.targets import make_spec
@@ -72,20 +72,23 @@ def cross_entropy_rows(
     *,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    outputs: Collection[str] = NAMES,
+    outputs: Collection[str] = DEFAULT,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> RowOutputs:
-    r"""Loss, log-sum-exp, prediction and entropy of each row of logits, in one pass over them.
+    r"""Loss, log-sum-exp, prediction, entropy and more of each row of logits, in one pass over them.
 
     .. math::
         x = \mathrm{softcap} \cdot \tanh(\mathrm{logit\_scale} \cdot z / \mathrm{softcap}), \quad
         \mathrm{logsumexp}_n = \log \sum_c \exp x_{nc}, \quad
-        H_n = -\sum_c p_{nc} \log p_{nc}, \quad p_n = \mathrm{softmax}(x_n)
+        H_n = -\sum_c p_{nc} \log p_{nc}, \quad \mathrm{log\_prob}_n = \log p_{n y_n}, \quad
+        p_n = \mathrm{softmax}(x_n)
 
-    `loss` is `cross_entropy(x, ..., reduction="none")`, `prediction` is the class of the largest logit. What `outputs`
-    does not name is not computed and is None. Loss, logsumexp and entropy are differentiable; an ignored row has no
-    loss, and the other outputs as any row.
+    `loss` is `cross_entropy(x, ..., reduction="none")`, `prediction` is the class of the largest logit. `log_prob` is
+    the log-probability of the target class y, without class weights and smoothing; it keeps its digits where p is near
+    1, and so does its gradient. What `outputs` does not name is not computed and is None. Loss, logsumexp, entropy and
+    log_prob are differentiable, together. In an ignored row loss and log_prob are 0; the other outputs are as in any
+    row.
 
     Args:
         input: Logits z (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64, any strides.
@@ -95,8 +98,9 @@ def cross_entropy_rows(
         label_smoothing: Share of the target spread evenly over the classes, at most 1.
         logit_scale: What the logits are multiplied by.
         softcap: Bound of the logits after scaling, by tanh; None for none.
-        outputs: Names of the outputs wanted: "loss", "logsumexp", "prediction", "entropy".
-        dtype: Type of loss, logsumexp and entropy; None for that of `cross_entropy`. float32 keeps the digits that
+        outputs: Names of the outputs wanted: "loss", "logsumexp", "prediction", "entropy"; for class indices also
+            "log_prob". By default the first four.
+        dtype: Type of the outputs that are not int64; None for that of `cross_entropy`. float32 keeps the digits that
             16-bit logits would cut off.
         backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
 
@@ -104,8 +108,10 @@ def cross_entropy_rows(
         A :class:`RowOutputs` of tensors of the input's shape without C; `prediction` is int64.
 
     Raises:
-        IndexError: A class index lies outside [0, C), on the CPU; on a GPU that row's loss and gradient are NaN.
-        ValueError: Unknown output or backend, a cap that is not positive, batch sizes that differ.
+        IndexError: A class index lies outside [0, C), on the CPU; on a GPU that row's loss, log_prob and
+            gradient are NaN.
+        ValueError: Unknown output or backend, a cap that is not positive, batch sizes that differ, an output that needs
+            a target class where there are class probabilities.
         RuntimeError: Shapes or dtypes that do not fit, kernels asked for where none can run.
         TypeError: An argument of the wrong type.
 
@@ -137,6 +143,8 @@ def cross_entropy_rows(
     if path == "torch" and not supports_fused(*arguments):
         validate(*arguments, values=not is_compiling())
     spec = make_spec(input, target, "none", ignore_index, label_smoothing, dtype or loss_dtype(input, target))
+    if not spec.target.has_labels and any(OUTPUTS[name].needs_label for name in wanted):
+        raise _errors.no_target_class([name for name in wanted if OUTPUTS[name].needs_label], target)
     options = RowSpec(spec, float(logit_scale), None if softcap is None else float(softcap), wanted)
     if path != "backend":
         return composed(input, target, weight, options)
@@ -161,6 +169,9 @@ def composed(input: Tensor, target: Tensor, weight: Tensor | None, options: RowS
     log_p = torch.log_softmax(rows, 1) if needs_log_p(others) else None
     for name, values in statistics(rows, others, log_p).items():
         found[name] = values.squeeze(0) if input.ndim == 1 else values
+    if "log_prob" in others and log_p is not None:
+        values = log_prob_of(log_p, target.unsqueeze(0) if input.ndim == 1 else target, spec.ignore_index)
+        found["log_prob"] = values.squeeze(0) if input.ndim == 1 else values
     for name, values in found.items():
         found[name] = values.to(OUTPUTS[name].dtype or spec.dtype)
     return RowOutputs(*[found.get(name) for name in OUTPUTS])  # type: ignore[arg-type]  # None as the caller asked

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from softmax_fused._row_outputs import RowOutputs
-    from softmax_fused._spec import RowSpec, Upstream
+    from softmax_fused._spec import RowSpec, Spec, Upstream
+    from softmax_fused.backends.torch.targets import Target
 
 
 def effective(z: Tensor, options: RowSpec) -> tuple[Tensor, Tensor | float]:
@@ -62,8 +63,11 @@ def forward(
             filled[name][part] = values
         if "loss" in filled and log_p is not None:
             filled["loss"][part] = batch.loss(log_p, at).squeeze(1)
-    if "loss" in filled:
-        filled["loss"].copy_(batch.zero_ignored(filled["loss"]))
+        if "log_prob" in filled and log_p is not None:
+            filled["log_prob"][part] = batch.log_prob(log_p, at).squeeze(1)  # the last, as it overwrites log_p
+    for name in ("loss", "log_prob"):
+        if name in filled:
+            filled[name].copy_(batch.zero_ignored(filled[name]))
     return out, None
 
 
@@ -75,22 +79,44 @@ def gradient(
     grad = torch.empty_like(logits)
     z, t, out = canonicalize(logits, target, grad)
     assert out is not None
-    batch = make_target(z, t, weight, options.spec)
-    rows = row_shape(z.shape)
-    given = named(upstream, options, rows)
-    g_loss = given.pop("loss", None)
-    g_loss = None if g_loss is None else batch.zero_ignored(g_loss)
+    given = named(upstream, options, row_shape(z.shape))
+    losses = losses_of(z, t, weight, options.spec, given)
     for part in chunks.row_chunks(z, chunks.CHUNK):
         at = with_classes(part)
         x, slope = effective(z[at], options)
         by_x = by_logits(x, {name: g[part] for name, g in given.items()})
-        if g_loss is not None:
+        for batch, g in losses:
             by_loss = torch.empty_like(x)
-            batch.gradient(torch.softmax(x, 1), g_loss[part].unsqueeze(1), at, by_loss)
+            batch.gradient(torch.softmax(x, 1), g[part].unsqueeze(1), at, by_loss)
             by_x = by_loss if by_x is None else by_x.add_(by_loss)
         assert by_x is not None
         out[at] = by_x.mul_(slope)
     return grad
+
+
+def losses_of(
+    z: Tensor, t: Tensor, weight: Tensor | None, spec: Spec, given: dict[str, Tensor]
+) -> list[tuple[Target, Tensor]]:
+    """Take the loss and the target's log p out of `given`; return targets and the gradients of their losses.
+
+    Log p is minus the loss without class weights and label smoothing: where there are none, one loss does for both.
+    """
+    g_loss, g_log_prob = given.pop("loss", None), given.pop("log_prob", None)
+    if g_log_prob is not None and weight is None and not spec.label_smoothing:
+        g_loss, g_log_prob = -g_log_prob if g_loss is None else g_loss - g_log_prob, None
+    found = []
+    if g_loss is not None:
+        batch = make_target(z, t, weight, spec)
+        found.append((batch, batch.zero_ignored(g_loss)))
+    if g_log_prob is not None:
+        batch = make_target(z, t, None, plain(spec))
+        found.append((batch, batch.zero_ignored(-g_log_prob)))
+    return found
+
+
+def plain(spec: Spec) -> Spec:
+    """Return what a call asks for without label smoothing: that loss is minus the target's log p."""
+    return spec._replace(label_smoothing=0.0)
 
 
 def named(upstream: Upstream, options: RowSpec, rows: tuple[int, ...]) -> dict[str, Tensor]:
@@ -100,7 +126,7 @@ def named(upstream: Upstream, options: RowSpec, rows: tuple[int, ...]) -> dict[s
 
 
 def by_logits(x: Tensor, upstream: dict[str, Tensor]) -> Tensor | None:
-    """Return the gradient by the effective logits from those of all outputs but the loss, None where there are none."""
+    """Return the gradient by the effective logits from those of outputs without a target, None where there are none."""
     if not upstream:
         return None
     log_p, grad = torch.log_softmax(x, 1), None
@@ -118,9 +144,11 @@ def differentiable_gradient(
     x, slope = effective(logits, options)
     z, _, _ = canonicalize(x, target, None)
     given = named(upstream, options, row_shape(z.shape))
-    g_loss = given.pop("loss", None)
+    g_loss, g_log_prob = given.pop("loss", None), given.pop("log_prob", None)
     by_x = by_logits(z, given)
     grad = torch.zeros_like(x) if by_x is None else by_x.view_as(x)
     if g_loss is not None:
         grad = grad + gradient_of_loss(g_loss, x, target, weight, options.spec)
+    if g_log_prob is not None:
+        grad = grad - gradient_of_loss(g_log_prob, x, target, None, plain(options.spec))
     return (grad * slope).to(logits.dtype)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from softmax_fused._row_outputs import DIFFERENTIABLE
 from softmax_fused._spec import class_dim
 from softmax_fused.backends.triton import tiles
 from softmax_fused.backends.triton.launch import NO_TENSOR, accumulator, as_first, choose, load_of, split
@@ -101,11 +102,11 @@ def plan_rows_gradient(
     rows = rows_of(shape, class_dim(len(shape)), strides, target_strides, like(shape, strides), *given)
     first, target, grad, *some = rows.strides
     load = load_of(options.spec)
-    load["crowded"] |= upstream_strides[2] is not None or options.softcap is not None
+    load["crowded"] |= upstream_strides[DIFFERENTIABLE.index("entropy")] is not None or options.softcap is not None
     tile, programs = choose(rows, dtype.itemsize, tiles.tables.one_pass, first, grad, **load)
     launch = Launch(
         row_outputs_backward, programs, tile.warps, device,
-        (None, (RowUpstream, (Strided,), (Strided,), (Strided,)), TENSORS),
+        (None, (RowUpstream, (Strided,), (Strided,), (Strided,), (Strided,)), TENSORS),
         RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, options.spec.reader,
         accumulator(options.spec.acc), *tile.constants(),
     )  # fmt: skip
@@ -123,7 +124,7 @@ def plan_rows_gradient(
 def gradient(
     upstream: Upstream, logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor | None, options: RowSpec
 ) -> Tensor:
-    """Compute the gradient of the logits from those of loss, logsumexp and entropy, None where not asked for."""
+    """Compute the gradient of the logits from those of the differentiable outputs, None where there is none."""
     if weight is not None:
         weight = weight.contiguous()
     plan = plan_rows_gradient(
