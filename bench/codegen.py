@@ -80,7 +80,13 @@ class NamedDriver:
 
 
 SLICES = ("slice of classes", "slice of classes, smoothing")
-ROW_OUTPUTS = ("loss, prediction", "loss, logsumexp, prediction, entropy", "loss, softcap")
+ROW_OUTPUTS = (
+    "loss, prediction",
+    "loss, logsumexp, prediction, entropy",
+    "loss, softcap",
+    "log_prob, entropy",
+    "loss, log_prob, rank",
+)
 
 
 class Case(NamedTuple):

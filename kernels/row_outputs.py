@@ -2,7 +2,7 @@
 
 x = softcap * tanh(scale * z / softcap),  m = max x,  s = sum exp(x - m),  u = sum exp(x - m) (x - m)
 log sum exp = m + log s,  entropy H = log s - u / s,  prediction = argmax x,  loss and log p of the target class as in
-cross_entropy.py; t is one-hot at the target class
+cross_entropy.py; rank = how many z are larger than the target class's;  t is one-hot at the target class
 gradient by x = p * (g_loss * A + g_lse - g_log_prob - g_H * (log p + H)) - g_loss * a + g_log_prob * t;  by z, times
 scale * (1 - tanh^2)
 
@@ -40,6 +40,7 @@ class RowPointers(NamedTuple):
     prediction: Any
     entropy: Any
     log_prob: Any
+    rank: Any
     stats: Any  # (5, rows): m, log s, A, H, and log p of the target class, for backward
 
 
@@ -53,10 +54,17 @@ class RowUpstream(NamedTuple):
 
 
 @triton.jit
-def transform_logits(z, target, ACC: tl.constexpr):
-    """Return x: the logits scaled and capped."""
+def scale_logits(z, target, ACC: tl.constexpr):
+    """Return the logits scaled; they have the order of x, into which the cap rounds ties."""
     if target.scale is not None:
         z = z * from_parts(target.scale, ACC)
+    return z
+
+
+@triton.jit
+def transform_logits(z, target, ACC: tl.constexpr):
+    """Return x: the logits scaled and capped."""
+    z = scale_logits(z, target, ACC)
     if target.softcap is not None:
         z = from_parts(target.softcap, ACC) * tanh(z)
     return z
@@ -79,12 +87,12 @@ def transform_slope(x, target, ACC: tl.constexpr):
 def update_row_state(
     state, block, context, target, KIND: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """Take a block into the state of the loss and, where the context asks for them, u, the largest x and its class.
+    """Take a block into the state of the loss and what the context asks for: u, the largest x and its class, the rank.
 
-    NaN is the largest.
+    NaN is the largest; everything is larger than a target class's NaN.
     """
-    loss_state, u, best, index = state
-    loss_context, ENTROPY, PREDICTION = context
+    loss_state, u, best, index, rank = state
+    loss_context, y_target, ENTROPY, PREDICTION, RANK = context
     z, t, c, class_mask = block
     x = transform_logits(z, target, ACC)
     if target.scale is not None or target.softcap is not None:
@@ -105,12 +113,16 @@ def update_row_state(
         first = lane_reduce(tl.where(x == broadcast_lanes(top, x), c, 2147483647), tl.min)
         index = tl.where(top > best, first, index)
         best = tl.maximum(best, top)
-    return loss_state, u, best, index
+    if RANK:
+        y = scale_logits(z, target, ACC)
+        larger = tl.where(y <= broadcast_rows(y_target, z), 0, 1)
+        rank += lane_reduce(tl.where(class_mask, larger, 0), tl.sum)
+    return loss_state, u, best, index, rank
 
 
 @triton.jit
 def store_row_outputs(
-    out, loss_state, u, index, row_index, row_mask, label, valid, confidence, target, rows, ACC: tl.constexpr
+    out, loss_state, u, index, rank, row_index, row_mask, label, valid, confidence, target, rows, ACC: tl.constexpr
 ):  # fmt: skip
     """Store what is asked for, and the statistics of each row for backward."""
     m, s, _, _, target_logit = loss_state
@@ -134,6 +146,8 @@ def store_row_outputs(
     if out.log_prob is not None:
         log_prob = tl.where(valid == 1.0, log_p, valid)  # 0 where ignored, NaN where there is no such class
         tl.store(out.log_prob + row_index, convert(log_prob, out.log_prob.dtype.element_ty), mask=row_mask)
+    if out.rank is not None:
+        tl.store(out.rank + row_index, tl.where(label >= 0, rank, -1).to(tl.int64), mask=row_mask)
     if out.stats is not None:
         count = count_rows(rows)
         tl.store(out.stats + row_index, row_max, mask=row_mask)
@@ -141,6 +155,15 @@ def store_row_outputs(
         tl.store(out.stats + 2 * count + row_index, total, mask=row_mask)
         tl.store(out.stats + 3 * count + row_index, entropy, mask=row_mask)
         tl.store(out.stats + 4 * count + row_index, log_p, mask=row_mask)
+
+
+@triton.jit
+def read_target_logit(tensors, outer, row, label, rows, ACC: tl.constexpr):
+    """Return the target class's logit of each row, scaled: known before the row passes, it is compared on the way."""
+    offsets = value_offsets(outer, row, rows, tensors.first.strides)
+    offsets += label.to(tl.int64) * tensors.first.strides[len(rows.sizes)]
+    z = tl.load(tensors.first.ptr + offsets, mask=label >= 0, other=0.0).to(ACC)
+    return scale_logits(z, tensors.second, ACC)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -160,11 +183,17 @@ def row_outputs_forward(
     places = locate_rows(tensors, outer, row, row_mask, label, read, rows, DENSE, CLASSES, VECTOR)
     ENTROPY: tl.constexpr = out.entropy is not None
     PREDICTION: tl.constexpr = out.prediction is not None
-    context = ((label, valid, confidence, smoothing_per_class, VECTOR > 0), ENTROPY, PREDICTION)
+    RANK: tl.constexpr = out.rank is not None
+    y_target = tl.zeros(row_mask.shape, ACC)
+    if RANK:
+        y_target = read_target_logit(tensors, outer, row, label, rows, ACC)
+    loss_context = (label, valid, confidence, smoothing_per_class, VECTOR > 0)
+    context = (loss_context, y_target, ENTROPY, PREDICTION, RANK)
     least = tl.full((LANES,), float("-inf"), ACC)
-    state = (fresh_state(LANES, ACC), tl.zeros((LANES,), ACC), least, tl.zeros((LANES,), tl.int32))
+    none = tl.zeros((LANES,), tl.int32)
+    state = (fresh_state(LANES, ACC), tl.zeros((LANES,), ACC), least, none, none)
     whole = load_whole(tensors, rows, places, float("-inf"), DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR)
-    loss_state, u, best, index = reduce_rows(
+    loss_state, u, best, index, rank = reduce_rows(
         update_row_state, state, context, whole, tensors, rows, places, KIND, DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR,
     )  # fmt: skip
     m, s, _, _, _ = loss_state
@@ -173,11 +202,12 @@ def row_outputs_forward(
         delta = m - loss_state[0]
         u = tl.sum(rounded_product(shift_dot(u, s, delta), exponential(delta)), axis=0) + tl.zeros((1,), ACC)
         index = tl.min(tl.where(best == tl.max(best, axis=0), index, 2147483647), axis=0) + tl.zeros((1,), tl.int32)
+        rank = tl.sum(rank, axis=0) + tl.zeros((1,), tl.int32)
     else:
         x_target = tl.where(label >= 0, transform_logits(loss_state[4], tensors.second, ACC), float("-inf"))
         loss_state = (loss_state[0], loss_state[1], loss_state[2], loss_state[3], x_target)
     store_row_outputs(
-        out, loss_state, u, index, row_index, row_mask, label, valid, confidence, tensors.second, rows, ACC
+        out, loss_state, u, index, rank, row_index, row_mask, label, valid, confidence, tensors.second, rows, ACC
     )  # fmt: skip
 
 

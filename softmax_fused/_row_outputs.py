@@ -25,6 +25,7 @@ class RowOutputs(NamedTuple):
     prediction: Tensor
     entropy: Tensor
     log_prob: Tensor
+    rank: Tensor
 
 
 class Output(NamedTuple):
@@ -78,6 +79,17 @@ def log_prob_of(log_p: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     return torch.where(confident, torch.log1p(-others.masked_fill(~confident, 0)), found)
 
 
+def rank_of(y: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Return how many of the logits y are larger than the target class's, (N, d1..dk); -1 for ignored rows.
+
+    NaN is larger than every number, and everything is larger than NaN.
+    """
+    y = y.detach()
+    at_target = 0 - F.nll_loss(y, target, ignore_index=ignore_index, reduction="none")
+    rank = y.shape[1] - (y <= at_target.unsqueeze(1)).sum(1)
+    return rank.masked_fill(target == ignore_index, -1)
+
+
 def add_entropy_gradient(grad: Tensor | None, log_p: Tensor, g: Tensor) -> Tensor:
     """Subtract p g (log p + H)."""
     entropy = entropy_of(log_p).unsqueeze(1)
@@ -96,6 +108,7 @@ OUTPUTS: dict[str, Output] = {
     ),
     "entropy": Output(value=lambda _x, log_p, _prediction: entropy_of(log_p), add_gradient=add_entropy_gradient),
     "log_prob": Output(needs_label=True),  # as the loss: it is minus the loss without class weights and smoothing
+    "rank": Output(dtype=torch.int64, differentiable=False, needs_log_p=False, needs_label=True),
 }
 """By name, in the order of RowOutputs' fields and of the kernels' arguments."""
 

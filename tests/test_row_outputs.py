@@ -36,11 +36,15 @@ def reference(
     )  # fmt: skip
     log_p = torch.log_softmax(x, dim)
     entropy = -torch.where(log_p == -INF, 0, log_p.exp() * log_p).sum(dim)
-    log_prob = None
+    log_prob = rank = None
     if target.ndim < z.ndim:
         ignored = target == ignore_index
         log_prob = log_p.gather(dim, target.masked_fill(ignored, 0).unsqueeze(dim)).squeeze(dim).masked_fill(ignored, 0)
-    return RowOutputs(loss, torch.logsumexp(x, dim), x.argmax(dim), entropy, log_prob)
+        y = z.detach().double() * logit_scale
+        y_target = y.gather(dim, target.masked_fill(ignored, 0).unsqueeze(dim))
+        larger = (y > y_target) | y.isnan() | y_target.isnan()
+        rank = larger.sum(dim).masked_fill(ignored, -1)
+    return RowOutputs(loss, torch.logsumexp(x, dim), x.argmax(dim), entropy, log_prob, rank)
 
 
 def assert_near(got: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
@@ -69,7 +73,7 @@ def assert_right(
         got, exact = getattr(rows, name), getattr(truth, name)
         if name not in outputs:
             assert got is None
-        elif name == "prediction":
+        elif name not in SOFT:
             assert got.dtype is torch.int64
             assert torch.equal(got, exact)
         else:
@@ -166,6 +170,7 @@ def test_predictions_of_ties_infinities_and_nan(place: Place, classes: int) -> N
     truth = reference(z, target)
     expected = z.argmax(1)
     assert rows.prediction.tolist() == expected.tolist()
+    assert rows.rank.tolist() == truth.rank.tolist()
     for name in SOFT:
         assert_near(getattr(rows, name), getattr(truth, name), torch.float32)
 
@@ -231,6 +236,49 @@ def test_infinite_weights_leave_ignored_rows_alone(kernels: Place, shape: tuple[
     assert grad[1, 3].eq(INF).all()
 
 
+RANKED = {
+    "ties are not larger": ([2.0, 2.0, 1.0, 2.0], 1, 0),
+    "the smallest": ([2.0, 3.0, 1.0, 2.0], 2, 3),
+    "of infinities": ([INF, -INF, INF, 0.0], 3, 2),
+    "infinite": ([INF, -INF, INF, 0.0], 2, 0),
+    "masked": ([-INF, -INF, 1.0, 0.0], 1, 2),
+    "NaN is larger": ([float("nan"), 1.0, 1.0, 3.0], 3, 1),
+    "anything is larger than NaN": ([float("nan"), 1.0, 1.0, 3.0], 0, "all"),
+    "ignored": ([2.0, 3.0, 1.0, 2.0], -100, -1),
+}
+
+
+@pytest.mark.parametrize("call", ["outputs", "torch.func"])
+@pytest.mark.parametrize("classes", [4, 300])
+def test_ranks_of_ties_infinities_and_nan(place: Place, classes: int, call: str) -> None:
+    z = torch.tensor([row for row, _, _ in RANKED.values()])
+    z = F.pad(z, (0, classes - 4), value=-INF).to(place.device)
+    target = torch.tensor([label for _, label, _ in RANKED.values()], device=place.device)
+    expected = [classes if rank == "all" else rank for _, _, rank in RANKED.values()]
+
+    def rank(x: Tensor) -> Tensor:
+        return cross_entropy_rows(x, target, outputs=("rank",), backend=place.backend).rank
+
+    found = rank(z) if call == "outputs" else torch.func.functionalize(rank)(z)
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("logit_scale", [0.5, -1.0])
+@pytest.mark.parametrize("shape", [(30, 10), (9, 300), (2, 6, 40)], ids=str)
+def test_accuracy_from_ranks(place: Place, shape: tuple[int, ...], logit_scale: float, softcap: float | None) -> None:
+    """The cap, to which large logits are rounded, leaves their order."""
+    z, target = make_logits(shape, torch.float32, place.device, 30.0), make_indices(shape, place.device)
+    outputs, options = ("rank", "prediction"), {"logit_scale": logit_scale, "backend": place.backend}
+    rows = cross_entropy_rows(z, target, outputs=outputs, softcap=softcap, **options)
+    for k in (1, 3, 5):
+        top = (z * logit_scale).topk(k, dim=1).indices
+        assert torch.equal(rows.rank < k, (top == target.unsqueeze(1)).any(1))
+    if softcap is None:
+        assert torch.equal(rows.rank == 0, rows.prediction == target)
+    assert not rows.rank.requires_grad
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("classes", [11, 333])
 def test_log_prob_knows_no_weights_and_no_smoothing(place: Place, classes: int, label_smoothing: float) -> None:
@@ -276,10 +324,11 @@ def test_log_prob_near_certainty_keeps_its_digits(place: Place, classes: int, ca
 
 
 @pytest.mark.parametrize("shape", [(4, 11), (4, 333)], ids=str)
-def test_log_prob_of_a_class_that_does_not_exist(kernels: Place, shape: tuple[int, ...]) -> None:
+def test_outputs_of_a_class_that_does_not_exist(kernels: Place, shape: tuple[int, ...]) -> None:
     z, target = make_logits(shape, torch.float32, kernels.device), make_indices(shape, kernels.device)
     target[1], target[2] = shape[1], -1
     rows = cross_entropy_rows(z, target, outputs=NAMES, backend="triton")
+    assert rows.rank.ge(0).tolist() == [True, False, False, True]
     assert rows.log_prob.isnan().tolist() == rows.loss.isnan().tolist() == [False, True, True, False]
     (grad,) = torch.autograd.grad(rows.log_prob.sum(), z)
     assert grad.isnan().all(1).tolist() == [False, True, True, False]
@@ -368,7 +417,7 @@ def test_masked_classes_change_no_derivative(place: Place, derivative: Callable[
         (
             {"outputs": ("loss", "argmax")},
             ValueError,
-            "outputs must name some of loss, logsumexp, prediction, entropy, log_prob; got",
+            "outputs must name some of loss, logsumexp, prediction, entropy, log_prob, rank; got",
         ),
         ({"outputs": ()}, ValueError, "outputs must name some of"),
         ({"softcap": 0.0}, ValueError, "softcap must be a positive number or None; got 0.0"),

@@ -22,9 +22,9 @@ from softmax_fused._dispatch import (
     supports_fused,
 )
 from softmax_fused._fallback import validate
-from softmax_fused._row_outputs import DEFAULT, OUTPUTS, RowOutputs, log_prob_of
-from softmax_fused._spec import FLOATS, RowSpec
-from softmax_fused.backends.torch.row_outputs import effective, needs_log_p, statistics
+from softmax_fused._row_outputs import DEFAULT, OUTPUTS, RowOutputs, log_prob_of, rank_of
+from softmax_fused._spec import FLOATS, RowSpec, row_shape
+from softmax_fused.backends.torch.row_outputs import effective, needs_log_p, scaled, statistics
 from softmax_fused.backends.torch.targets import make_spec
 from softmax_fused.functional.autograd import CrossEntropyRows
 from softmax_fused.functional.loss import cross_entropy
@@ -87,8 +87,13 @@ def cross_entropy_rows(
     `loss` is `cross_entropy(x, ..., reduction="none")`, `prediction` is the class of the largest logit. `log_prob` is
     the log-probability of the target class y, without class weights and smoothing; it keeps its digits where p is near
     1, and so does its gradient. What `outputs` does not name is not computed and is None. Loss, logsumexp, entropy and
-    log_prob are differentiable, together. In an ignored row loss and log_prob are 0; the other outputs are as in any
-    row.
+    log_prob are differentiable, together. In an ignored row loss and log_prob are 0 and the rank is -1; the other
+    outputs are as in any row.
+
+    `rank` is the number of classes with a larger logit than the target's: 0 is a hit, and ``rank < k`` one among the
+    first k; an equal logit is not larger. Logits are compared after scaling and before the cap, which changes no order
+    but rounds large logits to equal ones. A NaN is larger than any number, and where the target's own logit is NaN, the
+    rank is C.
 
     Args:
         input: Logits z (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64, any strides.
@@ -99,17 +104,17 @@ def cross_entropy_rows(
         logit_scale: What the logits are multiplied by.
         softcap: Bound of the logits after scaling, by tanh; None for none.
         outputs: Names of the outputs wanted: "loss", "logsumexp", "prediction", "entropy"; for class indices also
-            "log_prob". By default the first four.
-        dtype: Type of the outputs that are not int64; None for that of `cross_entropy`. float32 keeps the digits that
-            16-bit logits would cut off.
+            "log_prob" and "rank". By default the first four.
+        dtype: Type of the outputs other than prediction and rank; None for that of `cross_entropy`. float32 keeps the
+            digits that 16-bit logits would cut off.
         backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
 
     Returns:
-        A :class:`RowOutputs` of tensors of the input's shape without C; `prediction` is int64.
+        A :class:`RowOutputs` of tensors of the input's shape without C; `prediction` and `rank` are int64.
 
     Raises:
         IndexError: A class index lies outside [0, C), on the CPU; on a GPU that row's loss, log_prob and
-            gradient are NaN.
+            gradient are NaN, its rank is -1.
         ValueError: Unknown output or backend, a cap that is not positive, batch sizes that differ, an output that needs
             a target class where there are class probabilities.
         RuntimeError: Shapes or dtypes that do not fit, kernels asked for where none can run.
@@ -165,13 +170,15 @@ def composed(input: Tensor, target: Tensor, weight: Tensor | None, options: RowS
             x, target, w, ignore_index=spec.ignore_index, reduction="none", label_smoothing=spec.label_smoothing
         )
     others = tuple(name for name in options.outputs if name != "loss")
-    rows = x.unsqueeze(0) if input.ndim == 1 else x
+    rows, labels = (x.unsqueeze(0), target.unsqueeze(0)) if input.ndim == 1 else (x, target)
     log_p = torch.log_softmax(rows, 1) if needs_log_p(others) else None
     for name, values in statistics(rows, others, log_p).items():
         found[name] = values.squeeze(0) if input.ndim == 1 else values
     if "log_prob" in others and log_p is not None:
-        values = log_prob_of(log_p, target.unsqueeze(0) if input.ndim == 1 else target, spec.ignore_index)
-        found["log_prob"] = values.squeeze(0) if input.ndim == 1 else values
+        found["log_prob"] = log_prob_of(log_p, labels, spec.ignore_index).view(row_shape(input.shape))
+    if "rank" in others:
+        y = scaled(input, options).view_as(rows)
+        found["rank"] = rank_of(y, labels, spec.ignore_index).view(row_shape(input.shape))
     for name, values in found.items():
         found[name] = values.to(OUTPUTS[name].dtype or spec.dtype)
     return RowOutputs(*[found.get(name) for name in OUTPUTS])  # type: ignore[arg-type]  # None as the caller asked

@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from softmax_fused.backends.torch.targets import Target
 
 
+def scaled(z: Tensor, options: RowSpec) -> Tensor:
+    """Return the logits scaled, in the accumulation type: in the order of the capped ones, without new ties."""
+    x = z if z.dtype is options.spec.acc else z.to(options.spec.acc)
+    return x if options.scale == 1 else x * options.scale
+
+
 def effective(z: Tensor, options: RowSpec) -> tuple[Tensor, Tensor | float]:
     """Return the logits scaled and capped, in the accumulation type, and what the gradient by them is multiplied by."""
-    x = z if z.dtype is options.spec.acc else z.to(options.spec.acc)
-    if options.scale != 1:
-        x = x * options.scale
+    x = scaled(z, options)
     if options.softcap is None:
         return x, options.scale
     t = torch.tanh(x / options.softcap)
@@ -58,6 +62,9 @@ def forward(
     for part in chunks.row_chunks(z, chunks.CHUNK):
         at = with_classes(part)
         x, _ = effective(z[at], options)
+        if "rank" in filled:
+            y = x if options.softcap is None else scaled(z[at], options)
+            filled["rank"][part] = batch.rank(y, at).squeeze(1)
         log_p = torch.log_softmax(x, 1) if needs_log_p(options.outputs) else None
         for name, values in statistics(x, options.outputs, log_p).items():
             filled[name][part] = values
@@ -68,6 +75,8 @@ def forward(
     for name in ("loss", "log_prob"):
         if name in filled:
             filled[name].copy_(batch.zero_ignored(filled[name]))
+    if "rank" in filled and batch.valid is not None:
+        filled["rank"].masked_fill_(~batch.valid, -1)
     return out, None
 
 
