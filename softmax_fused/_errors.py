@@ -211,6 +211,21 @@ def no_target_class(names: Iterable[str], target: Tensor) -> ValueError:
     return ValueError(f"{listed(names)} in outputs needs class indices as the target; got {describe(target)}")
 
 
+def wrong_classes(logits: Any, classes: Any) -> ValueError:
+    """The classes are not class indices, one or several a row."""
+    if not isinstance(logits, torch.Tensor) or logits.ndim == 0:
+        return ValueError(
+            f"logits must be a tensor of shape (C,), (N, C) or (N, C, d1, ..., dk); got {describe(logits)}"
+        )
+    one, shape = target_shapes(tuple(logits.shape))
+    dim = min(logits.ndim - 1, 1)
+    several = ", ".join("K" if i == dim else str(size) for i, size in enumerate(shape))
+    return ValueError(
+        f"classes must be an int64 tensor of shape {one} or ({several}{',' * (len(shape) == 1)}) for logits of shape "
+        f"{shape}; got {describe(classes)}"
+    )
+
+
 def wrong_dtype(dtype: Any) -> ValueError:
     """The outputs' type is none of floating point."""
     return ValueError(f"dtype must be a floating point type or None; got {dtype!r}")

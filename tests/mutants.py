@@ -66,6 +66,7 @@ SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR = (
     "softmax_fused/distributed/dtensor.py",
 )
 PLAN = "softmax_fused/backends/triton/plan.py"
+AUTOGRAD = "softmax_fused/functional/autograd.py"
 HOST = "softmax_fused/backends/triton/cross_entropy.py"
 LAB = "softmax_fused/training"
 RANKS, SHARDS, LOOP, EVALUATION, FOLDER, CHECKPOINT, LOCK = (
@@ -201,6 +202,9 @@ MUTANTS = {
     "rows: log p's gradient cancels near p = 1": Mutant(OUTPUTS, "g_log_prob * expm1(log_p)", "g_log_prob * (exponential(log_p) - 1.0)"),
     "torch rows: log p cancels near p = 1": Mutant(TARGETS, "torch.where(complement < 0.5, torch.log1p(-complement), found)", "found", ("row_outputs",)),
     "torch rows: log p is weighted": Mutant(TORCH_OUTPUTS, "batch = make_target(z, t, None, plain(spec))", "batch = make_target(z, t, weight, plain(spec))"),
+    "log_prob: the last of equal classes alone has a gradient": Mutant(AUTOGRAD, "by_label += g_chosen.unsqueeze(dim) * (chosen.unsqueeze(dim) == label)", "by_label += g_chosen.unsqueeze(dim) * (chosen.unsqueeze(dim) == label) / (chosen.unsqueeze(dim) == label).sum(dim, keepdim=True)", ("log_prob",)),
+    "log_prob: the rest of a row has no gradient": Mutant(AUTOGRAD, '-total.squeeze(dim) if name == "logsumexp" else None', '0 * total.squeeze(dim) if name == "logsumexp" else None', ("log_prob",)),
+    "log_prob: second-order term dropped": Mutant(AUTOGRAD, "if torch.is_grad_enabled() or batched(upstream):\n            x, slope", "if batched(upstream):\n            x, slope", ("log_prob",)),
     "torch rows: slope forgotten": Mutant(TORCH_OUTPUTS, "out[at] = by_x.mul_(slope)", "out[at] = by_x"),
     "torch rows: 0 log 0 has no derivative": Mutant(OUTPUT_TABLE, "return -(log_p.exp() * finite_log(log_p)).sum(1)", "return -torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p).sum(1)"),
     "torch rows: one chunk's upstream for all": Mutant(TORCH_OUTPUTS, "{name: g[part] for name, g in given.items()}", "{name: g[: len(g[part])] for name, g in given.items()}"),

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softmax_fused._row_outputs import OUTPUTS
+from softmax_fused._row_outputs import DIFFERENTIABLE, OUTPUTS
+from softmax_fused._spec import class_dim
 from softmax_fused.backends.torch import cross_entropy as torch_loss
 from softmax_fused.backends.torch import row_outputs as torch_rows
 
@@ -106,6 +107,57 @@ class CrossEntropyRows(torch.autograd.Function):
         else:
             grad = ctx.operations.gradient(*arguments, stats, ctx.options)
         return grad, None, None, None, None
+
+
+class LogProb(torch.autograd.Function):
+    """Log-probabilities of several classes a row (N, K, d1..dk): saves the logits, and the log-sum-exp of each row.
+
+    Backward computes the gradient of the log-sum-exp, and then writes that of the chosen classes: one buffer of the
+    logits' size, rounded once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        label: Tensor,
+        valid: Tensor,
+        target: Tensor,
+        options: RowSpec,
+        operations: RowOutputsOperations,
+    ) -> Tensor:
+        """Compute x - log sum exp, 0 where it is not valid."""
+        dim = class_dim(logits.ndim)
+        out, stats = operations.forward(logits, target, None, options, save=True)
+        logsumexp = out.logsumexp.unsqueeze(dim)
+        ctx.save_for_backward(logits, label, valid, target, stats, logsumexp)
+        ctx.call = options, operations
+        return (torch_rows.effective(logits.gather(dim, label), options)[0] - logsumexp).masked_fill(~valid, 0)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradient of the logits; in torch operations where it is to be differentiated or batched."""
+        logits, label, valid, target, stats, logsumexp = ctx.saved_tensors
+        options, operations = ctx.call
+        dim = class_dim(logits.ndim)
+        g = upstream.masked_fill(~valid, 0)
+        total = g.sum(dim, keepdim=True)
+        if torch.is_grad_enabled() or batched(upstream):
+            x, slope = torch_rows.effective(logits, options)
+            grad = torch.zeros_like(x).scatter_add(dim, label, g) - torch.softmax(x, dim) * total
+            return (grad * slope).to(logits.dtype), None, None, None, None, None
+        by_logsumexp = [-total.squeeze(dim) if name == "logsumexp" else None for name in DIFFERENTIABLE]
+        grad = operations.gradient(by_logsumexp, logits, target, None, stats, options)
+        x, slope = torch_rows.effective(logits.gather(dim, label), options)
+        by_label = -(x - logsumexp).exp() * total
+        for chosen, g_chosen in zip(label.unbind(dim), g.unbind(dim), strict=True):
+            by_label += g_chosen.unsqueeze(dim) * (chosen.unsqueeze(dim) == label)  # of a class named twice, both
+        unused = (g == 0).all(dim, keepdim=True)
+        grad.scatter_(dim, label, (by_label * slope).masked_fill(unused, 0).to(grad.dtype))
+        bad = unused & ~logsumexp.isfinite()  # kernels do not read such rows; in torch operations 0 meets NaN
+        if grad.is_cpu and bool(bad.any()):
+            grad.masked_fill_(bad, 0)
+        return grad, None, None, None, None, None
 
 
 def differentiable_softmax_gradient(upstream: Tensor, out: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
