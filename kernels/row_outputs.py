@@ -30,6 +30,7 @@ class RowTarget(NamedTuple):
     smoothing: Any
     scale: Any  # scale / softcap where there is a softcap; None for 1
     softcap: Any
+    row_scale: Any  # Strided: a number a row, which the scale is multiplied by
 
 
 class RowPointers(NamedTuple):
@@ -54,27 +55,46 @@ class RowUpstream(NamedTuple):
 
 
 @triton.jit
-def scale_logits(z, target, ACC: tl.constexpr):
+def load_row_scale(target, outer, row, row_mask, rows, ACC: tl.constexpr):
+    """Return the scale of each row, all of it; where all rows have the same, a placeholder."""
+    row_scale = tl.full(row_mask.shape, 1.0, ACC)
+    if target.row_scale is not None:
+        offsets = value_offsets(outer, row, rows, target.row_scale.strides)
+        row_scale = tl.load(target.row_scale.ptr + offsets, mask=row_mask, other=1.0).to(ACC)
+        if target.scale is not None:
+            row_scale *= from_parts(target.scale, ACC)
+    return row_scale
+
+
+@triton.jit
+def scale_logits(z, target, row_scale, ACC: tl.constexpr):
     """Return the logits scaled; they have the order of x, into which the cap rounds ties."""
-    if target.scale is not None:
+    if target.row_scale is not None:
+        if len(z.shape) == 1:
+            z = z * row_scale
+        else:
+            z = z * broadcast_rows(row_scale, z)
+    elif target.scale is not None:
         z = z * from_parts(target.scale, ACC)
     return z
 
 
 @triton.jit
-def transform_logits(z, target, ACC: tl.constexpr):
-    """Return x: the logits scaled and capped."""
-    z = scale_logits(z, target, ACC)
+def transform_logits(z, target, row_scale, ACC: tl.constexpr):
+    """Return x: the logits, of blocks or one a row, scaled and capped."""
+    z = scale_logits(z, target, row_scale, ACC)
     if target.softcap is not None:
         z = from_parts(target.softcap, ACC) * tanh(z)
     return z
 
 
 @triton.jit
-def transform_slope(x, target, ACC: tl.constexpr):
+def transform_slope(x, target, row_scale, ACC: tl.constexpr):
     """Return dx / dz at x: scale * (1 - (x / softcap)^2)."""
     slope = tl.full(x.shape, 1.0, ACC)
-    if target.scale is not None:
+    if target.row_scale is not None:
+        slope *= broadcast_rows(row_scale, x)
+    elif target.scale is not None:
         slope *= from_parts(target.scale, ACC)
     if target.softcap is not None:
         softcap = from_parts(target.softcap, ACC)
@@ -92,10 +112,10 @@ def update_row_state(
     NaN is the largest; everything is larger than a target class's NaN.
     """
     loss_state, u, best, index, rank = state
-    loss_context, y_target, ENTROPY, PREDICTION, RANK = context
+    loss_context, row_scale, y_target, ENTROPY, PREDICTION, RANK = context
     z, t, c, class_mask = block
-    x = transform_logits(z, target, ACC)
-    if target.scale is not None or target.softcap is not None:
+    x = transform_logits(z, target, row_scale, ACC)
+    if target.scale is not None or (target.softcap is not None or target.row_scale is not None):
         x = tl.where(class_mask, x, float("-inf"))  # a masked -inf does not stay what it is
     m, s, _, _, _ = loss_state
     loss_state = update_loss_state(loss_state, (x, t, c, class_mask), loss_context, target, KIND, ACC)
@@ -114,7 +134,7 @@ def update_row_state(
         index = tl.where(top > best, first, index)
         best = tl.maximum(best, top)
     if RANK:
-        y = scale_logits(z, target, ACC)
+        y = scale_logits(z, target, row_scale, ACC)
         larger = tl.where(y <= broadcast_rows(y_target, z), 0, 1)
         rank += lane_reduce(tl.where(class_mask, larger, 0), tl.sum)
     return loss_state, u, best, index, rank
@@ -158,12 +178,12 @@ def store_row_outputs(
 
 
 @triton.jit
-def read_target_logit(tensors, outer, row, label, rows, ACC: tl.constexpr):
+def read_target_logit(tensors, row_scale, outer, row, label, rows, ACC: tl.constexpr):
     """Return the target class's logit of each row, scaled: known before the row passes, it is compared on the way."""
     offsets = value_offsets(outer, row, rows, tensors.first.strides)
     offsets += label.to(tl.int64) * tensors.first.strides[len(rows.sizes)]
     z = tl.load(tensors.first.ptr + offsets, mask=label >= 0, other=0.0).to(ACC)
-    return scale_logits(z, tensors.second, ACC)
+    return scale_logits(z, tensors.second, row_scale, ACC)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -184,11 +204,12 @@ def row_outputs_forward(
     ENTROPY: tl.constexpr = out.entropy is not None
     PREDICTION: tl.constexpr = out.prediction is not None
     RANK: tl.constexpr = out.rank is not None
+    row_scale = load_row_scale(tensors.second, outer, row, row_mask, rows, ACC)
     y_target = tl.zeros(row_mask.shape, ACC)
     if RANK:
-        y_target = read_target_logit(tensors, outer, row, label, rows, ACC)
+        y_target = read_target_logit(tensors, row_scale, outer, row, label, rows, ACC)
     loss_context = (label, valid, confidence, smoothing_per_class, VECTOR > 0)
-    context = (loss_context, y_target, ENTROPY, PREDICTION, RANK)
+    context = (loss_context, row_scale, y_target, ENTROPY, PREDICTION, RANK)
     least = tl.full((LANES,), float("-inf"), ACC)
     none = tl.zeros((LANES,), tl.int32)
     state = (fresh_state(LANES, ACC), tl.zeros((LANES,), ACC), least, none, none)
@@ -204,7 +225,8 @@ def row_outputs_forward(
         index = tl.min(tl.where(best == tl.max(best, axis=0), index, 2147483647), axis=0) + tl.zeros((1,), tl.int32)
         rank = tl.sum(rank, axis=0) + tl.zeros((1,), tl.int32)
     else:
-        x_target = tl.where(label >= 0, transform_logits(loss_state[4], tensors.second, ACC), float("-inf"))
+        x_target = transform_logits(loss_state[4], tensors.second, row_scale, ACC)
+        x_target = tl.where(label >= 0, x_target, float("-inf"))
         loss_state = (loss_state[0], loss_state[1], loss_state[2], loss_state[3], x_target)
     store_row_outputs(
         out, loss_state, u, index, rank, row_index, row_mask, label, valid, confidence, tensors.second, rows, ACC
@@ -235,9 +257,11 @@ def probability_gradient(log_p, total, entropy, g_loss, g_lse, g_entropy, HAS_EN
 def row_gradient(block, context, target, KIND: tl.constexpr, ACC: tl.constexpr):
     """Return the gradient of a block by z."""
     z, t, c, class_mask = block
-    row_max, log_s, total, entropy, g_loss, g_lse, g_entropy, at_target, wanted, label, valid, terms, flags = context
+    statistics, upstream, row_scale, at_target, wanted, label, valid, terms, flags = context
+    row_max, log_s, total, entropy = statistics
+    g_loss, g_lse, g_entropy = upstream
     HAS_LOSS, HAS_ENTROPY = flags
-    x = transform_logits(z, target, ACC)
+    x = transform_logits(z, target, row_scale, ACC)
     log_p = (x - broadcast_rows(row_max, z)) - broadcast_rows(log_s, z)
     grad = probability_gradient(
         log_p, broadcast_rows(total, z), broadcast_rows(entropy, z), broadcast_rows(g_loss, z),
@@ -250,7 +274,7 @@ def row_gradient(block, context, target, KIND: tl.constexpr, ACC: tl.constexpr):
         grad -= broadcast_rows(g_loss, z) * a
     if KIND != "probabilities" and (len(z.shape) == 2 or z.shape[len(z.shape) - 1] == 1):
         grad = tl.where(c == broadcast_rows(label, z), broadcast_rows(at_target, z), grad)
-    return tl.where(broadcast_rows(wanted, z) != 0, grad * transform_slope(x, target, ACC), 0.0)
+    return tl.where(broadcast_rows(wanted, z) != 0, grad * transform_slope(x, target, row_scale, ACC), 0.0)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -290,8 +314,9 @@ def row_outputs_backward(
         at_target -= g_log_prob * expm1(log_p)
         g_lse -= g_log_prob  # of the other classes, p is what both are multiplied by
     context = (
-        row_max, log_s, total, entropy, g_loss, g_lse, g_entropy, at_target, wanted.to(tl.int32), label, valid, terms,
-        (HAS_LOSS, HAS_ENTROPY),
+        (row_max, log_s, total, entropy), (g_loss, g_lse, g_entropy),
+        load_row_scale(tensors.second, outer, row, row_mask, rows, ACC), at_target, wanted.to(tl.int32), label, valid,
+        terms, (HAS_LOSS, HAS_ENTROPY),
     )  # fmt: skip
     whole = load_whole(tensors, rows, places, float("-inf"), DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR)
     map_rows(

@@ -191,6 +191,22 @@ def not_a_number(name: str, value: Any) -> TypeError:
     return TypeError(f"{name} must be a number; got {describe(value)}: multiply the logits by a tensor")
 
 
+def wrong_row_scale(scale: Tensor, input: Tensor) -> ValueError:
+    """The scales of rows are not one a row."""
+    shape, _ = target_shapes(tuple(input.shape))
+    return ValueError(
+        f"logit_scale must be a number, or a floating point tensor on {input.device} that broadcasts to shape {shape}, "
+        f"one number a row, for logits of shape {tuple(input.shape)}; got {describe(scale)} on {scale.device}"
+    )
+
+
+def row_scale_with_gradient() -> RuntimeError:
+    """The scales of rows require a gradient, which there is none for."""
+    return RuntimeError(
+        "logit_scale must not require a gradient: pass logit_scale.detach(), or multiply the logits by it"
+    )
+
+
 def infinite_scale(value: float) -> ValueError:
     """A scale is infinite or NaN."""
     return ValueError(f"logit_scale must be finite; got {value!r}")

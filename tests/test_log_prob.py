@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from softmax_fused import log_prob
-from tests.cases import ULPS, make_indices, make_logits
+from tests.cases import ULPS, make_indices, make_logits, row_shape
 from tests.conftest import GPU_TORCH, INTERPRETER, Place
 
 SHAPES = [(10,), (7, 10), (5, 1), (3, 1003), (2, 6, 40), (2, 19, 3, 3)]
 
 
-def reference(z: Tensor, classes: Tensor, *, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
+def reference(z: Tensor, classes: Tensor, *, logit_scale: Tensor | float = 1.0, softcap: float | None = None) -> Tensor:
     """The definition, in float64."""
+    dim = min(z.ndim - 1, 1)
+    if isinstance(logit_scale, Tensor):
+        logit_scale = logit_scale.double().unsqueeze(dim)
     x = z.double() * logit_scale
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
-    dim = min(z.ndim - 1, 1)
     several = classes if classes.ndim == z.ndim else classes.unsqueeze(dim)
     ignored = several == -100
     found = torch.log_softmax(x, dim).gather(dim, several.masked_fill(ignored, 0)).masked_fill(ignored, 0)
@@ -75,6 +77,14 @@ def test_scaled_and_capped(place: Place, shape: tuple[int, ...], logit_scale: fl
 
 
 @pytest.mark.parametrize("count", [None, 3], ids=str)
+@pytest.mark.parametrize("shape", [(7, 11), (3, 333), (2, 11, 3)], ids=str)
+def test_a_scale_for_each_row(place: Place, shape: tuple[int, ...], count: int | None) -> None:
+    z, scale = make_logits(shape, torch.float32, place.device), torch.randn(row_shape(shape)).to(place.device)
+    assert_right(place, z, make_classes(shape, count, place.device), logit_scale=scale)
+    assert_right(place, z, make_classes(shape, count, place.device), logit_scale=scale, softcap=4.0)
+
+
+@pytest.mark.parametrize("count", [None, 3], ids=str)
 def test_float32_of_16_bit_logits(place: Place, count: int | None) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         if place == INTERPRETER and dtype is torch.bfloat16:
@@ -107,7 +117,8 @@ def test_layouts(place: Place, layout: str) -> None:
 def test_second_derivatives(place: Place, count: int | None) -> None:
     z, classes = make_logits((3, 5), torch.float64, place.device, 1.0), make_classes((3, 5), count, place.device)
     quick = {"fast_mode": place == INTERPRETER}
-    for options in ({}, {"logit_scale": 0.7, "softcap": 4.0}):
+    scale = torch.tensor([0.5, 1.0, -2.0], dtype=z.dtype, device=place.device)
+    for options in ({}, {"logit_scale": 0.7, "softcap": 4.0}, {"logit_scale": scale}):
         function = lambda x: log_prob(x, classes, backend=place.backend, **options)  # noqa: B023, E731 - called here
         assert torch.autograd.gradcheck(function, (z,), **quick)
         assert torch.autograd.gradgradcheck(function, (z,), **quick)

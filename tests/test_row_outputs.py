@@ -13,7 +13,7 @@ from torch import Tensor
 from softmax_fused import RowOutputs, cross_entropy_rows
 from softmax_fused._row_outputs import DEFAULT, OUTPUTS
 from softmax_fused.functional.rows import NAMES
-from tests.cases import ULPS, make_indices, make_logits, make_probabilities
+from tests.cases import ULPS, make_indices, make_logits, make_probabilities, row_shape
 from tests.conftest import INTERPRETER, Place
 
 INF = float("inf")
@@ -21,14 +21,16 @@ SOFT = ("loss", "logsumexp", "entropy", "log_prob")
 
 
 def reference(
-    z: Tensor, target: Tensor, weight: Tensor | None = None, *, logit_scale: float = 1.0, softcap: float | None = None,
-    ignore_index: int = -100, label_smoothing: float = 0.0,
+    z: Tensor, target: Tensor, weight: Tensor | None = None, *, logit_scale: Tensor | float = 1.0,
+    softcap: float | None = None, ignore_index: int = -100, label_smoothing: float = 0.0,
 ) -> RowOutputs:  # fmt: skip
     """The definitions, in float64."""
+    dim = min(z.ndim - 1, 1)
+    if isinstance(logit_scale, Tensor):
+        logit_scale = logit_scale.double().expand(row_shape(z.shape)).unsqueeze(dim)
     x = z.double() * logit_scale
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
-    dim = min(z.ndim - 1, 1)
     target = target if target.ndim < z.ndim else target.double()
     loss = F.cross_entropy(
         x, target, None if weight is None else weight.double(),
@@ -120,6 +122,72 @@ def test_scaled_and_capped(place: Place, shape: tuple[int, ...], logit_scale: fl
     for dtype in (torch.float32, torch.float64):
         z, target = make_logits(shape, dtype, place.device), make_indices(shape, place.device)
         assert_right(place, z, target, logit_scale=logit_scale, softcap=softcap)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("shape", [(11,), (7, 11), (5, 1), (3, 333), (2, 1003), (3, 5, 4, 2)], ids=str)
+def test_a_scale_for_each_row(place: Place, shape: tuple[int, ...], softcap: float | None) -> None:
+    for dtype in (torch.float32, torch.float64):
+        z, target = make_logits(shape, dtype, place.device), make_indices(shape, place.device)
+        scale = torch.randn(row_shape(shape), dtype=torch.float64).to(place.device, dtype)
+        assert_right(place, z, target, logit_scale=scale, softcap=softcap)
+
+
+@pytest.mark.parametrize("kind", ["one", "last dimension", "first dimension", "gaps", "float64", "bfloat16"])
+@pytest.mark.parametrize("shape", [(4, 11, 3), (4, 333, 3)], ids=str)
+def test_scales_broadcast_like_the_target(place: Place, shape: tuple[int, ...], kind: str) -> None:
+    z, target = make_logits(shape, torch.float32, place.device), make_indices(shape, place.device)
+    scale = 0.5 + torch.rand(4, 3)
+    scale = {
+        "one": torch.tensor(0.7),
+        "last dimension": scale[0],
+        "first dimension": scale[:, :1],
+        "gaps": scale.repeat_interleave(2, 1)[:, ::2],
+        "float64": scale.double().t().contiguous().t(),
+        "bfloat16": scale.bfloat16(),
+    }[kind]
+    target[0, 0] = -100
+    assert_right(place, z, target, logit_scale=scale.to(place.device))
+    assert_right(
+        place,
+        z.movedim(1, 2).contiguous().movedim(2, 1).detach().requires_grad_(),
+        target,
+        logit_scale=scale.to(place.device),
+    )
+
+
+def test_scales_of_probabilities_weights_and_16_bit_logits(place: Place) -> None:
+    for shape in ((6, 11), (3, 333)):
+        scale = (0.5 + torch.rand(shape[0])).to(place.device)
+        z = make_logits(shape, torch.float32, place.device)
+        weight = torch.rand(shape[1], device=place.device)
+        target = make_probabilities(shape, z.dtype, place.device)
+        assert_right(place, z, target, weight, logit_scale=scale, label_smoothing=0.1)
+        assert_right(place, z, make_indices(shape, place.device), weight, logit_scale=scale, label_smoothing=0.1)
+        z = make_logits(shape, torch.float16, place.device)
+        assert_right(place, z, make_indices(shape, place.device), dtype=torch.float32, logit_scale=scale, softcap=9.0)
+
+
+def test_derivatives_and_transforms_with_scales_of_rows(place: Place) -> None:
+    z, target = make_logits((3, 5), torch.float64, place.device, 1.0), make_indices((3, 5), place.device)
+    scale = torch.tensor([0.5, 1.0, -2.0], dtype=z.dtype, device=place.device)
+
+    def outputs(x: Tensor, scale: Tensor = scale) -> tuple[Tensor, ...]:
+        rows = cross_entropy_rows(x, target, outputs=SOFT, logit_scale=scale, softcap=4.0, backend=place.backend)
+        return rows.loss, rows.logsumexp, rows.entropy, rows.log_prob
+
+    quick = {"fast_mode": place == INTERPRETER}
+    assert torch.autograd.gradcheck(outputs, (z,), **quick)
+    assert torch.autograd.gradgradcheck(outputs, (z,), **quick)
+    total = lambda x: sum(it.square().sum() for it in outputs(x))  # noqa: E731
+    (exact,) = torch.autograd.grad(total(z), z)
+    torch.testing.assert_close(torch.func.grad(total)(z.detach()), exact)
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(z), z)[0], exact)
+    batched = torch.func.vmap(outputs, in_dims=(None, 0))(z.detach(), torch.stack((scale, 2 * scale)))
+    torch.testing.assert_close([it[1] for it in batched], [it.detach() for it in outputs(z, 2 * scale)])
+    with torch.no_grad():
+        outputs(z, scale.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("softcap", [1.0, 30.0])
@@ -423,7 +491,24 @@ def test_masked_classes_change_no_derivative(place: Place, derivative: Callable[
         ({"softcap": 0.0}, ValueError, "softcap must be a positive number or None; got 0.0"),
         ({"softcap": "30"}, TypeError, "softcap must be a number; got str '30'"),
         ({"logit_scale": INF}, ValueError, "logit_scale must be finite; got inf"),
-        ({"logit_scale": torch.tensor(2.0)}, TypeError, "logit_scale must be a number; got a float32 tensor"),
+        ({"logit_scale": "2"}, TypeError, "logit_scale must be a number; got str '2'"),
+        (
+            {"logit_scale": torch.ones(3)},
+            ValueError,
+            r"broadcasts to shape \(2,\), one number a row, for logits of shape",
+        ),
+        ({"logit_scale": torch.ones(2, 1)}, ValueError, r"got a float32 tensor of shape \(2, 1\) on cpu"),
+        (
+            {"logit_scale": torch.tensor([1, 2])},
+            ValueError,
+            "logit_scale must be a number, or a floating point tensor on",
+        ),
+        ({"logit_scale": torch.ones(2, device="meta")}, ValueError, "floating point tensor on cpu that broadcasts"),
+        (
+            {"logit_scale": torch.ones(2).requires_grad_()},
+            RuntimeError,
+            "logit_scale must not require a gradient: pass",
+        ),
         ({"dtype": torch.int64}, ValueError, "dtype must be a floating point type or None; got torch.int64"),
         ({"backend": "cuda"}, ValueError, "backend must be 'auto', 'triton' or 'torch'; got 'cuda'"),
         ({"label_smoothing": 2.0}, RuntimeError, "label_smoothing must be a number of at most 1; got 2.0"),
@@ -458,6 +543,7 @@ def test_chunks_of_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in ((33, 10), (2, 5, 6, 7), (5, 100)):
         z, target = make_logits(shape, torch.float32, "cpu"), make_indices(shape, "cpu")
         assert_right(Place("cpu", "torch"), z, target, softcap=4.0, label_smoothing=0.1)
+        assert_right(Place("cpu", "torch"), z, target, logit_scale=0.5 + torch.rand(row_shape(shape)))
 
 
 def test_arguments_are_checked_without_the_loss_being_computed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ EVERY_CALL: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
         z, y, w[0], softcap=3.0, outputs=["loss"], backend="torch"
     ),
     "cross_entropy_rows, every output": lambda z, y, w: cross_entropy_rows(z, y, outputs=RowOutputs._fields),
+    "cross_entropy_rows, scales": lambda z, y, w: cross_entropy_rows(z, y, logit_scale=w[0], outputs=["loss", "rank"]),
     "log_prob": lambda z, y, w: log_prob(z, y),
     "log_prob, several": lambda z, y, w: log_prob(z, y.view(3, 2).repeat(2, 1), logit_scale=0.5),
     "linear_cross_entropy": lambda z, y, w: linear_cross_entropy(z, w, y),

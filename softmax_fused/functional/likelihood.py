@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.compiler import is_compiling
@@ -20,10 +20,10 @@ from softmax_fused._dispatch import (
 )
 from softmax_fused._errors import TENSORS
 from softmax_fused._spec import RowSpec, class_dim, row_shape
-from softmax_fused.backends.torch.row_outputs import effective
+from softmax_fused.backends.torch.row_outputs import along_classes, effective
 from softmax_fused.backends.torch.targets import make_spec
 from softmax_fused.functional.autograd import LogProb
-from softmax_fused.functional.rows import check_options, cross_entropy_rows
+from softmax_fused.functional.rows import check_options, cross_entropy_rows, expand_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ def log_prob(
     classes: Tensor,
     *,
     ignore_index: int = -100,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -55,7 +55,8 @@ def log_prob(
         classes: Class indices, int64: one a row, of the logits' shape without C, or K a row, of the logits' shape with
             K in the place of C. A class may be named more than once.
         ignore_index: Class index whose log-probability is 0, without a gradient.
-        logit_scale: What the logits are multiplied by: the inverse of a temperature.
+        logit_scale: What the logits are multiplied by, the inverse of a temperature: a number, or a tensor that
+            broadcasts to one number a row.
         softcap: Bound of the logits after scaling, by tanh; None for none.
         dtype: Type of the result; None for that of `cross_entropy`. float32 keeps the digits that 16-bit logits would
             cut off.
@@ -79,9 +80,10 @@ def log_prob(
         tensor([[-0.1698, -2.1698],
                 [-1.5514, -0.5514]])
     """
-    if has_torch_function_variadic(logits, classes):
+    scales = logit_scale if isinstance(logit_scale, torch.Tensor) else None
+    if has_torch_function_variadic(logits, classes, scales):
         overridden: Tensor = handle_torch_function(
-            log_prob, (logits, classes), logits, classes, ignore_index=ignore_index, logit_scale=logit_scale,
+            log_prob, (logits, classes, scales), logits, classes, ignore_index=ignore_index, logit_scale=logit_scale,
             softcap=softcap, dtype=dtype, backend=backend,
         )  # fmt: skip
         return overridden
@@ -94,19 +96,23 @@ def log_prob(
             outputs=("log_prob",), dtype=dtype, backend=backend,
         )  # fmt: skip
         return rows.log_prob.view(classes.shape)
-    check_options(logit_scale, softcap, ("logsumexp",), dtype)
+    scale: Any = logit_scale if scales is None else 1.0
+    check_options(scale, softcap, ("logsumexp",), dtype)
+    row_scale = None if scales is None else expand_scale(scales, logits)
     check_backend(backend)
     valid = classes != ignore_index
     label = known_classes(classes, valid, logits.shape[dim], ignore_index)
     none = label.new_full((), -100).expand(row_shape(logits.shape))  # every class of a row is one of the others
     result = dtype or loss_dtype(logits, none)
     spec = make_spec(logits, none, "none", -100, 0.0, torch.promote_types(result, torch.float32))
-    options = RowSpec(spec, float(logit_scale), None if softcap is None else float(softcap), ("logsumexp",))
-    if route(ROWS_WITHOUT_LOSS, backend, (logits, none, None, -100, "none", 0.0)) == "backend":
+    options = RowSpec(spec, float(scale), None if softcap is None else float(softcap), ("logsumexp",))
+    path = route(ROWS_WITHOUT_LOSS, backend, (logits, none, None, -100, "none", 0.0))
+    if path == "backend" and (row_scale is None or type(row_scale) in TENSORS):
         operations = row_operations(get_backend(backend, logits.device.type))
-        found: Tensor = LogProb.apply(logits, label, valid, none, options, operations)
+        found: Tensor = LogProb.apply(logits, label, valid, none, row_scale, options, operations)
     else:
-        found = torch.log_softmax(effective(logits, options)[0], dim).gather(dim, label).masked_fill(~valid, 0)
+        x, _ = effective(logits, options, along_classes(row_scale, logits))
+        found = torch.log_softmax(x, dim).gather(dim, label).masked_fill(~valid, 0)
     wrong = valid & (label != classes)
     return found.masked_fill(wrong, torch.nan).to(result)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from softmax_fused._row_outputs import DIFFERENTIABLE, OUTPUTS
-from softmax_fused._spec import row_shape
+from softmax_fused._spec import class_dim, row_shape
 from softmax_fused.backends.torch import chunks
 from softmax_fused.backends.torch.chunks import with_classes
 from softmax_fused.backends.torch.cross_entropy import canonicalize
@@ -22,19 +22,29 @@ if TYPE_CHECKING:
     from softmax_fused.backends.torch.targets import Target
 
 
-def scaled(z: Tensor, options: RowSpec) -> Tensor:
+def scaled(z: Tensor, options: RowSpec, row_scale: Tensor | None = None) -> Tensor:
     """Return the logits scaled, in the accumulation type: in the order of the capped ones, without new ties."""
     x = z if z.dtype is options.spec.acc else z.to(options.spec.acc)
-    return x if options.scale == 1 else x * options.scale
+    scale = options.scale if row_scale is None else row_scale.to(options.spec.acc)
+    return x * scale if row_scale is not None or options.scale != 1 else x
 
 
-def effective(z: Tensor, options: RowSpec) -> tuple[Tensor, Tensor | float]:
-    """Return the logits scaled and capped, in the accumulation type, and what the gradient by them is multiplied by."""
-    x = scaled(z, options)
+def effective(z: Tensor, options: RowSpec, row_scale: Tensor | None = None) -> tuple[Tensor, Tensor | float]:
+    """Return the logits scaled and capped, in the accumulation type, and what the gradient by them is multiplied by.
+
+    `row_scale` broadcasts against them.
+    """
+    x = scaled(z, options, row_scale)
+    scale = options.scale if row_scale is None else row_scale.to(options.spec.acc)
     if options.softcap is None:
-        return x, options.scale
+        return x, scale
     t = torch.tanh(x / options.softcap)
-    return options.softcap * t, options.scale * (1 - t * t)
+    return options.softcap * t, scale * (1 - t * t)
+
+
+def along_classes(row_scale: Tensor | None, logits: Tensor) -> Tensor | None:
+    """Return the scales of all rows, to be broadcast against the logits."""
+    return None if row_scale is None else row_scale.unsqueeze(class_dim(logits.ndim))
 
 
 def needs_log_p(outputs: tuple[str, ...]) -> bool:
@@ -50,7 +60,12 @@ def statistics(x: Tensor, outputs: tuple[str, ...], log_p: Tensor | None) -> dic
 
 
 def forward(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec, save: bool
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: RowSpec,
+    save: bool,
+    row_scale: Tensor | None = None,
 ) -> tuple[RowOutputs, Tensor | None]:
     """Compute the outputs asked for; nothing else is saved."""
     del save
@@ -58,12 +73,14 @@ def forward(
     batch = make_target(z, t, weight, options.spec)
     out = options.allocate(logits)
     rows = row_shape(z.shape)
+    scales = None if row_scale is None else row_scale.reshape(rows)
     filled = {name: it.view(rows) for name, it in out._asdict().items() if it is not None}
     for part in chunks.row_chunks(z, chunks.CHUNK):
         at = with_classes(part)
-        x, _ = effective(z[at], options)
+        scale = scales_of(scales, part)
+        x, _ = effective(z[at], options, scale)
         if "rank" in filled:
-            y = x if options.softcap is None else scaled(z[at], options)
+            y = x if options.softcap is None else scaled(z[at], options, scale)
             filled["rank"][part] = batch.rank(y, at).squeeze(1)
         log_p = torch.log_softmax(x, 1) if needs_log_p(options.outputs) else None
         for name, values in statistics(x, options.outputs, log_p).items():
@@ -80,8 +97,19 @@ def forward(
     return out, None
 
 
+def scales_of(scales: Tensor | None, part: tuple[slice, ...]) -> Tensor | None:
+    """Return the scales of a chunk's rows, to be broadcast against its logits."""
+    return None if scales is None else scales[part].unsqueeze(1)
+
+
 def gradient(
-    upstream: Upstream, logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor | None, options: RowSpec
+    upstream: Upstream,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    stats: Tensor | None,
+    options: RowSpec,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """Compute the gradient of the logits from those of the differentiable outputs, None where there is none."""
     del stats
@@ -89,10 +117,11 @@ def gradient(
     z, t, out = canonicalize(logits, target, grad)
     assert out is not None
     given = named(upstream, options, row_shape(z.shape))
+    scales = None if row_scale is None else row_scale.reshape(row_shape(z.shape))
     losses = losses_of(z, t, weight, options.spec, given)
     for part in chunks.row_chunks(z, chunks.CHUNK):
         at = with_classes(part)
-        x, slope = effective(z[at], options)
+        x, slope = effective(z[at], options, scales_of(scales, part))
         by_x = by_logits(x, {name: g[part] for name, g in given.items()})
         for batch, g in losses:
             by_loss = torch.empty_like(x)
@@ -147,10 +176,15 @@ def by_logits(x: Tensor, upstream: dict[str, Tensor]) -> Tensor | None:
 
 
 def differentiable_gradient(
-    upstream: Upstream, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec
+    upstream: Upstream,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: RowSpec,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """Compute the gradient in operations that autograd follows, for derivatives of higher order."""
-    x, slope = effective(logits, options)
+    x, slope = effective(logits, options, along_classes(row_scale, logits))
     z, _, _ = canonicalize(x, target, None)
     given = named(upstream, options, row_shape(z.shape))
     g_loss, g_log_prob = given.pop("loss", None), given.pop("log_prob", None)
