@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, too
 
 from bench.machine_code import Loop, fused_reductions, inspect
 from bench.record import write_json
+from softmax_fused._row_outputs import DIFFERENTIABLE, OUTPUTS
 from softmax_fused._spec import RowSpec
 from softmax_fused.backends.torch.targets import make_spec
 from softmax_fused.backends.triton import cross_entropy, launch, plan, row_outputs, softmax, vocab_parallel
@@ -79,7 +80,14 @@ class NamedDriver:
 
 
 SLICES = ("slice of classes", "slice of classes, smoothing")
-ROW_OUTPUTS = ("loss, prediction", "loss, logsumexp, prediction, entropy", "loss, softcap")
+ROW_OUTPUTS = (
+    "loss, prediction",
+    "loss, logsumexp, prediction, entropy",
+    "loss, softcap",
+    "log_prob, entropy",
+    "loss, log_prob, rank",
+    "loss, rank, row scales",
+)
 
 
 class Case(NamedTuple):
@@ -148,13 +156,16 @@ def class_indices(logits: Tensor) -> Tensor:
 
 def make_row_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
     """Do what the outputs of rows do forward and backward."""
-    *outputs, last = case.kind.split(", ")
-    softcap = 30.0 if last == "softcap" else None
+    words = case.kind.split(", ")
+    outputs = tuple(word for word in words if word in OUTPUTS)
+    softcap = 30.0 if "softcap" in words else None
     target = class_indices(logits)
     spec = make_spec(logits, target, "none", -100, 0.0, dtype)
-    options = RowSpec(spec, 1.0, softcap, tuple(outputs if softcap else (*outputs, last)))
-    out, stats = row_outputs.forward(logits, target, None, options, save=True)
-    row_outputs.gradient((out.loss, out.logsumexp, out.entropy), logits, target, None, stats, options)
+    row_scale = torch.rand(target.shape, device=logits.device) if "row scales" in words else None
+    options = RowSpec(spec, 1.0, softcap, outputs)
+    out, stats = row_outputs.forward(logits, target, None, options, save=True, row_scale=row_scale)
+    upstream = tuple(getattr(out, name) for name in DIFFERENTIABLE)
+    row_outputs.gradient(upstream, logits, target, None, stats, options, row_scale)
 
 
 def make_slice_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:

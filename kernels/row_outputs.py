@@ -1,8 +1,10 @@
-"""Several outputs of each row from one read of its logits: loss, log sum exp, prediction, entropy; and their gradient.
+"""Several outputs of each row from one read of its logits, and their gradient.
 
 x = softcap * tanh(scale * z / softcap),  m = max x,  s = sum exp(x - m),  u = sum exp(x - m) (x - m)
-log sum exp = m + log s,  entropy H = log s - u / s,  prediction = argmax x,  loss as in cross_entropy.py
-gradient by x = p * (g_loss * A + g_lse - g_H * (log p + H)) - g_loss * a;  by z, times scale * (1 - tanh^2)
+log sum exp = m + log s,  entropy H = log s - u / s,  prediction = argmax x,  loss and log p of the target class as in
+cross_entropy.py; rank = how many z are larger than the target class's;  t is one-hot at the target class
+gradient by x = p * (g_loss * A + g_lse - g_log_prob - g_H * (log p + H)) - g_loss * a + g_log_prob * t;  by z, times
+scale * (1 - tanh^2)
 
 What is not asked for has no pointer, and no instruction.
 """
@@ -13,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .cross_entropy import finalize_rows, merge_lanes, target_gradient, update_loss_state
-from .math import convert, exponential, from_parts, rounded_product, tanh
+from .math import convert, expm1, exponential, from_parts, rounded_product, tanh
 from .online import broadcast_lanes, broadcast_rows, fresh_state, lane_reduce, shift_dot
 from .rows import count_rows, load_whole, locate_rows, map_rows, program_rows, reduce_rows, value_offsets
 from .targets import read_labels, smoothed_target, smoothing_terms
@@ -28,6 +30,7 @@ class RowTarget(NamedTuple):
     smoothing: Any
     scale: Any  # scale / softcap where there is a softcap; None for 1
     softcap: Any
+    row_scale: Any  # Strided: a number a row, which the scale is multiplied by
 
 
 class RowPointers(NamedTuple):
@@ -37,6 +40,8 @@ class RowPointers(NamedTuple):
     logsumexp: Any
     prediction: Any
     entropy: Any
+    log_prob: Any
+    rank: Any
     stats: Any  # (5, rows): m, log s, A, H, and log p of the target class, for backward
 
 
@@ -46,23 +51,50 @@ class RowUpstream(NamedTuple):
     loss: Any
     logsumexp: Any
     entropy: Any
+    log_prob: Any
 
 
 @triton.jit
-def transform_logits(z, target, ACC: tl.constexpr):
-    """Return x: the logits scaled and capped."""
-    if target.scale is not None:
+def load_row_scale(target, outer, row, row_mask, rows, ACC: tl.constexpr):
+    """Return the scale of each row, all of it; where all rows have the same, a placeholder."""
+    row_scale = tl.full(row_mask.shape, 1.0, ACC)
+    if target.row_scale is not None:
+        offsets = value_offsets(outer, row, rows, target.row_scale.strides)
+        row_scale = tl.load(target.row_scale.ptr + offsets, mask=row_mask, other=1.0).to(ACC)
+        if target.scale is not None:
+            row_scale *= from_parts(target.scale, ACC)
+    return row_scale
+
+
+@triton.jit
+def scale_logits(z, target, row_scale, ACC: tl.constexpr):
+    """Return the logits scaled; they have the order of x, into which the cap rounds ties."""
+    if target.row_scale is not None:
+        if len(z.shape) == 1:
+            z = z * row_scale
+        else:
+            z = z * broadcast_rows(row_scale, z)
+    elif target.scale is not None:
         z = z * from_parts(target.scale, ACC)
+    return z
+
+
+@triton.jit
+def transform_logits(z, target, row_scale, ACC: tl.constexpr):
+    """Return x: the logits, of blocks or one a row, scaled and capped."""
+    z = scale_logits(z, target, row_scale, ACC)
     if target.softcap is not None:
         z = from_parts(target.softcap, ACC) * tanh(z)
     return z
 
 
 @triton.jit
-def transform_slope(x, target, ACC: tl.constexpr):
+def transform_slope(x, target, row_scale, ACC: tl.constexpr):
     """Return dx / dz at x: scale * (1 - (x / softcap)^2)."""
     slope = tl.full(x.shape, 1.0, ACC)
-    if target.scale is not None:
+    if target.row_scale is not None:
+        slope *= broadcast_rows(row_scale, x)
+    elif target.scale is not None:
         slope *= from_parts(target.scale, ACC)
     if target.softcap is not None:
         softcap = from_parts(target.softcap, ACC)
@@ -75,15 +107,15 @@ def transform_slope(x, target, ACC: tl.constexpr):
 def update_row_state(
     state, block, context, target, KIND: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """Take a block into the state of the loss and, where the context asks for them, u, the largest x and its class.
+    """Take a block into the state of the loss and what the context asks for: u, the largest x and its class, the rank.
 
-    NaN is the largest.
+    NaN is the largest; everything is larger than a target class's NaN.
     """
-    loss_state, u, best, index = state
-    loss_context, ENTROPY, PREDICTION = context
+    loss_state, u, best, index, rank = state
+    loss_context, row_scale, y_target, ENTROPY, PREDICTION, RANK = context
     z, t, c, class_mask = block
-    x = transform_logits(z, target, ACC)
-    if target.scale is not None or target.softcap is not None:
+    x = transform_logits(z, target, row_scale, ACC)
+    if target.scale is not None or (target.softcap is not None or target.row_scale is not None):
         x = tl.where(class_mask, x, float("-inf"))  # a masked -inf does not stay what it is
     m, s, _, _, _ = loss_state
     loss_state = update_loss_state(loss_state, (x, t, c, class_mask), loss_context, target, KIND, ACC)
@@ -101,12 +133,16 @@ def update_row_state(
         first = lane_reduce(tl.where(x == broadcast_lanes(top, x), c, 2147483647), tl.min)
         index = tl.where(top > best, first, index)
         best = tl.maximum(best, top)
-    return loss_state, u, best, index
+    if RANK:
+        y = scale_logits(z, target, row_scale, ACC)
+        larger = tl.where(y <= broadcast_rows(y_target, z), 0, 1)
+        rank += lane_reduce(tl.where(class_mask, larger, 0), tl.sum)
+    return loss_state, u, best, index, rank
 
 
 @triton.jit
 def store_row_outputs(
-    out, loss_state, u, index, row_index, row_mask, label, valid, confidence, target, rows, ACC: tl.constexpr
+    out, loss_state, u, index, rank, row_index, row_mask, label, valid, confidence, target, rows, ACC: tl.constexpr
 ):  # fmt: skip
     """Store what is asked for, and the statistics of each row for backward."""
     m, s, _, _, target_logit = loss_state
@@ -127,6 +163,11 @@ def store_row_outputs(
         tl.store(out.prediction + row_index, index.to(tl.int64), mask=row_mask)
     if out.entropy is not None:
         tl.store(out.entropy + row_index, convert(entropy, out.entropy.dtype.element_ty), mask=row_mask)
+    if out.log_prob is not None:
+        log_prob = tl.where(valid == 1.0, log_p, valid)  # 0 where ignored, NaN where there is no such class
+        tl.store(out.log_prob + row_index, convert(log_prob, out.log_prob.dtype.element_ty), mask=row_mask)
+    if out.rank is not None:
+        tl.store(out.rank + row_index, tl.where(label >= 0, rank, -1).to(tl.int64), mask=row_mask)
     if out.stats is not None:
         count = count_rows(rows)
         tl.store(out.stats + row_index, row_max, mask=row_mask)
@@ -134,6 +175,15 @@ def store_row_outputs(
         tl.store(out.stats + 2 * count + row_index, total, mask=row_mask)
         tl.store(out.stats + 3 * count + row_index, entropy, mask=row_mask)
         tl.store(out.stats + 4 * count + row_index, log_p, mask=row_mask)
+
+
+@triton.jit
+def read_target_logit(tensors, row_scale, outer, row, label, rows, ACC: tl.constexpr):
+    """Return the target class's logit of each row, scaled: known before the row passes, it is compared on the way."""
+    offsets = value_offsets(outer, row, rows, tensors.first.strides)
+    offsets += label.to(tl.int64) * tensors.first.strides[len(rows.sizes)]
+    z = tl.load(tensors.first.ptr + offsets, mask=label >= 0, other=0.0).to(ACC)
+    return scale_logits(z, tensors.second, row_scale, ACC)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -153,11 +203,18 @@ def row_outputs_forward(
     places = locate_rows(tensors, outer, row, row_mask, label, read, rows, DENSE, CLASSES, VECTOR)
     ENTROPY: tl.constexpr = out.entropy is not None
     PREDICTION: tl.constexpr = out.prediction is not None
-    context = ((label, valid, confidence, smoothing_per_class, VECTOR > 0), ENTROPY, PREDICTION)
+    RANK: tl.constexpr = out.rank is not None
+    row_scale = load_row_scale(tensors.second, outer, row, row_mask, rows, ACC)
+    y_target = tl.zeros(row_mask.shape, ACC)
+    if RANK:
+        y_target = read_target_logit(tensors, row_scale, outer, row, label, rows, ACC)
+    loss_context = (label, valid, confidence, smoothing_per_class, VECTOR > 0)
+    context = (loss_context, row_scale, y_target, ENTROPY, PREDICTION, RANK)
     least = tl.full((LANES,), float("-inf"), ACC)
-    state = (fresh_state(LANES, ACC), tl.zeros((LANES,), ACC), least, tl.zeros((LANES,), tl.int32))
+    none = tl.zeros((LANES,), tl.int32)
+    state = (fresh_state(LANES, ACC), tl.zeros((LANES,), ACC), least, none, none)
     whole = load_whole(tensors, rows, places, float("-inf"), DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR)
-    loss_state, u, best, index = reduce_rows(
+    loss_state, u, best, index, rank = reduce_rows(
         update_row_state, state, context, whole, tensors, rows, places, KIND, DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR,
     )  # fmt: skip
     m, s, _, _, _ = loss_state
@@ -166,11 +223,13 @@ def row_outputs_forward(
         delta = m - loss_state[0]
         u = tl.sum(rounded_product(shift_dot(u, s, delta), exponential(delta)), axis=0) + tl.zeros((1,), ACC)
         index = tl.min(tl.where(best == tl.max(best, axis=0), index, 2147483647), axis=0) + tl.zeros((1,), tl.int32)
+        rank = tl.sum(rank, axis=0) + tl.zeros((1,), tl.int32)
     else:
-        x_target = tl.where(label >= 0, transform_logits(loss_state[4], tensors.second, ACC), float("-inf"))
+        x_target = transform_logits(loss_state[4], tensors.second, row_scale, ACC)
+        x_target = tl.where(label >= 0, x_target, float("-inf"))
         loss_state = (loss_state[0], loss_state[1], loss_state[2], loss_state[3], x_target)
     store_row_outputs(
-        out, loss_state, u, index, row_index, row_mask, label, valid, confidence, tensors.second, rows, ACC
+        out, loss_state, u, index, rank, row_index, row_mask, label, valid, confidence, tensors.second, rows, ACC
     )  # fmt: skip
 
 
@@ -198,9 +257,11 @@ def probability_gradient(log_p, total, entropy, g_loss, g_lse, g_entropy, HAS_EN
 def row_gradient(block, context, target, KIND: tl.constexpr, ACC: tl.constexpr):
     """Return the gradient of a block by z."""
     z, t, c, class_mask = block
-    row_max, log_s, total, entropy, g_loss, g_lse, g_entropy, at_target, wanted, label, valid, terms, flags = context
+    statistics, upstream, row_scale, at_target, wanted, label, valid, terms, flags = context
+    row_max, log_s, total, entropy = statistics
+    g_loss, g_lse, g_entropy = upstream
     HAS_LOSS, HAS_ENTROPY = flags
-    x = transform_logits(z, target, ACC)
+    x = transform_logits(z, target, row_scale, ACC)
     log_p = (x - broadcast_rows(row_max, z)) - broadcast_rows(log_s, z)
     grad = probability_gradient(
         log_p, broadcast_rows(total, z), broadcast_rows(entropy, z), broadcast_rows(g_loss, z),
@@ -213,7 +274,7 @@ def row_gradient(block, context, target, KIND: tl.constexpr, ACC: tl.constexpr):
         grad -= broadcast_rows(g_loss, z) * a
     if KIND != "probabilities" and (len(z.shape) == 2 or z.shape[len(z.shape) - 1] == 1):
         grad = tl.where(c == broadcast_rows(label, z), broadcast_rows(at_target, z), grad)
-    return tl.where(broadcast_rows(wanted, z) != 0, grad * transform_slope(x, target, ACC), 0.0)
+    return tl.where(broadcast_rows(wanted, z) != 0, grad * transform_slope(x, target, row_scale, ACC), 0.0)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -243,10 +304,19 @@ def row_outputs_backward(
     # no digit of the target class cancels where the row is confident; g_loss * 0 would be NaN times an infinite A
     nothing = tl.zeros(row_mask.shape, ACC)
     at_target = probability_gradient(log_p, nothing, entropy, nothing, g_lse, g_entropy, HAS_ENTROPY)
-    at_target += target_gradient(log_p, total, g_loss, label, terms[0], terms[1], tensors.second, ACC)
+    if HAS_LOSS:
+        at_target += target_gradient(log_p, total, g_loss, label, terms[0], terms[1], tensors.second, ACC)
+    else:
+        total = nothing
+    if upstream.log_prob is not None:
+        g_log_prob = load_upstream(upstream.log_prob, outer, row, row_mask, rows, ACC)
+        g_log_prob = tl.where(valid == 0.0, 0.0, g_log_prob * valid)
+        at_target -= g_log_prob * expm1(log_p)
+        g_lse -= g_log_prob  # of the other classes, p is what both are multiplied by
     context = (
-        row_max, log_s, total, entropy, g_loss, g_lse, g_entropy, at_target, wanted.to(tl.int32), label, valid, terms,
-        (HAS_LOSS, HAS_ENTROPY),
+        (row_max, log_s, total, entropy), (g_loss, g_lse, g_entropy),
+        load_row_scale(tensors.second, outer, row, row_mask, rows, ACC), at_target, wanted.to(tl.int32), label, valid,
+        terms, (HAS_LOSS, HAS_ENTROPY),
     )  # fmt: skip
     whole = load_whole(tensors, rows, places, float("-inf"), DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR)
     map_rows(

@@ -191,6 +191,22 @@ def not_a_number(name: str, value: Any) -> TypeError:
     return TypeError(f"{name} must be a number; got {describe(value)}: multiply the logits by a tensor")
 
 
+def wrong_row_scale(scale: Tensor, input: Tensor) -> ValueError:
+    """The scales of rows are not one a row."""
+    shape, _ = target_shapes(tuple(input.shape))
+    return ValueError(
+        f"logit_scale must be a number, or a floating point tensor on {input.device} that broadcasts to shape {shape}, "
+        f"one number a row, for logits of shape {tuple(input.shape)}; got {describe(scale)} on {scale.device}"
+    )
+
+
+def row_scale_with_gradient() -> RuntimeError:
+    """The scales of rows require a gradient, which there is none for."""
+    return RuntimeError(
+        "logit_scale must not require a gradient: pass logit_scale.detach(), or multiply the logits by it"
+    )
+
+
 def infinite_scale(value: float) -> ValueError:
     """A scale is infinite or NaN."""
     return ValueError(f"logit_scale must be finite; got {value!r}")
@@ -204,6 +220,26 @@ def wrong_cap(value: float) -> ValueError:
 def unknown_outputs(names: Any, known: Iterable[str]) -> ValueError:
     """No output of rows has such a name, or none is named."""
     return ValueError(f"outputs must name some of {', '.join(known)}; got {names!r}")
+
+
+def no_target_class(names: Iterable[str], target: Tensor) -> ValueError:
+    """An output is that of a row's target class, and the target is probabilities."""
+    return ValueError(f"{listed(names)} in outputs needs class indices as the target; got {describe(target)}")
+
+
+def wrong_classes(logits: Any, classes: Any) -> ValueError:
+    """The classes are not class indices, one or several a row."""
+    if not isinstance(logits, torch.Tensor) or logits.ndim == 0:
+        return ValueError(
+            f"logits must be a tensor of shape (C,), (N, C) or (N, C, d1, ..., dk); got {describe(logits)}"
+        )
+    one, shape = target_shapes(tuple(logits.shape))
+    dim = min(logits.ndim - 1, 1)
+    several = ", ".join("K" if i == dim else str(size) for i, size in enumerate(shape))
+    return ValueError(
+        f"classes must be an int64 tensor of shape {one} or ({several}{',' * (len(shape) == 1)}) for logits of shape "
+        f"{shape}; got {describe(classes)}"
+    )
 
 
 def wrong_dtype(dtype: Any) -> ValueError:

@@ -6,9 +6,11 @@ the largest logit (N, 1, d1..dk), g an upstream gradient (N, 1, d1..dk).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ class RowOutputs(NamedTuple):
     logsumexp: Tensor
     prediction: Tensor
     entropy: Tensor
+    log_prob: Tensor
+    rank: Tensor
 
 
 class Output(NamedTuple):
@@ -31,6 +35,7 @@ class Output(NamedTuple):
     differentiable: bool = True
     needs_log_p: bool = True
     needs_prediction: bool = False
+    needs_label: bool = False  # a class index a row
     value: Callable[[Tensor, Any, Any], Tensor] | None = None
     """From x, log_p and prediction, (N, d1..dk); the last two are None where no output needs them."""
     add_gradient: Callable[[Tensor | None, Tensor, Tensor], Tensor] | None = None
@@ -61,6 +66,30 @@ def entropy_of(log_p: Tensor) -> Tensor:
     return -(log_p.exp() * finite_log(log_p)).sum(1)
 
 
+def log_prob_of(log_p: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Return log p of the target classes (N, d1..dk), 0 for ignored rows, in operations that autograd follows.
+
+    Above p = 1/2 it is log1p(-q) with q the sum of the other classes' p, which keeps its digits where p is near 1.
+    """
+    found = 0 - F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="none")
+    valid = target != ignore_index
+    label = target.long().masked_fill(~valid, 0).unsqueeze(1)
+    others = log_p.scatter(1, label, -torch.inf).exp().sum(1)
+    confident = valid & (found > -math.log(2))
+    return torch.where(confident, torch.log1p(-others.masked_fill(~confident, 0)), found)
+
+
+def rank_of(y: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Return how many of the logits y are larger than the target class's, (N, d1..dk); -1 for ignored rows.
+
+    NaN is larger than every number, and everything is larger than NaN.
+    """
+    y = y.detach()
+    at_target = 0 - F.nll_loss(y, target, ignore_index=ignore_index, reduction="none")
+    rank = y.shape[1] - (y <= at_target.unsqueeze(1)).sum(1)
+    return rank.masked_fill(target == ignore_index, -1)
+
+
 def add_entropy_gradient(grad: Tensor | None, log_p: Tensor, g: Tensor) -> Tensor:
     """Subtract p g (log p + H)."""
     entropy = entropy_of(log_p).unsqueeze(1)
@@ -68,7 +97,7 @@ def add_entropy_gradient(grad: Tensor | None, log_p: Tensor, g: Tensor) -> Tenso
 
 
 OUTPUTS: dict[str, Output] = {
-    "loss": Output(),  # depends on the target, too: a backend computes it as the loss
+    "loss": Output(),  # depends on the target, too: a backend computes it as `cross_entropy` does
     "logsumexp": Output(needs_prediction=True, value=logsumexp, add_gradient=add_logsumexp_gradient),
     "prediction": Output(
         dtype=torch.int64,
@@ -78,8 +107,13 @@ OUTPUTS: dict[str, Output] = {
         value=lambda _x, _log_p, prediction: prediction.squeeze(1),
     ),
     "entropy": Output(value=lambda _x, log_p, _prediction: entropy_of(log_p), add_gradient=add_entropy_gradient),
+    "log_prob": Output(needs_label=True),  # as the loss: it is minus the loss without class weights and smoothing
+    "rank": Output(dtype=torch.int64, differentiable=False, needs_log_p=False, needs_label=True),
 }
 """By name, in the order of RowOutputs' fields and of the kernels' arguments."""
+
+DEFAULT = ("loss", "logsumexp", "prediction", "entropy")
+"""Those computed where a caller names none: they exist for every kind of target."""
 
 DIFFERENTIABLE = tuple(name for name, output in OUTPUTS.items() if output.differentiable)
 """The outputs that have an upstream gradient, in the order in which backends get those."""

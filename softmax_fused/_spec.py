@@ -147,9 +147,18 @@ class RowOutputsOperations(Protocol):
     """Several outputs of each row, and their gradient."""
 
     def forward(
-        self, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec, save: bool
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: RowSpec,
+        save: bool,
+        row_scale: Tensor | None = None,
     ) -> tuple[RowOutputs, Tensor | None]:
-        """Compute the outputs asked for and, with `save`, what `gradient` needs."""
+        """Compute the outputs asked for and, with `save`, what `gradient` needs.
+
+        `row_scale`, of the rows' shape, is what each row is multiplied by; the scale of the options is then 1.
+        """
 
     def gradient(
         self,
@@ -159,6 +168,7 @@ class RowOutputsOperations(Protocol):
         weight: Tensor | None,
         stats: Tensor | None,
         options: RowSpec,
+        row_scale: Tensor | None = None,
     ) -> Tensor:
         """Compute the gradient of the logits from those of the differentiable outputs, None where there is none."""
 

@@ -66,6 +66,7 @@ SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR = (
     "softmax_fused/distributed/dtensor.py",
 )
 PLAN = "softmax_fused/backends/triton/plan.py"
+AUTOGRAD = "softmax_fused/functional/autograd.py"
 HOST = "softmax_fused/backends/triton/cross_entropy.py"
 LAB = "softmax_fused/training"
 RANKS, SHARDS, LOOP, EVALUATION, FOLDER, CHECKPOINT, LOCK = (
@@ -191,8 +192,22 @@ MUTANTS = {
     "rows: masked logits capped": Mutant(OUTPUTS, 'x = tl.where(class_mask, x, float("-inf"))', "pass"),
     "rows: slope of the cap forgotten": Mutant(OUTPUTS, "slope *= softcap * (1.0 - t * t)", "slope *= softcap"),
     "rows: entropy's gradient without H": Mutant(OUTPUTS, "(log_p + entropy))", "log_p)"),
-    "rows: ignored row's gradient": Mutant(OUTPUTS, "return tl.where(broadcast_rows(wanted, z) != 0, grad * transform_slope(x, target, ACC), 0.0)", "return grad * transform_slope(x, target, ACC)"),
+    "rows: ignored row's gradient": Mutant(OUTPUTS, "return tl.where(broadcast_rows(wanted, z) != 0, grad * transform_slope(x, target, row_scale, ACC), 0.0)", "return grad * transform_slope(x, target, row_scale, ACC)"),
     "rows: infinite weight in ignored rows": Mutant(OUTPUTS, "a = tl.where(broadcast_rows(valid, z) == 0.0, 0.0, a)", "pass"),
+    "rows: a row's scale is missing from its slope": Mutant(OUTPUTS, "slope *= broadcast_rows(row_scale, x)", "pass"),
+    "rows: a row's scale, not divided by the cap": Mutant(OUTPUTS, "row_scale *= from_parts(target.scale, ACC)", "pass"),
+    "torch rows: one chunk's scales for all": Mutant(TORCH_OUTPUTS, "None if scales is None else scales[part].unsqueeze(1)", "None if scales is None else scales[: part[0].stop - part[0].start].unsqueeze(1)"),
+    "rows: rank counts ties": Mutant(OUTPUTS, "larger = tl.where(y <= broadcast_rows(y_target, z), 0, 1)", "larger = tl.where(y < broadcast_rows(y_target, z), 0, 1)"),
+    "rows: rank counts what is no class": Mutant(OUTPUTS, "lane_reduce(tl.where(class_mask, larger, 0), tl.sum)", "lane_reduce(larger, tl.sum)"),
+    "torch rows: rank of an ignored row": Mutant(TORCH_OUTPUTS, 'filled["rank"].masked_fill_(~batch.valid, -1)', "pass"),
+    "torch rows: NaN is not larger": Mutant(TARGETS, "y.shape[1] - (y <= y.gather(1, self.label[at])).sum(1, keepdim=True)", "(y > y.gather(1, self.label[at])).sum(1, keepdim=True)", ("row_outputs",)),
+    "rows: ignored rows' log p": Mutant(OUTPUTS, "tl.where(valid == 1.0, log_p, valid)", "log_p"),
+    "rows: log p's gradient cancels near p = 1": Mutant(OUTPUTS, "g_log_prob * expm1(log_p)", "g_log_prob * (exponential(log_p) - 1.0)"),
+    "torch rows: log p cancels near p = 1": Mutant(TARGETS, "torch.where(complement < 0.5, torch.log1p(-complement), found)", "found", ("row_outputs",)),
+    "torch rows: log p is weighted": Mutant(TORCH_OUTPUTS, "batch = make_target(z, t, None, plain(spec))", "batch = make_target(z, t, weight, plain(spec))"),
+    "log_prob: the last of equal classes alone has a gradient": Mutant(AUTOGRAD, "by_label += g_chosen.unsqueeze(dim) * (chosen.unsqueeze(dim) == label)", "by_label += g_chosen.unsqueeze(dim) * (chosen.unsqueeze(dim) == label) / (chosen.unsqueeze(dim) == label).sum(dim, keepdim=True)", ("log_prob",)),
+    "log_prob: the rest of a row has no gradient": Mutant(AUTOGRAD, '-total.squeeze(dim) if name == "logsumexp" else None', '0 * total.squeeze(dim) if name == "logsumexp" else None', ("log_prob",)),
+    "log_prob: second-order term dropped": Mutant(AUTOGRAD, "if torch.is_grad_enabled() or batched(upstream):\n            x, slope", "if batched(upstream):\n            x, slope", ("log_prob",)),
     "torch rows: slope forgotten": Mutant(TORCH_OUTPUTS, "out[at] = by_x.mul_(slope)", "out[at] = by_x"),
     "torch rows: 0 log 0 has no derivative": Mutant(OUTPUT_TABLE, "return -(log_p.exp() * finite_log(log_p)).sum(1)", "return -torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p).sum(1)"),
     "torch rows: one chunk's upstream for all": Mutant(TORCH_OUTPUTS, "{name: g[part] for name, g in given.items()}", "{name: g[: len(g[part])] for name, g in given.items()}"),

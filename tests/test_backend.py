@@ -286,7 +286,9 @@ def losses_and_gradients(**options: object) -> dict[str, tuple[torch.Tensor, tor
         "grad_in_forward": lambda: cross_entropy(z, target, grad_in_forward=True, **options),
         "inplace_backward": lambda: cross_entropy(z * 1, target, inplace_backward=True, **options),
         "linear_cross_entropy": lambda: linear_cross_entropy(z, w, target, reduction="none", chunk_rows=4, **options),
-        "cross_entropy_rows": lambda: sum(it.float() for it in cross_entropy_rows(z, target, **options)),
+        "cross_entropy_rows": lambda: sum(
+            it.float() for it in cross_entropy_rows(z, target, **options) if it is not None
+        ),
         "softmax": lambda: softmax(z, 1, **options),
         "log_softmax": lambda: log_softmax(z, 1, **options),
         "distributed": lambda: distributed.cross_entropy(z, target, **options),

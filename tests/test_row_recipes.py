@@ -31,6 +31,8 @@ def names(classes: int, ignored: bool) -> dict[str, Any]:
         "row_weight": torch.rand(12, dtype=torch.float64),
         "tokens": 40,
         "teacher": 3 * torch.randn(12, classes, dtype=torch.float64),
+        "old_log_prob": -2 * torch.rand(12, dtype=torch.float64),
+        "advantage": torch.randn(12, dtype=torch.float64),
         "T": 2.5,
         "g": 2.0,
     }
@@ -55,6 +57,15 @@ def penalised(n: dict[str, Any]) -> Tensor:
     return (each(n) + 0.1 * (p * p.log()).sum(1)).mean()
 
 
+def policy_gradient(n: dict[str, Any]) -> Tensor:
+    kept = n["target"] != -100
+    log_p = (n["logits"] / n["T"]).log_softmax(1)[kept]
+    taken = log_p.gather(1, n["target"][kept][:, None])[:, 0]
+    ratio, advantage = (taken - n["old_log_prob"][kept]).exp(), n["advantage"][kept]
+    gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    return -(gain - 0.01 * (log_p.exp() * log_p).sum(1)).mean()
+
+
 def z_loss(n: dict[str, Any]) -> Tensor:
     kept = n["target"] != -100
     return F.cross_entropy(n["logits"], n["target"]) + 1e-4 * n["logits"].logsumexp(1)[kept].square().mean()
@@ -65,6 +76,7 @@ PLAIN: dict[str, Callable[[dict[str, Any]], Tensor]] = {
     "Weights of rows": lambda n: (n["row_weight"] * each(n)).sum() / n["row_weight"].sum(),
     "An explicit denominator, for gradient accumulation": lambda n: each(n).sum() / 40,
     "Token accuracy without a second pass": lambda n: F.cross_entropy(n["logits"], n["target"]),
+    "Policy gradient with clipped ratios and an entropy bonus": policy_gradient,
     "Focal loss": focal,
     "Knowledge distillation": distilled,
     "Confidence penalty": penalised,
@@ -88,6 +100,8 @@ def test_recipe(title: str, ignored: bool) -> None:
         kept = found["target"] != -100
         right = found["logits"].argmax(1)[kept] == found["target"][kept]
         assert found["accuracy"].item() == pytest.approx(right.double().mean().item())
+        top5 = found["logits"].topk(5).indices[kept] == found["target"][kept][:, None]
+        assert found["top5"].item() == pytest.approx(top5.any(1).double().mean().item())
 
 
 @pytest.mark.parametrize("title", [title for title in PLAIN if title != "Capped logits"])  # the cap makes -inf finite

@@ -18,11 +18,13 @@ from softmax_fused import (
     CrossEntropyLoss,
     LinearCrossEntropyLoss,
     LogSoftmax,
+    RowOutputs,
     Softmax,
     cross_entropy,
     cross_entropy_rows,
     information,
     linear_cross_entropy,
+    log_prob,
     log_softmax,
     softmax,
 )
@@ -48,6 +50,10 @@ EVERY_CALL: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
     "cross_entropy_rows, torch": lambda z, y, w: cross_entropy_rows(
         z, y, w[0], softcap=3.0, outputs=["loss"], backend="torch"
     ),
+    "cross_entropy_rows, every output": lambda z, y, w: cross_entropy_rows(z, y, outputs=RowOutputs._fields),
+    "cross_entropy_rows, scales": lambda z, y, w: cross_entropy_rows(z, y, logit_scale=w[0], outputs=["loss", "rank"]),
+    "log_prob": lambda z, y, w: log_prob(z, y),
+    "log_prob, several": lambda z, y, w: log_prob(z, y.view(3, 2).repeat(2, 1), logit_scale=0.5),
     "linear_cross_entropy": lambda z, y, w: linear_cross_entropy(z, w, y),
     "linear_cross_entropy, chunks": lambda z, y, w: linear_cross_entropy(z, w, y, chunk_rows=3),
     "linear_cross_entropy, torch": lambda z, y, w: linear_cross_entropy(z, w, y, weight=w[0], backend="torch"),

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softmax_fused._row_outputs import OUTPUTS
+from softmax_fused._row_outputs import DIFFERENTIABLE, OUTPUTS
+from softmax_fused._spec import class_dim
 from softmax_fused.backends.torch import cross_entropy as torch_loss
 from softmax_fused.backends.torch import row_outputs as torch_rows
 
@@ -80,13 +81,14 @@ class CrossEntropyRows(torch.autograd.Function):
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
+        row_scale: Tensor | None,
         options: RowSpec,
         operations: RowOutputsOperations,
     ) -> tuple[Tensor, ...]:
         """Compute the outputs."""
-        out, stats = operations.forward(logits, target, weight, options, save=True)
+        out, stats = operations.forward(logits, target, weight, options, save=True, row_scale=row_scale)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, weight, stats)
+        ctx.save_for_backward(logits, target, weight, row_scale, stats)
         ctx.options, ctx.operations = options, operations
         kinds = zip(out, OUTPUTS.values(), strict=True)
         ctx.mark_non_differentiable(*(it for it, output in kinds if it is not None and not output.differentiable))
@@ -98,14 +100,67 @@ class CrossEntropyRows(torch.autograd.Function):
         differentiable = tuple(g for g, output in zip(upstream, OUTPUTS.values(), strict=True) if output.differentiable)
         given = [g for g in differentiable if g is not None]
         if not given:
-            return None, None, None, None, None
-        logits, target, weight, stats = ctx.saved_tensors
+            return None, None, None, None, None, None
+        logits, target, weight, row_scale, stats = ctx.saved_tensors
         arguments = (differentiable, logits, target, weight)
         if torch.is_grad_enabled() or any(batched(g) for g in given):
-            grad = torch_rows.differentiable_gradient(*arguments, ctx.options)
+            grad = torch_rows.differentiable_gradient(*arguments, ctx.options, row_scale)
         else:
-            grad = ctx.operations.gradient(*arguments, stats, ctx.options)
-        return grad, None, None, None, None
+            grad = ctx.operations.gradient(*arguments, stats, ctx.options, row_scale)
+        return grad, None, None, None, None, None
+
+
+class LogProb(torch.autograd.Function):
+    """Log-probabilities of several classes a row (N, K, d1..dk): saves the logits, and the log-sum-exp of each row.
+
+    Backward computes the gradient of the log-sum-exp, and then writes that of the chosen classes: one buffer of the
+    logits' size, rounded once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        label: Tensor,
+        valid: Tensor,
+        target: Tensor,
+        row_scale: Tensor | None,
+        options: RowSpec,
+        operations: RowOutputsOperations,
+    ) -> Tensor:
+        """Compute x - log sum exp, 0 where it is not valid."""
+        dim = class_dim(logits.ndim)
+        out, stats = operations.forward(logits, target, None, options, save=True, row_scale=row_scale)
+        logsumexp = out.logsumexp.unsqueeze(dim)
+        ctx.save_for_backward(logits, label, valid, target, row_scale, stats, logsumexp)
+        ctx.call = options, operations
+        x, _ = torch_rows.effective(logits.gather(dim, label), options, torch_rows.along_classes(row_scale, logits))
+        return (x - logsumexp).masked_fill(~valid, 0)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradient of the logits; in torch operations where it is to be differentiated or batched."""
+        logits, label, valid, target, row_scale, stats, logsumexp = ctx.saved_tensors
+        options, operations = ctx.call
+        dim, scale = class_dim(logits.ndim), torch_rows.along_classes(row_scale, logits)
+        g = upstream.masked_fill(~valid, 0)
+        total = g.sum(dim, keepdim=True)
+        if torch.is_grad_enabled() or batched(upstream):
+            x, slope = torch_rows.effective(logits, options, scale)
+            grad = torch.zeros_like(x).scatter_add(dim, label, g) - torch.softmax(x, dim) * total
+            return (grad * slope).to(logits.dtype), *[None] * 6
+        by_logsumexp = [-total.squeeze(dim) if name == "logsumexp" else None for name in DIFFERENTIABLE]
+        grad = operations.gradient(by_logsumexp, logits, target, None, stats, options, row_scale)
+        x, slope = torch_rows.effective(logits.gather(dim, label), options, scale)
+        by_label = -(x - logsumexp).exp() * total
+        for chosen, g_chosen in zip(label.unbind(dim), g.unbind(dim), strict=True):
+            by_label += g_chosen.unsqueeze(dim) * (chosen.unsqueeze(dim) == label)  # of a class named twice, both
+        unused = (g == 0).all(dim, keepdim=True)
+        grad.scatter_(dim, label, (by_label * slope).masked_fill(unused, 0).to(grad.dtype))
+        bad = unused & ~logsumexp.isfinite()  # kernels do not read such rows; in torch operations 0 meets NaN
+        if grad.is_cpu and bool(bad.any()):
+            grad.masked_fill_(bad, 0)
+        return grad, *[None] * 6
 
 
 def differentiable_softmax_gradient(upstream: Tensor, out: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:

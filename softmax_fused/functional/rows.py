@@ -21,10 +21,11 @@ from softmax_fused._dispatch import (
     row_operations,
     supports_fused,
 )
+from softmax_fused._errors import TENSORS
 from softmax_fused._fallback import validate
-from softmax_fused._row_outputs import OUTPUTS, RowOutputs
-from softmax_fused._spec import FLOATS, RowSpec
-from softmax_fused.backends.torch.row_outputs import effective, needs_log_p, statistics
+from softmax_fused._row_outputs import DEFAULT, OUTPUTS, RowOutputs, log_prob_of, rank_of
+from softmax_fused._spec import FLOATS, RowSpec, row_shape
+from softmax_fused.backends.torch.row_outputs import along_classes, effective, needs_log_p, scaled, statistics
 from softmax_fused.backends.torch.targets import make_spec
 from softmax_fused.functional.autograd import CrossEntropyRows
 from softmax_fused.functional.loss import cross_entropy
@@ -70,22 +71,30 @@ def cross_entropy_rows(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     *,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
-    outputs: Collection[str] = NAMES,
+    outputs: Collection[str] = DEFAULT,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> RowOutputs:
-    r"""Loss, log-sum-exp, prediction and entropy of each row of logits, in one pass over them.
+    r"""Loss, log-sum-exp, prediction, entropy and more of each row of logits, in one pass over them.
 
     .. math::
         x = \mathrm{softcap} \cdot \tanh(\mathrm{logit\_scale} \cdot z / \mathrm{softcap}), \quad
         \mathrm{logsumexp}_n = \log \sum_c \exp x_{nc}, \quad
-        H_n = -\sum_c p_{nc} \log p_{nc}, \quad p_n = \mathrm{softmax}(x_n)
+        H_n = -\sum_c p_{nc} \log p_{nc}, \quad \mathrm{log\_prob}_n = \log p_{n y_n}, \quad
+        p_n = \mathrm{softmax}(x_n)
 
-    `loss` is `cross_entropy(x, ..., reduction="none")`, `prediction` is the class of the largest logit. What `outputs`
-    does not name is not computed and is None. Loss, logsumexp and entropy are differentiable; an ignored row has no
-    loss, and the other outputs as any row.
+    `loss` is `cross_entropy(x, ..., reduction="none")`, `prediction` is the class of the largest logit. `log_prob` is
+    the log-probability of the target class y, without class weights and smoothing; it keeps its digits where p is near
+    1, and so does its gradient. What `outputs` does not name is not computed and is None. Loss, logsumexp, entropy and
+    log_prob are differentiable, together. In an ignored row loss and log_prob are 0 and the rank is -1; the other
+    outputs are as in any row.
+
+    `rank` is the number of classes with a larger logit than the target's: 0 is a hit, and ``rank < k`` one among the
+    first k; an equal logit is not larger. Logits are compared after scaling and before the cap, which changes no order
+    but rounds large logits to equal ones. A NaN is larger than any number, and where the target's own logit is NaN, the
+    rank is C.
 
     Args:
         input: Logits z (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64, any strides.
@@ -93,20 +102,25 @@ def cross_entropy_rows(
         weight: Weight of each class (C,), of the input's dtype.
         ignore_index: Class index whose rows have no loss.
         label_smoothing: Share of the target spread evenly over the classes, at most 1.
-        logit_scale: What the logits are multiplied by.
+        logit_scale: What the logits are multiplied by: a number or, where each row has its own, a tensor that
+            broadcasts to the shape of class indices. It gets no gradient.
         softcap: Bound of the logits after scaling, by tanh; None for none.
-        outputs: Names of the outputs wanted: "loss", "logsumexp", "prediction", "entropy".
-        dtype: Type of loss, logsumexp and entropy; None for that of `cross_entropy`. float32 keeps the digits that
-            16-bit logits would cut off.
+        outputs: Names of the outputs wanted: "loss", "logsumexp", "prediction", "entropy"; for class indices also
+            "log_prob" and "rank". By default the first four.
+        dtype: Type of the outputs other than prediction and rank; None for that of `cross_entropy`. float32 keeps the
+            digits that 16-bit logits would cut off.
         backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
 
     Returns:
-        A :class:`RowOutputs` of tensors of the input's shape without C; `prediction` is int64.
+        A :class:`RowOutputs` of tensors of the input's shape without C; `prediction` and `rank` are int64.
 
     Raises:
-        IndexError: A class index lies outside [0, C), on the CPU; on a GPU that row's loss and gradient are NaN.
-        ValueError: Unknown output or backend, a cap that is not positive, batch sizes that differ.
-        RuntimeError: Shapes or dtypes that do not fit, kernels asked for where none can run.
+        IndexError: A class index lies outside [0, C), on the CPU; on a GPU that row's loss, log_prob and
+            gradient are NaN, its rank is -1.
+        ValueError: Unknown output or backend, a cap that is not positive, batch sizes that differ, scales that are not
+            one a row, an output that needs a target class where there are class probabilities.
+        RuntimeError: Shapes or dtypes that do not fit, a scale that requires a gradient, kernels asked for where none
+            can run.
         TypeError: An argument of the wrong type.
 
     Example:
@@ -123,12 +137,14 @@ def cross_entropy_rows(
         2024 (soft-capping of logits).
     """
     tensors = (input, target, weight)
+    scales = logit_scale if isinstance(logit_scale, torch.Tensor) else None
+    scale: Any = logit_scale if scales is None else 1.0
     named = outputs if isinstance(outputs, (str, tuple)) else tuple(outputs)
-    wanted = (check_options if is_compiling() else known_options)(logit_scale, softcap, named, dtype)
+    wanted = (check_options if is_compiling() else known_options)(scale, softcap, named, dtype)
     check_backend(backend)
-    if has_torch_function_variadic(*tensors):
+    if has_torch_function_variadic(*tensors, scales):
         overridden: RowOutputs = handle_torch_function(
-            cross_entropy_rows, tensors, *tensors, ignore_index, label_smoothing,
+            cross_entropy_rows, (*tensors, scales), *tensors, ignore_index, label_smoothing,
             logit_scale=logit_scale, softcap=softcap, outputs=outputs, dtype=dtype, backend=backend,
         )  # fmt: skip
         return overridden
@@ -136,20 +152,43 @@ def cross_entropy_rows(
     path = route(ROWS if "loss" in wanted else ROWS_WITHOUT_LOSS, backend, arguments)
     if path == "torch" and not supports_fused(*arguments):
         validate(*arguments, values=not is_compiling())
+    row_scale = None if scales is None else expand_scale(scales, input)
     spec = make_spec(input, target, "none", ignore_index, label_smoothing, dtype or loss_dtype(input, target))
-    options = RowSpec(spec, float(logit_scale), None if softcap is None else float(softcap), wanted)
-    if path != "backend":
-        return composed(input, target, weight, options)
+    if not spec.target.has_labels and any(OUTPUTS[name].needs_label for name in wanted):
+        raise _errors.no_target_class([name for name in wanted if OUTPUTS[name].needs_label], target)
+    options = RowSpec(spec, float(scale), None if softcap is None else float(softcap), wanted)
+    if path != "backend" or not (row_scale is None or type(row_scale) in TENSORS):
+        return composed(input, target, weight, options, row_scale)
     operations = row_operations(get_backend(backend, input.device.type))
     if input.requires_grad and torch.is_grad_enabled():
-        return RowOutputs(*CrossEntropyRows.apply(input, target, weight, options, operations))
-    return operations.forward(input, target, weight, options, save=False)[0]
+        return RowOutputs(*CrossEntropyRows.apply(input, target, weight, row_scale, options, operations))
+    return operations.forward(input, target, weight, options, save=False, row_scale=row_scale)[0]
 
 
-def composed(input: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec) -> RowOutputs:
+def expand_scale(scale: Tensor, input: Tensor) -> Tensor:
+    """Return the scales of rows in the rows' shape.
+
+    Raises:
+        ValueError: If they are not one a row.
+        RuntimeError: If they require a gradient.
+    """
+    shape = row_shape(input.shape)
+    if not scale.dtype.is_floating_point or scale.device != input.device or scale.ndim > len(shape):
+        raise _errors.wrong_row_scale(scale, input)
+    if any(size not in (1, of_rows) for size, of_rows in zip(scale.shape[::-1], shape[::-1], strict=False)):
+        raise _errors.wrong_row_scale(scale, input)
+    if scale.requires_grad and torch.is_grad_enabled():
+        raise _errors.row_scale_with_gradient()
+    return scale.detach().expand(shape)
+
+
+def composed(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec, row_scale: Tensor | None = None
+) -> RowOutputs:
     """Compute the outputs one by one, in torch operations that transforms, torch.compile and subclasses know."""
     spec = options.spec
-    x, _ = effective(input, options)
+    scale = along_classes(row_scale, input)
+    x, _ = effective(input, options, scale)
     found: dict[str, Tensor] = {}
     if "loss" in options.outputs:
         w = None if weight is None else weight.to(x.dtype)
@@ -157,10 +196,15 @@ def composed(input: Tensor, target: Tensor, weight: Tensor | None, options: RowS
             x, target, w, ignore_index=spec.ignore_index, reduction="none", label_smoothing=spec.label_smoothing
         )
     others = tuple(name for name in options.outputs if name != "loss")
-    rows = x.unsqueeze(0) if input.ndim == 1 else x
+    rows, labels = (x.unsqueeze(0), target.unsqueeze(0)) if input.ndim == 1 else (x, target)
     log_p = torch.log_softmax(rows, 1) if needs_log_p(others) else None
     for name, values in statistics(rows, others, log_p).items():
         found[name] = values.squeeze(0) if input.ndim == 1 else values
+    if "log_prob" in others and log_p is not None:
+        found["log_prob"] = log_prob_of(log_p, labels, spec.ignore_index).view(row_shape(input.shape))
+    if "rank" in others:
+        y = scaled(input, options, scale).view_as(rows)
+        found["rank"] = rank_of(y, labels, spec.ignore_index).view(row_shape(input.shape))
     for name, values in found.items():
         found[name] = values.to(OUTPUTS[name].dtype or spec.dtype)
     return RowOutputs(*[found.get(name) for name in OUTPUTS])  # type: ignore[arg-type]  # None as the caller asked

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from softmax_fused._row_outputs import DIFFERENTIABLE, OUTPUTS
-from softmax_fused._spec import row_shape
+from softmax_fused._spec import class_dim, row_shape
 from softmax_fused.backends.torch import chunks
 from softmax_fused.backends.torch.chunks import with_classes
 from softmax_fused.backends.torch.cross_entropy import canonicalize
@@ -18,18 +18,33 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from softmax_fused._row_outputs import RowOutputs
-    from softmax_fused._spec import RowSpec, Upstream
+    from softmax_fused._spec import RowSpec, Spec, Upstream
+    from softmax_fused.backends.torch.targets import Target
 
 
-def effective(z: Tensor, options: RowSpec) -> tuple[Tensor, Tensor | float]:
-    """Return the logits scaled and capped, in the accumulation type, and what the gradient by them is multiplied by."""
+def scaled(z: Tensor, options: RowSpec, row_scale: Tensor | None = None) -> Tensor:
+    """Return the logits scaled, in the accumulation type: in the order of the capped ones, without new ties."""
     x = z if z.dtype is options.spec.acc else z.to(options.spec.acc)
-    if options.scale != 1:
-        x = x * options.scale
+    scale = options.scale if row_scale is None else row_scale.to(options.spec.acc)
+    return x * scale if row_scale is not None or options.scale != 1 else x
+
+
+def effective(z: Tensor, options: RowSpec, row_scale: Tensor | None = None) -> tuple[Tensor, Tensor | float]:
+    """Return the logits scaled and capped, in the accumulation type, and what the gradient by them is multiplied by.
+
+    `row_scale` broadcasts against them.
+    """
+    x = scaled(z, options, row_scale)
+    scale = options.scale if row_scale is None else row_scale.to(options.spec.acc)
     if options.softcap is None:
-        return x, options.scale
+        return x, scale
     t = torch.tanh(x / options.softcap)
-    return options.softcap * t, options.scale * (1 - t * t)
+    return options.softcap * t, scale * (1 - t * t)
+
+
+def along_classes(row_scale: Tensor | None, logits: Tensor) -> Tensor | None:
+    """Return the scales of all rows, to be broadcast against the logits."""
+    return None if row_scale is None else row_scale.unsqueeze(class_dim(logits.ndim))
 
 
 def needs_log_p(outputs: tuple[str, ...]) -> bool:
@@ -45,7 +60,12 @@ def statistics(x: Tensor, outputs: tuple[str, ...], log_p: Tensor | None) -> dic
 
 
 def forward(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec, save: bool
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: RowSpec,
+    save: bool,
+    row_scale: Tensor | None = None,
 ) -> tuple[RowOutputs, Tensor | None]:
     """Compute the outputs asked for; nothing else is saved."""
     del save
@@ -53,44 +73,88 @@ def forward(
     batch = make_target(z, t, weight, options.spec)
     out = options.allocate(logits)
     rows = row_shape(z.shape)
+    scales = None if row_scale is None else row_scale.reshape(rows)
     filled = {name: it.view(rows) for name, it in out._asdict().items() if it is not None}
     for part in chunks.row_chunks(z, chunks.CHUNK):
         at = with_classes(part)
-        x, _ = effective(z[at], options)
+        scale = scales_of(scales, part)
+        x, _ = effective(z[at], options, scale)
+        if "rank" in filled:
+            y = x if options.softcap is None else scaled(z[at], options, scale)
+            filled["rank"][part] = batch.rank(y, at).squeeze(1)
         log_p = torch.log_softmax(x, 1) if needs_log_p(options.outputs) else None
         for name, values in statistics(x, options.outputs, log_p).items():
             filled[name][part] = values
         if "loss" in filled and log_p is not None:
             filled["loss"][part] = batch.loss(log_p, at).squeeze(1)
-    if "loss" in filled:
-        filled["loss"].copy_(batch.zero_ignored(filled["loss"]))
+        if "log_prob" in filled and log_p is not None:
+            filled["log_prob"][part] = batch.log_prob(log_p, at).squeeze(1)  # the last, as it overwrites log_p
+    for name in ("loss", "log_prob"):
+        if name in filled:
+            filled[name].copy_(batch.zero_ignored(filled[name]))
+    if "rank" in filled and batch.valid is not None:
+        filled["rank"].masked_fill_(~batch.valid, -1)
     return out, None
 
 
+def scales_of(scales: Tensor | None, part: tuple[slice, ...]) -> Tensor | None:
+    """Return the scales of a chunk's rows, to be broadcast against its logits."""
+    return None if scales is None else scales[part].unsqueeze(1)
+
+
 def gradient(
-    upstream: Upstream, logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor | None, options: RowSpec
+    upstream: Upstream,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    stats: Tensor | None,
+    options: RowSpec,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """Compute the gradient of the logits from those of the differentiable outputs, None where there is none."""
     del stats
     grad = torch.empty_like(logits)
     z, t, out = canonicalize(logits, target, grad)
     assert out is not None
-    batch = make_target(z, t, weight, options.spec)
-    rows = row_shape(z.shape)
-    given = named(upstream, options, rows)
-    g_loss = given.pop("loss", None)
-    g_loss = None if g_loss is None else batch.zero_ignored(g_loss)
+    given = named(upstream, options, row_shape(z.shape))
+    scales = None if row_scale is None else row_scale.reshape(row_shape(z.shape))
+    losses = losses_of(z, t, weight, options.spec, given)
     for part in chunks.row_chunks(z, chunks.CHUNK):
         at = with_classes(part)
-        x, slope = effective(z[at], options)
+        x, slope = effective(z[at], options, scales_of(scales, part))
         by_x = by_logits(x, {name: g[part] for name, g in given.items()})
-        if g_loss is not None:
+        for batch, g in losses:
             by_loss = torch.empty_like(x)
-            batch.gradient(torch.softmax(x, 1), g_loss[part].unsqueeze(1), at, by_loss)
+            batch.gradient(torch.softmax(x, 1), g[part].unsqueeze(1), at, by_loss)
             by_x = by_loss if by_x is None else by_x.add_(by_loss)
         assert by_x is not None
         out[at] = by_x.mul_(slope)
     return grad
+
+
+def losses_of(
+    z: Tensor, t: Tensor, weight: Tensor | None, spec: Spec, given: dict[str, Tensor]
+) -> list[tuple[Target, Tensor]]:
+    """Take the loss and the target's log p out of `given`; return targets and the gradients of their losses.
+
+    Log p is minus the loss without class weights and label smoothing: where there are none, one loss does for both.
+    """
+    g_loss, g_log_prob = given.pop("loss", None), given.pop("log_prob", None)
+    if g_log_prob is not None and weight is None and not spec.label_smoothing:
+        g_loss, g_log_prob = -g_log_prob if g_loss is None else g_loss - g_log_prob, None
+    found = []
+    if g_loss is not None:
+        batch = make_target(z, t, weight, spec)
+        found.append((batch, batch.zero_ignored(g_loss)))
+    if g_log_prob is not None:
+        batch = make_target(z, t, None, plain(spec))
+        found.append((batch, batch.zero_ignored(-g_log_prob)))
+    return found
+
+
+def plain(spec: Spec) -> Spec:
+    """Return what a call asks for without label smoothing: that loss is minus the target's log p."""
+    return spec._replace(label_smoothing=0.0)
 
 
 def named(upstream: Upstream, options: RowSpec, rows: tuple[int, ...]) -> dict[str, Tensor]:
@@ -100,7 +164,7 @@ def named(upstream: Upstream, options: RowSpec, rows: tuple[int, ...]) -> dict[s
 
 
 def by_logits(x: Tensor, upstream: dict[str, Tensor]) -> Tensor | None:
-    """Return the gradient by the effective logits from those of all outputs but the loss, None where there are none."""
+    """Return the gradient by the effective logits from those of outputs without a target, None where there are none."""
     if not upstream:
         return None
     log_p, grad = torch.log_softmax(x, 1), None
@@ -112,15 +176,22 @@ def by_logits(x: Tensor, upstream: dict[str, Tensor]) -> Tensor | None:
 
 
 def differentiable_gradient(
-    upstream: Upstream, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec
+    upstream: Upstream,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: RowSpec,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """Compute the gradient in operations that autograd follows, for derivatives of higher order."""
-    x, slope = effective(logits, options)
+    x, slope = effective(logits, options, along_classes(row_scale, logits))
     z, _, _ = canonicalize(x, target, None)
     given = named(upstream, options, row_shape(z.shape))
-    g_loss = given.pop("loss", None)
+    g_loss, g_log_prob = given.pop("loss", None), given.pop("log_prob", None)
     by_x = by_logits(z, given)
     grad = torch.zeros_like(x) if by_x is None else by_x.view_as(x)
     if g_loss is not None:
         grad = grad + gradient_of_loss(g_loss, x, target, weight, options.spec)
+    if g_log_prob is not None:
+        grad = grad - gradient_of_loss(g_log_prob, x, target, None, plain(options.spec))
     return (grad * slope).to(logits.dtype)

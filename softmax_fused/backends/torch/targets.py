@@ -57,6 +57,14 @@ class Target(TargetKind):
         """Return -<a, log p> of a chunk."""
         raise NotImplementedError
 
+    def log_prob(self, log_p: Tensor, at: tuple[slice, ...]) -> Tensor:
+        """Return log p of the labels of a chunk, exact where p is near 1; `log_p` is written over."""
+        raise NotImplementedError
+
+    def rank(self, y: Tensor, at: tuple[slice, ...]) -> Tensor:
+        """Return how many of a chunk's logits y are larger than the label's."""
+        raise NotImplementedError
+
     def gradient(self, p: Tensor, g: Tensor, at: tuple[slice, ...], out: Tensor) -> None:
         """Fill `out` with the gradient of a chunk from its softmax; `p` is written over."""
         raise NotImplementedError
@@ -156,6 +164,17 @@ class ClassIndices(Target):
         all_classes = log_p if self.w is None else product(self.w.expand_as(log_p), log_p)
         of_label = 0 if self.smoothing == 1 else self.confidence * log_p_label
         return -self.smoothing_per_class * all_classes.sum(1, keepdim=True) - of_label
+
+    def log_prob(self, log_p: Tensor, at: tuple[slice, ...]) -> Tensor:
+        """Return log p of the labels of a chunk, exact where p is near 1; `log_p` is written over."""
+        label = self.label[at]
+        found = log_p.gather(1, label)
+        complement = self.complement(log_p.exp_(), label)
+        return torch.where(complement < 0.5, torch.log1p(-complement), found)
+
+    def rank(self, y: Tensor, at: tuple[slice, ...]) -> Tensor:
+        """Return how many of a chunk's logits y are larger than the label's; NaN is larger than any number."""
+        return y.shape[1] - (y <= y.gather(1, self.label[at])).sum(1, keepdim=True)
 
     def label_gradient(self, complement: Tensor, scale: Tensor, g: Tensor, at: tuple[slice, ...]) -> Tensor:
         """Return the gradient at the label from the other classes' probability, with `scale` = g * A.

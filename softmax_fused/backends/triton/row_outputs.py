@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from softmax_fused._row_outputs import DIFFERENTIABLE
 from softmax_fused._spec import class_dim
 from softmax_fused.backends.triton import tiles
 from softmax_fused.backends.triton.launch import NO_TENSOR, accumulator, as_first, choose, load_of, split
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from softmax_fused._row_outputs import RowOutputs
     from softmax_fused._spec import RowSpec, Upstream
 
-TENSORS = (Tensors, (Strided,), (RowTarget,), (Strided,))
+TENSORS = (Tensors, (Strided,), (RowTarget, *[None] * 6, (Strided,)), (Strided,))
 
 
 def transform(options: RowSpec) -> tuple[Any, Any]:
@@ -48,6 +49,7 @@ class RowsPlan(NamedTuple):
     logits: Strides
     target: Strides | None
     options: tuple[Any, ...]  # label smoothing, scale and softcap, as kernels get them
+    row_scale: Strides | None
     grad: Strides | None = None
     upstream: tuple[Strides | None, ...] = ()
 
@@ -55,10 +57,11 @@ class RowsPlan(NamedTuple):
 @planned
 def plan_rows(
     options: RowSpec, dtype: torch.dtype, shape: tuple[int, ...], strides: Strides, target_strides: Strides,
-    device: torch.device, *_: object,
+    scale_strides: Strides | None, device: torch.device, *_: object,
 ) -> RowsPlan:  # fmt: skip
     """Decide how the outputs are computed; `_` tells signatures apart."""
-    rows = rows_of(shape, class_dim(len(shape)), strides, target_strides)
+    scale = [] if scale_strides is None else [scale_strides]
+    rows = rows_of(shape, class_dim(len(shape)), strides, target_strides, *scale)
     load = load_of(options.spec)
     load["crowded"] |= "entropy" in options.outputs or options.softcap is not None
     tile, programs = choose(rows, dtype.itemsize, tiles.tables.one_pass, rows.strides[0], **load)
@@ -68,44 +71,54 @@ def plan_rows(
         accumulator(options.spec.acc), *tile.constants(),
     )  # fmt: skip
     target = as_first(rows.strides[0], rows.strides[1], tile)
-    return RowsPlan(launch, rows.strides[0], target, (split(options.spec.label_smoothing), *transform(options)))
+    numbers = split(options.spec.label_smoothing), *transform(options)
+    return RowsPlan(launch, rows.strides[0], target, numbers, rows.strides[2] if scale else None)
 
 
 def forward(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec, save: bool
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: RowSpec,
+    save: bool,
+    row_scale: Tensor | None = None,
 ) -> tuple[RowOutputs, Tensor | None]:
     """Compute the outputs asked for and, with `save`, what `gradient` needs."""
     if weight is not None:
         weight = weight.contiguous()
     plan = plan_rows(
-        options, logits.dtype, logits.shape, logits.stride(), target.stride(), logits.device, save, target.dtype,
+        options, logits.dtype, logits.shape, logits.stride(), target.stride(),
+        None if row_scale is None else row_scale.stride(), logits.device, save, target.dtype,
         logits.data_ptr() % 16, target.data_ptr() % 16,
         weight is not None and (weight.dtype, weight.data_ptr() % 16),
+        row_scale is not None and (row_scale.dtype, row_scale.data_ptr() % 16),
     )  # fmt: skip
     out = options.allocate(logits)
     stats = None
     if save:
         rows = logits.numel() // logits.shape[class_dim(logits.ndim)]
         stats = torch.empty((5, rows), dtype=options.spec.acc, device=logits.device)
-    plan.launch((*out, stats), ((logits, plan.logits), (target, plan.target, weight, *plan.options), NO_TENSOR))
+    scale = None if row_scale is None else (row_scale, plan.row_scale)
+    of_target = (target, plan.target, weight, *plan.options, scale)
+    plan.launch((*out, stats), ((logits, plan.logits), of_target, NO_TENSOR))
     return out, stats
 
 
 @planned
 def plan_rows_gradient(
     options: RowSpec, dtype: torch.dtype, shape: tuple[int, ...], strides: Strides, target_strides: Strides,
-    upstream_strides: tuple[Strides | None, ...], device: torch.device, *_: object,
+    upstream_strides: tuple[Strides | None, ...], scale_strides: Strides | None, device: torch.device, *_: object,
 ) -> RowsPlan:  # fmt: skip
     """Decide how the gradient is computed; `_` tells signatures apart."""
-    given = [it for it in upstream_strides if it is not None]
+    given = [it for it in (*upstream_strides, scale_strides) if it is not None]
     rows = rows_of(shape, class_dim(len(shape)), strides, target_strides, like(shape, strides), *given)
     first, target, grad, *some = rows.strides
     load = load_of(options.spec)
-    load["crowded"] |= upstream_strides[2] is not None or options.softcap is not None
+    load["crowded"] |= upstream_strides[DIFFERENTIABLE.index("entropy")] is not None or options.softcap is not None
     tile, programs = choose(rows, dtype.itemsize, tiles.tables.one_pass, first, grad, **load)
     launch = Launch(
         row_outputs_backward, programs, tile.warps, device,
-        (None, (RowUpstream, (Strided,), (Strided,), (Strided,)), TENSORS),
+        (None, (RowUpstream, (Strided,), (Strided,), (Strided,), (Strided,)), TENSORS),
         RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, options.spec.reader,
         accumulator(options.spec.acc), *tile.constants(),
     )  # fmt: skip
@@ -115,28 +128,38 @@ def plan_rows_gradient(
         first,
         as_first(first, target, tile),
         (split(options.spec.label_smoothing), *transform(options)),
+        None if scale_strides is None else some[-1],
         as_first(first, grad, tile),
         tuple(None if it is None else next(merged) for it in upstream_strides),
     )
 
 
 def gradient(
-    upstream: Upstream, logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor | None, options: RowSpec
+    upstream: Upstream,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    stats: Tensor | None,
+    options: RowSpec,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
-    """Compute the gradient of the logits from those of loss, logsumexp and entropy, None where not asked for."""
+    """Compute the gradient of the logits from those of the differentiable outputs, None where there is none."""
     if weight is not None:
         weight = weight.contiguous()
     plan = plan_rows_gradient(
         options, logits.dtype, logits.shape, logits.stride(), target.stride(),
-        tuple([None if g is None else g.stride() for g in upstream]), logits.device, target.dtype,
+        tuple([None if g is None else g.stride() for g in upstream]),
+        None if row_scale is None else row_scale.stride(), logits.device, target.dtype,
         logits.data_ptr() % 16, target.data_ptr() % 16,
         weight is not None and (weight.dtype, weight.data_ptr() % 16),
+        row_scale is not None and (row_scale.dtype, row_scale.data_ptr() % 16),
         *[g is not None and (g.dtype, g.data_ptr() % 16) for g in upstream],
     )  # fmt: skip
     grad = torch.empty_like(logits)
+    scale = None if row_scale is None else (row_scale, plan.row_scale)
     plan.launch(
         stats,
         tuple([None if g is None else (g, strides) for g, strides in zip(upstream, plan.upstream, strict=True)]),
-        ((logits, plan.logits), (target, plan.target, weight, *plan.options), (grad, plan.grad)),
+        ((logits, plan.logits), (target, plan.target, weight, *plan.options, scale), (grad, plan.grad)),
     )
     return grad
