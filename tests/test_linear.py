@@ -1,6 +1,6 @@
 """A linear layer and its loss in one: every argument against float64, and every way to differentiate."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -114,12 +114,26 @@ def test_strided_tensors(place: Place) -> None:
     assert_right(place, [strided[0], strided[1].T, strided[2]], target, 3)
 
 
+Products = dict[str, list[int]]
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> Products:
+    """The rows of each matrix product: for logits, and for the gradients of input and weight."""
+    seen: Products = {"logits": [], "input": [], "weight": []}
+    which = {"project": ("logits", 0), "multiply_gradient": ("input", 0), "add_product": ("weight", 1)}
+
+    def counted(function: Callable[..., object], name: str, operand: int) -> Callable[..., object]:
+        return lambda *args: (seen[name].append(len(args[operand])), function(*args))[1]
+
+    for function, (name, operand) in which.items():
+        monkeypatch.setattr(chunked_linear, function, counted(getattr(chunked_linear, function), name, operand))
+    return seen
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("wanted", range(8), ids="{:03b}".format)
-def test_every_subset_of_gradients(place: Place, wanted: int, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    products: list[str] = []
-    add_product = chunked_linear.add_product
-    monkeypatch.setattr(chunked_linear, "add_product", lambda *args: (products.append("weight"), add_product(*args)))
+def test_every_subset_of_gradients(place: Place, wanted: int, reduction: str, products: Products) -> None:
     tensors = make_layer((7,), (11,), 5, torch.float32, place)
     target = make_indices((7, 11), place.device)
     loss = at_once(tensors, target, reduction=reduction)
@@ -137,7 +151,53 @@ def test_every_subset_of_gradients(place: Place, wanted: int, reduction: str, mo
         assert (tensor.grad is not None) == need
         if need:
             torch.testing.assert_close(tensor.grad, right)
-    assert len(products) == (3 if needs[1] else 0)
+    assert products["logits"] == [3, 3, 1] * (2 if reduction == "none" and any(needs) else 1)
+    assert products["input"] == [3, 3, 1] * needs[0]
+    assert products["weight"] == [3, 3, 1] * needs[1]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("sizes", [(6,), (6, 2)], ids=str)
+def test_ignored_rows_are_not_multiplied(
+    place: Place, sizes: tuple[int, ...], reduction: str, products: Products
+) -> None:
+    tensors = make_layer((10,), sizes, 4, torch.float32, place)
+    target = make_indices((10, *sizes), place.device)
+    target[1::2] = target[6] = -100
+    if len(sizes) > 1:
+        target[0, 0] = -100  # the row's other position has a class
+    for options in ({}, {"label_smoothing": 0.1, "weight": torch.rand(6, device=place.device)}):
+        for seen in products.values():
+            seen.clear()
+        assert_right(place, tensors, target, 3, reduction=reduction, **options)
+        chunks = [2, 2] if place.device == "cpu" else [3, 3, 3, 1]
+        assert products["input"] == products["weight"] == chunks
+        assert products["logits"] == chunks * (2 if reduction == "none" else 1)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_ignored_rows_have_loss_and_gradient_zero(place: Place, reduction: str) -> None:
+    x, w, b = make_layer((6,), (5,), 4, torch.float32, place)
+    target = make_indices((6, 5), place.device).index_fill_(0, torch.tensor([0, 3], device=place.device), 4)
+    loss = linear_cross_entropy(
+        x, w, target, linear_bias=b, reduction=reduction, ignore_index=4, chunk_rows=2, backend=place.backend
+    )
+    ignored = target == 4
+    if reduction == "none":
+        assert loss[ignored].eq(0).all()
+        assert loss[~ignored].gt(0).all()
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert grad[ignored].eq(0).all()
+    assert grad[~ignored].ne(0).all()
+
+
+def test_bytes_as_classes_are_not_taken_for_the_ignored_index(place: Place) -> None:
+    """In eight bits 156 and -100 are equal."""
+    x, w, _ = make_layer((3,), (200,), 4, torch.float32, place)
+    target = torch.tensor([156, 3, 199], device=place.device)
+    for reduction in ("mean", "none"):
+        found = linear_cross_entropy(x, w, target.byte(), reduction=reduction, chunk_rows=2, backend=place.backend)
+        torch.testing.assert_close(found, F.cross_entropy(F.linear(x, w), target, reduction=reduction))
 
 
 def test_without_bias_and_without_gradient(place: Place) -> None:

@@ -57,8 +57,13 @@ def linear_cross_entropy(
 
     Loss and gradient are those of `cross_entropy(torch.nn.functional.linear(input, linear_weight, linear_bias), ...)`,
     up to rounding. The gradients of a mean or sum are computed along with it, chunk by chunk, and that of 16-bit
-    weights is summed in float32; those of reduction "none" take the logits once more. A stand-in for
-    `torch.nn.functional.linear_cross_entropy` on every torch.
+    weights is summed in float32; those of reduction "none" take the logits once more. What needs no gradient costs no
+    matrix product: a frozen head or frozen features. A stand-in for `torch.nn.functional.linear_cross_entropy` on every
+    torch.
+
+    On the CPU, rows with an ignored class index take part in no matrix product. On a GPU they do: how many rows are
+    left is known on the device alone, and to wait for it would stall the host. Whoever knows the number, or can wait,
+    saves them by `input[kept]` and `target[kept]`.
 
     Args:
         input: Features (D,) or (N, D); float16, bfloat16, float32 or float64.
