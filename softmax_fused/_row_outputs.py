@@ -31,6 +31,8 @@ class Output(NamedTuple):
     differentiable: bool = True
     needs_log_p: bool = True
     needs_prediction: bool = False
+    zero_if_ignored: bool = False
+    """Whether it is 0 in rows whose class index is ignored, so that their logits need not be known for it."""
     value: Callable[[Tensor, Any, Any], Tensor] | None = None
     """From x, log_p and prediction, (N, d1..dk); the last two are None where no output needs them."""
     add_gradient: Callable[[Tensor | None, Tensor, Tensor], Tensor] | None = None
@@ -68,7 +70,7 @@ def add_entropy_gradient(grad: Tensor | None, log_p: Tensor, g: Tensor) -> Tenso
 
 
 OUTPUTS: dict[str, Output] = {
-    "loss": Output(),  # depends on the target, too: a backend computes it as the loss
+    "loss": Output(zero_if_ignored=True),  # depends on the target, too: a backend computes it as the loss
     "logsumexp": Output(needs_prediction=True, value=logsumexp, add_gradient=add_logsumexp_gradient),
     "prediction": Output(
         dtype=torch.int64,

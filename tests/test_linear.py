@@ -40,20 +40,38 @@ def make_targets(kind: str, shape: tuple[int, ...], dtype: torch.dtype, place: P
     return target, options
 
 
-def at_once(tensors: Sequence[Tensor], target: Tensor, **options: object) -> Tensor:
+def changed(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """The logits scaled and capped, by the formula."""
+    logits = logits if logit_scale == 1 else logit_scale * logits
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def at_once(
+    tensors: Sequence[Tensor], target: Tensor, logit_scale: float = 1.0, softcap: float | None = None, **options: object
+) -> Tensor:
     """Torch's loss of torch's layer."""
     x, w, b = tensors
     logits = F.linear(x, w.flatten(0, -2), b.flatten()).view(*x.shape[:-1], *w.shape[:-1])
+    logits = changed(logits, logit_scale, softcap)
     return F.cross_entropy(logits, target, **options)
 
 
-def in_float64(tensors: Sequence[Tensor], target: Tensor, upstream: Tensor, **options: object) -> list[Tensor]:
+def in_float64(
+    tensors: Sequence[Tensor],
+    target: Tensor,
+    upstream: Tensor,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    **options: object,
+) -> list[Tensor]:
     """Loss and gradients of input, weight and bias, written from the maths."""
     x, w, b = (tensor.detach().double() for tensor in tensors)
     rows, classes = x.view(-1, x.shape[-1]), w.flatten(0, -2)
     logits = (rows @ classes.T + b.flatten()).view(*x.shape[:-1], *w.shape[:-1])
-    truth = reference.cross_entropy(logits, target, upstream=upstream.double(), **options)
-    g = truth.grad.reshape(len(rows), len(classes))
+    effective = changed(logits, logit_scale, softcap)
+    truth = reference.cross_entropy(effective, target, upstream=upstream.double(), **options)
+    slope = logit_scale * (1 if softcap is None else 1 - (effective / softcap).square())
+    g = (truth.grad * slope).reshape(len(rows), len(classes))
     return [truth.loss, (g @ classes).view(x.shape), (g.T @ rows).view(w.shape), g.sum(0).view(b.shape)]
 
 
@@ -105,6 +123,34 @@ def test_every_shape(place: Place, rows: tuple[int, ...], sizes: tuple[int, ...]
         target[target == 4] = -100
         options = {}
     assert_right(place, tensors, target, 2, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize(("logit_scale", "softcap"), [(0.5, None), (-1.5, 3.0), (1, 2)])
+@crossed(
+    kind=KINDS,
+    reduction=["mean", "sum", "none"],
+    dtype=[torch.float32, torch.float64, torch.bfloat16],
+    sizes=[(11,), (6, 2), (1500,)],
+)
+def test_scaled_and_capped(
+    place: Place, kind: str, reduction: str, dtype: torch.dtype, sizes: tuple[int, ...], logit_scale: float,
+    softcap: float | None,
+) -> None:  # fmt: skip
+    tensors = make_layer((7,), sizes, 5, dtype, place)
+    target, options = make_targets(kind, (7, *sizes), dtype, place)
+    assert_right(place, tensors, target, 3, reduction=reduction, logit_scale=logit_scale, softcap=softcap, **options)
+
+
+def test_scaled_and_capped_at_once() -> None:
+    tensors = make_layer((7,), (11,), 5, torch.float32, CPU)
+    target = make_indices((7, 11), "cpu")
+    assert_right(CPU, tensors, target, None, logit_scale=2.0, softcap=3.0)
+    x, w, b = tensors
+    options = {"linear_bias": b, "logit_scale": 2.0, "softcap": 3.0, "backend": "torch"}
+    torch.testing.assert_close(
+        linear_cross_entropy(x, w, target, **options),
+        linear_cross_entropy(x, w, target, **options, chunk_rows=2),
+    )
 
 
 def test_strided_tensors(place: Place) -> None:

@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from softmax_fused._dispatch import get_backend, row_operations
+from softmax_fused._row_outputs import DIFFERENTIABLE
+from softmax_fused._spec import RowSpec
 from softmax_fused.backends.torch import cross_entropy as torch_loss
 from softmax_fused.backends.torch.chunks import pieces
-from softmax_fused.backends.torch.targets import kind
+from softmax_fused.backends.torch.row_outputs import effective
+from softmax_fused.backends.torch.targets import kind, make_spec
 from softmax_fused.functional.autograd import batched
 
 if TYPE_CHECKING:
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from softmax_fused._spec import CrossEntropyOperations, Spec
+    from softmax_fused._spec import CrossEntropyOperations, RowOutputsOperations, Spec
 
 SMALLEST_CHUNK = 2**24
 """The fewest logits in a chunk by default: below 64 MiB of float32 there is no memory worth saving."""
@@ -32,12 +36,18 @@ SMALLEST_CHUNK = 2**24
 class Plan(NamedTuple):
     """What a call asks for, beside its tensors."""
 
-    spec: Spec
+    options: RowSpec  # its spec has the reduction of the loss
     operations: CrossEntropyOperations
+    row_operations: RowOutputsOperations
     sizes: tuple[int, ...]  # shape (C, d1, ..., dk) of a row of logits
     rows: int  # the most rows in a chunk
     dtype: torch.dtype  # of the layer: what autocast casts its tensors to, or their own
     products: torch.dtype  # of the matrix products
+
+    @property
+    def spec(self) -> Spec:
+        """What is asked of the loss."""
+        return self.options.spec
 
 
 class Layer(NamedTuple):
@@ -63,6 +73,30 @@ def default_rows(rows: int, features: int, classes: int) -> int:
     Those are in memory anyway. Chunks are few, min(N, C) / D of them, and each matrix product is large.
     """
     return max(1, max(features * max(rows, classes), SMALLEST_CHUNK) // classes)
+
+
+def make_plan(
+    layer: Layer,
+    outputs: tuple[str, ...],
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    logit_scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    rows: int,
+    layer_dtype: torch.dtype,
+    backend: str,
+) -> Plan:
+    """Put together what a call asks for, in the order of the custom operators' arguments."""
+    x = layer.input
+    logits = x.new_empty(1).expand(x.shape[0], *sizes)
+    spec = make_spec(logits, layer.target, reduction, ignore_index, label_smoothing, dtype)
+    options = RowSpec(spec, float(logit_scale), None if softcap is None else float(softcap), outputs)
+    chosen = get_backend(backend, x.device.type)
+    products = product_dtype(layer_dtype, x.device)
+    return Plan(options, chosen.cross_entropy, row_operations(chosen), tuple(sizes), rows, layer_dtype, products)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -102,6 +136,10 @@ def chunk_losses(z: Tensor, layer: Layer, plan: Plan, upstream: Tensor | None, d
     """Return the losses of a chunk of logits; with `differentiate` write their gradient over it."""
     spec, operations = plan.spec._replace(reduction="none", dtype=plan.spec.acc), plan.operations
     arguments = (z, layer.target, layer.weight)
+    if plan.options.changes_logits:
+        return changed_losses(
+            arguments, plan._replace(options=plan.options._replace(spec=spec)), upstream, differentiate
+        )
     if not differentiate:
         return operations.loss(*arguments, spec, save=False)[0]
     if upstream is None:
@@ -113,6 +151,18 @@ def chunk_losses(z: Tensor, layer: Layer, plan: Plan, upstream: Tensor | None, d
         losses, saved = operations.loss(*arguments, spec, save=True)
     operations.gradient(upstream, *arguments, saved, spec, z)
     return losses
+
+
+def changed_losses(
+    arguments: tuple[Tensor, Tensor, Tensor | None], plan: Plan, upstream: Tensor | None, differentiate: bool
+) -> Tensor:
+    """Do the same where the logits are scaled or capped first, which the operations for outputs of rows do."""
+    out, stats = plan.row_operations.forward(*arguments, plan.options, save=differentiate)
+    if differentiate:
+        g = out.loss.new_ones(()).expand_as(out.loss) if upstream is None else upstream
+        of_outputs = [g if name == "loss" else None for name in DIFFERENTIABLE]
+        plan.row_operations.gradient(of_outputs, *arguments, stats, plan.options, arguments[0])
+    return out.loss
 
 
 def numbers_of(rows: Tensor) -> Tensor | None:
@@ -253,7 +303,7 @@ def differentiable_gradients(upstream: Tensor, layer: Layer, plan: Plan) -> list
     """Compute the gradients in operations that autograd follows, with all logits at once."""
     with torch.autocast(layer.input.device.type, enabled=False):
         x, w, b = layer.operands(plan)
-        logits = F.linear(x, w, b).view(-1, *plan.sizes)
-        g = torch_loss.differentiable_gradient(upstream, logits, layer.target, layer.weight, plan.spec)
-        g = g.reshape(len(x), len(w))
+        logits, slope = effective(F.linear(x, w, b).view(-1, *plan.sizes), plan.options)
+        g = slope * torch_loss.differentiable_gradient(upstream, logits, layer.target, layer.weight, plan.spec)
+        g = g.reshape(len(x), len(w)).to(x.dtype)
         return [g @ w, g.t() @ x, g.sum(0)]

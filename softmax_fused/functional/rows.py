@@ -47,7 +47,7 @@ def check_options(logit_scale: Any, softcap: Any, outputs: Any, dtype: Any) -> t
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
         if type(value) not in (int, float) and not (name == "softcap" and value is None):
             raise _errors.not_a_number(name, value)
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:  # math.isfinite would break the graph of torch.compile
         raise _errors.infinite_scale(logit_scale)
     if softcap is not None and not 0 < softcap < math.inf:
         raise _errors.wrong_cap(softcap)

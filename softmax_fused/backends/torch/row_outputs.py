@@ -44,6 +44,11 @@ def statistics(x: Tensor, outputs: tuple[str, ...], log_p: Tensor | None) -> dic
     return {name: output.value(x, log_p, prediction) for name, output in wanted if output.value is not None}
 
 
+def saved_shape(logits: Tensor) -> None:
+    """Return that nothing is saved."""
+    del logits
+
+
 def forward(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec, save: bool
 ) -> tuple[RowOutputs, Tensor | None]:
@@ -68,11 +73,20 @@ def forward(
 
 
 def gradient(
-    upstream: Upstream, logits: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor | None, options: RowSpec
+    upstream: Upstream,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    stats: Tensor | None,
+    options: RowSpec,
+    grad: Tensor | None = None,
 ) -> Tensor:
-    """Compute the gradient of the logits from those of the differentiable outputs, None where there is none."""
+    """Compute the gradient of the logits from those of the differentiable outputs, None where there is none.
+
+    It is written to `grad` where given, which may be the logits themselves.
+    """
     del stats
-    grad = torch.empty_like(logits)
+    grad = torch.empty_like(logits) if grad is None else grad
     z, t, out = canonicalize(logits, target, grad)
     assert out is not None
     batch = make_target(z, t, weight, options.spec)
