@@ -7,6 +7,7 @@ from softmax_fused.functional import (
     cross_entropy,
     cross_entropy_rows,
     linear_cross_entropy,
+    linear_cross_entropy_rows,
     log_softmax,
     softmax,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "distributed",
     "information",
     "linear_cross_entropy",
+    "linear_cross_entropy_rows",
     "log_softmax",
     "patch",
     "softmax",

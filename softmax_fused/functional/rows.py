@@ -16,6 +16,7 @@ from softmax_fused._dispatch import (
     ROWS_WITHOUT_LOSS,
     check_backend,
     get_backend,
+    has_subclass,
     loss_dtype,
     route,
     row_operations,
@@ -126,7 +127,7 @@ def cross_entropy_rows(
     named = outputs if isinstance(outputs, (str, tuple)) else tuple(outputs)
     wanted = (check_options if is_compiling() else known_options)(logit_scale, softcap, named, dtype)
     check_backend(backend)
-    if has_torch_function_variadic(*tensors):
+    if has_torch_function_variadic(*tensors) and not has_subclass(tensors):
         overridden: RowOutputs = handle_torch_function(
             cross_entropy_rows, tensors, *tensors, ignore_index, label_smoothing,
             logit_scale=logit_scale, softcap=softcap, outputs=outputs, dtype=dtype, backend=backend,

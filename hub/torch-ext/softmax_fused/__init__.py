@@ -7,6 +7,7 @@ from softmax_fused.functional import (
     cross_entropy,
     cross_entropy_rows,
     linear_cross_entropy,
+    linear_cross_entropy_rows,
     log_softmax,
     softmax,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "distributed",
     "layers",
     "linear_cross_entropy",
+    "linear_cross_entropy_rows",
     "log_softmax",
     "softmax",
 ]
