@@ -50,12 +50,16 @@ def add_logsumexp_gradient(grad: Tensor | None, log_p: Tensor, g: Tensor) -> Ten
     return log_p.exp() * g if grad is None else grad + log_p.exp() * g
 
 
+LEAST_LOG = -1e4
+"""Below the logarithm of every positive number of every type."""
+
+
 def finite_log(log_p: Tensor) -> Tensor:
-    """Return log p with 0 where p is 0, for a factor beside p: there p log p is 0, and so is its derivative.
+    """Return log p, finite where p is 0, for a factor beside p: there p log p is 0, and so is its derivative.
 
     Masking the product instead would be right in value only: autograd multiplies the mask's 0 by -inf, which is NaN.
     """
-    return log_p.masked_fill(log_p == -torch.inf, 0)
+    return log_p.clamp(min=LEAST_LOG)
 
 
 def entropy_of(log_p: Tensor) -> Tensor:
@@ -65,8 +69,10 @@ def entropy_of(log_p: Tensor) -> Tensor:
 
 def add_entropy_gradient(grad: Tensor | None, log_p: Tensor, g: Tensor) -> Tensor:
     """Subtract p g (log p + H)."""
-    entropy = entropy_of(log_p).unsqueeze(1)
-    return (torch.zeros_like(log_p) if grad is None else grad) - log_p.exp() * (g * (finite_log(log_p) + entropy))
+    p, finite = log_p.exp(), finite_log(log_p)
+    entropy = -(p * finite).sum(1, keepdim=True)
+    part = p * ((finite + entropy) * -g)
+    return part if grad is None else grad + part
 
 
 OUTPUTS: dict[str, Output] = {

@@ -97,13 +97,14 @@ def gradient(
     for part in chunks.row_chunks(z, chunks.CHUNK):
         at = with_classes(part)
         x, slope = effective(z[at], options)
-        by_x = by_logits(x, {name: g[part] for name, g in given.items()})
+        log_p = torch.log_softmax(x, 1)
+        by_x = by_logits(log_p, {name: g[part] for name, g in given.items()})
         if g_loss is not None:
-            by_loss = torch.empty_like(x)
-            batch.gradient(torch.softmax(x, 1), g_loss[part].unsqueeze(1), at, by_loss)
-            by_x = by_loss if by_x is None else by_x.add_(by_loss)
+            p = log_p.exp_()
+            batch.gradient(p, g_loss[part].unsqueeze(1), at, p)
+            by_x = p if by_x is None else by_x.add_(p)
         assert by_x is not None
-        out[at] = by_x.mul_(slope)
+        out[at] = by_x.mul_(slope) if options.changes_logits else by_x
     return grad
 
 
@@ -113,11 +114,9 @@ def named(upstream: Upstream, options: RowSpec, rows: tuple[int, ...]) -> dict[s
     return {name: g.to(options.spec.acc).reshape(rows) for name, g in pairs if g is not None}
 
 
-def by_logits(x: Tensor, upstream: dict[str, Tensor]) -> Tensor | None:
+def by_logits(log_p: Tensor, upstream: dict[str, Tensor]) -> Tensor | None:
     """Return the gradient by the effective logits from those of all outputs but the loss, None where there are none."""
-    if not upstream:
-        return None
-    log_p, grad = torch.log_softmax(x, 1), None
+    grad = None
     for name, g in upstream.items():
         add_gradient = OUTPUTS[name].add_gradient
         assert add_gradient is not None
@@ -133,7 +132,7 @@ def differentiable_gradient(
     z, _, _ = canonicalize(x, target, None)
     given = named(upstream, options, row_shape(z.shape))
     g_loss = given.pop("loss", None)
-    by_x = by_logits(z, given)
+    by_x = by_logits(torch.log_softmax(z, 1), given) if given else None
     grad = torch.zeros_like(x) if by_x is None else by_x.view_as(x)
     if g_loss is not None:
         grad = grad + gradient_of_loss(g_loss, x, target, weight, options.spec)
