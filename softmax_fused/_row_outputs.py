@@ -36,10 +36,17 @@ class Output(NamedTuple):
     needs_log_p: bool = True
     needs_prediction: bool = False
     needs_label: bool = False  # a class index a row
+    if_ignored: int | None = None
+    """What it is in rows whose class index is ignored, whose logits need not be known then; None: as in any row."""
     value: Callable[[Tensor, Any, Any], Tensor] | None = None
     """From x, log_p and prediction, (N, d1..dk); the last two are None where no output needs them."""
     add_gradient: Callable[[Tensor | None, Tensor, Tensor], Tensor] | None = None
     """The gradient by x with this output's part, from what there is so far (None: nothing), log_p and g."""
+
+    @property
+    def zero_if_ignored(self) -> bool:
+        """Whether it is 0 in rows whose class index is ignored."""
+        return self.if_ignored == 0
 
 
 def logsumexp(x: Tensor, log_p: Tensor, prediction: Tensor) -> Tensor:
@@ -53,12 +60,16 @@ def add_logsumexp_gradient(grad: Tensor | None, log_p: Tensor, g: Tensor) -> Ten
     return log_p.exp() * g if grad is None else grad + log_p.exp() * g
 
 
+LEAST_LOG = -1e4
+"""Below the logarithm of every positive number of every type."""
+
+
 def finite_log(log_p: Tensor) -> Tensor:
-    """Return log p with 0 where p is 0, for a factor beside p: there p log p is 0, and so is its derivative.
+    """Return log p, finite where p is 0, for a factor beside p: there p log p is 0, and so is its derivative.
 
     Masking the product instead would be right in value only: autograd multiplies the mask's 0 by -inf, which is NaN.
     """
-    return log_p.masked_fill(log_p == -torch.inf, 0)
+    return log_p.clamp(min=LEAST_LOG)
 
 
 def entropy_of(log_p: Tensor) -> Tensor:
@@ -92,12 +103,14 @@ def rank_of(y: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 def add_entropy_gradient(grad: Tensor | None, log_p: Tensor, g: Tensor) -> Tensor:
     """Subtract p g (log p + H)."""
-    entropy = entropy_of(log_p).unsqueeze(1)
-    return (torch.zeros_like(log_p) if grad is None else grad) - log_p.exp() * (g * (finite_log(log_p) + entropy))
+    p, finite = log_p.exp(), finite_log(log_p)
+    entropy = -(p * finite).sum(1, keepdim=True)
+    part = p * ((finite + entropy) * -g)
+    return part if grad is None else grad + part
 
 
 OUTPUTS: dict[str, Output] = {
-    "loss": Output(),  # depends on the target, too: a backend computes it as `cross_entropy` does
+    "loss": Output(if_ignored=0),  # depends on the target, too: a backend computes it as the loss
     "logsumexp": Output(needs_prediction=True, value=logsumexp, add_gradient=add_logsumexp_gradient),
     "prediction": Output(
         dtype=torch.int64,
@@ -107,8 +120,8 @@ OUTPUTS: dict[str, Output] = {
         value=lambda _x, _log_p, prediction: prediction.squeeze(1),
     ),
     "entropy": Output(value=lambda _x, log_p, _prediction: entropy_of(log_p), add_gradient=add_entropy_gradient),
-    "log_prob": Output(needs_label=True),  # as the loss: it is minus the loss without class weights and smoothing
-    "rank": Output(dtype=torch.int64, differentiable=False, needs_log_p=False, needs_label=True),
+    "log_prob": Output(needs_label=True, if_ignored=0),  # minus the loss without class weights and smoothing
+    "rank": Output(dtype=torch.int64, differentiable=False, needs_log_p=False, needs_label=True, if_ignored=-1),
 }
 """By name, in the order of RowOutputs' fields and of the kernels' arguments."""
 

@@ -80,12 +80,17 @@ class Spec(NamedTuple):
 
 
 class RowSpec(NamedTuple):
-    """What a call of :func:`cross_entropy_rows` asks for, beside its tensors."""
+    """What a call of :func:`cross_entropy_rows`, or of a linear layer's loss, asks for, beside its tensors."""
 
     spec: Spec
     scale: float
     softcap: float | None
     outputs: tuple[str, ...]
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the logits are scaled or capped."""
+        return self.scale != 1 or self.softcap is not None
 
     def allocate(self, logits: Tensor) -> RowOutputs:
         """Return memory for the outputs asked for, None for the others."""
@@ -146,6 +151,9 @@ class CrossEntropyOperations(Protocol):
 class RowOutputsOperations(Protocol):
     """Several outputs of each row, and their gradient."""
 
+    def saved_shape(self, logits: Tensor) -> tuple[int, int] | None:
+        """Return the shape of what `forward` saves, numbers of each row of logits (N, C, d1..dk), or None."""
+
     def forward(
         self,
         logits: Tensor,
@@ -169,8 +177,12 @@ class RowOutputsOperations(Protocol):
         stats: Tensor | None,
         options: RowSpec,
         row_scale: Tensor | None = None,
+        grad: Tensor | None = None,
     ) -> Tensor:
-        """Compute the gradient of the logits from those of the differentiable outputs, None where there is none."""
+        """Compute the gradient of the logits from those of the differentiable outputs, None where there is none.
+
+        It is written to `grad` where given, which may be the logits themselves.
+        """
 
 
 class SoftmaxOperations(Protocol):

@@ -54,6 +54,10 @@ KERNEL, ROWS, ONLINE, MATH, READERS, REDUCE, LAUNCH, TORCH, TARGETS, CHUNKS, LIN
     "softmax_fused/functional/chunked_linear.py",
 )
 PATCHING, SOFTMAX, OUTPUTS = "softmax_fused/patching.py", "kernels/softmax.py", "kernels/row_outputs.py"
+LINEAR_ROWS, LINEAR_ROW_OPERATORS = (
+    "softmax_fused/functional/chunked_linear_rows.py",
+    "softmax_fused/functional/linear_row_operators.py",
+)
 CAUSAL, HUB = "softmax_fused/functional/causal_lm.py", "hub/build.py"
 HUB_LAYERS = "hub/torch-ext/softmax_fused/layers.py"
 SOFTMAX_HOST = "softmax_fused/backends/triton/softmax.py"
@@ -86,6 +90,7 @@ OWN = {
     CAUSAL: ("causal_lm",),
     **dict.fromkeys((HUB, HUB_LAYERS), ("hub",)),
     LINEAR: LINEAR_TESTS,
+    **dict.fromkeys((LINEAR_ROWS, LINEAR_ROW_OPERATORS), ("linear_rows",)),
     **dict.fromkeys((SOFTMAX, SOFTMAX_HOST), ("softmax",)),
     OUTPUTS: ("row_outputs",),
     TORCH_OUTPUTS: ("row_outputs",),
@@ -173,12 +178,38 @@ MUTANTS = {
     "torch path: any upstream gradient is 1": Mutant(TORCH, "bool((upstream == 1).all())", "True"),
     "second backward doubled": Mutant("softmax_fused/functional/autograd.py", "grad = operations.gradient(upstream, logits, target, weight, saved, spec)\n        return", "ctx.n = getattr(ctx, 'n', 0) + 1\n            grad = ctx.n * operations.gradient(upstream, logits, target, weight, saved, spec)\n        return"),
     "linear: last chunk lost": Mutant(LINEAR, "for part in parts:", "for part in parts[: max(1, len(parts) - 1)]:"),
-    "linear: first rows' targets for every chunk": Mutant(LINEAR, "target=layer.target[part]", "target=layer.target[: len(z)]"),
+    "linear: first rows' targets for every chunk": Mutant(LINEAR, "target=layer.target[at]", "target=layer.target[: len(z)]"),
     "linear: weight's gradient of one chunk": Mutant(LINEAR, "total.addmm_(g.t(), x)", "total.addmm_(g.t(), x, beta=0)"),
     "linear: 16-bit products summed in 16 bits": Mutant(LINEAR, "total.add_(g.t() @ x)", "total.copy_(total.to(g.dtype) + g.t() @ x)"),
     "linear: mean gradient not divided": Mutant(LINEAR, "torch.where(any_row, 1 / denominator, 0)", "any_row.to(denominator.dtype)"),
     "linear: gradient of a mean of nothing is NaN": Mutant(LINEAR, "torch.where(any_row, 1 / denominator, 0)", "1 / denominator"),
-    "linear: ignored rows count in the mean": Mutant(TARGETS, "valid = target != ignore_index", "valid = target == target", LINEAR_TESTS),
+    "linear: ignored rows count in the mean": Mutant(TARGETS, "valid = target.long() != ignore_index", "valid = target == target", LINEAR_TESTS),
+    "linear: ignored rows are multiplied": Mutant(LINEAR, "return None if bool(numbers.all()) else", "return None if bool(numbers.any()) else"),
+    "linear: rows with one ignored position are dropped": Mutant(LINEAR, "rows.flatten(1).any(1)", "rows.flatten(1).all(1)"),
+    "linear: gradients of ignored rows are what memory held": Mutant(LINEAR, "torch.empty_like(x) if rows is None else torch.zeros_like(x)", "torch.empty_like(x)"),
+    "linear: losses of ignored rows are what memory held": Mutant(LINEAR, "        losses.zero_()", "        pass"),
+    "linear: gradients of the rows that are left in the first rows": Mutant(LINEAR, "out.index_copy_(0, at, g @ w)", "out[: len(at)] = g @ w"),
+    "linear: a product for a frozen weight": Mutant(LINEAR, "if needs[1] else None\n        self", "if True else None\n        self"),
+    "linear: capped logits' gradient for an upstream gradient of 1": Mutant(LINEAR, "expand_as(out.loss) if upstream is None else upstream", "expand_as(out.loss)"),
+    "linear: second order without the cap's slope": Mutant(LINEAR, "g = slope * torch_loss", "g = torch_loss"),
+    "linear: logits at once are not capped": Mutant("softmax_fused/functional/linear.py", "if logit_scale == 1 and softcap is None:", "if True:", LINEAR_TESTS),
+    "rows: the gradient beside the logits it shall overwrite": Mutant(TORCH_OUTPUTS, "torch.empty_like(logits) if grad is None else grad", "torch.empty_like(logits)", LINEAR_TESTS),
+    "linear rows: what is saved of other rows": Mutant(LINEAR_ROWS, "by_row(saved, layer)[:, at].flatten(1)", "by_row(saved, layer)[:, : len(z)].flatten(1)"),
+    "linear rows: what is saved of a chunk is read with the stride of all rows": Mutant(LINEAR_ROWS, ".flatten(1).contiguous()", ".flatten(1)"),
+    "linear rows: upstream gradients of the first rows": Mutant(LINEAR_ROWS, "None if g is None else g[at] for g", "None if g is None else g[: len(z)] for g"),
+    "linear rows: outputs of ignored rows are left out": Mutant(LINEAR_ROWS, "rows = valid_rows(layer, plan) if known else None", "rows = valid_rows(layer, plan)"),
+    "linear rows: ignored rows are multiplied": Mutant(LINEAR_ROWS, "rows = valid_rows(layer, plan) if known else None", "rows = None"),
+    "linear rows: losses of ignored rows are what memory held": Mutant(LINEAR_ROWS, "                values.fill_(output.if_ignored)", "                pass"),
+    "linear rows: ignored rows have rank 0": Mutant(LINEAR_ROWS, "values.fill_(output.if_ignored)", "values.zero_()"),
+    "linear rows: log p of class probabilities": Mutant("softmax_fused/functional/linear_rows.py", "check_target_class(wanted, target.ndim < len(shape), target)", "pass", ("linear_rows",)),
+    "linear rows: gradients of one output choose the rows": Mutant(LINEAR_ROWS, "found |= wanted", "found = wanted"),
+    "linear rows: ignored rows' entropy has no gradient": Mutant(LINEAR_ROWS, "if OUTPUTS[name].zero_if_ignored and plan", "if plan"),
+    "linear rows: ignored rows' losses are multiplied in backward": Mutant(LINEAR_ROWS, "if OUTPUTS[name].zero_if_ignored and plan", "if not OUTPUTS[name].zero_if_ignored and plan"),
+    "linear rows: the gradient of the logits beside them": Mutant(LINEAR_ROWS, "*arguments, plan.options, grad=logits)", "*arguments, plan.options)"),
+    "linear rows: second-order term dropped": Mutant(LINEAR_ROWS, "if torch.is_grad_enabled() or any(batched(g) for g in given):", "if any(batched(g) for g in given):"),
+    "linear rows: batched gradients are not seen": Mutant(LINEAR_ROWS, "if torch.is_grad_enabled() or any(batched(g) for g in given):", "if torch.is_grad_enabled():"),
+    "linear rows compiled: empty outputs given away": Mutant(LINEAR_ROW_OPERATORS, "it if name in outputs else None for", "it for"),
+    "linear rows compiled: what is saved is not used": Mutant(LINEAR_ROW_OPERATORS, "saved if saved.numel() else None", "None"),
     "linear: kept gradients given away twice": Mutant(LINEAR, "grads, ctx.precomputed_grads = ctx.precomputed_grads, None", "grads = ctx.precomputed_grads"),
     "linear: second-order term dropped": Mutant(LINEAR, "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),
     "upstream gradient of images not flattened": Mutant(TORCH, "g.reshape(rows)", "g.expand(rows)", ("derivatives",)),
@@ -284,7 +315,13 @@ def runs_of(folder: str) -> set[str]:
 def fails(mutant: Mutant, tree: Path, marks: str) -> bool:
     """Whether a test of those marks fails."""
     tests = [f"tests/test_{name}.py" for name in mutant.tests or OWN.get(mutant.file, TESTS)]
-    on_cpu = mutant.tests or mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {SOFTMAX, SOFTMAX_HOST, OUTPUTS}
+    on_cpu = mutant.tests or mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {
+        SOFTMAX,
+        SOFTMAX_HOST,
+        OUTPUTS,
+        LINEAR_ROWS,
+        LINEAR_ROW_OPERATORS,
+    }
     place = "not interpreter" if on_cpu else "interpreter or launch"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", marks, "-k", place, *tests]
     run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True)

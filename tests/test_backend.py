@@ -17,6 +17,7 @@ from softmax_fused import (
     distributed,
     functional,
     linear_cross_entropy,
+    linear_cross_entropy_rows,
     log_softmax,
     softmax,
 )
@@ -286,6 +287,12 @@ def losses_and_gradients(**options: object) -> dict[str, tuple[torch.Tensor, tor
         "grad_in_forward": lambda: cross_entropy(z, target, grad_in_forward=True, **options),
         "inplace_backward": lambda: cross_entropy(z * 1, target, inplace_backward=True, **options),
         "linear_cross_entropy": lambda: linear_cross_entropy(z, w, target, reduction="none", chunk_rows=4, **options),
+        "linear_cross_entropy, capped": lambda: linear_cross_entropy(
+            z, w, target, softcap=2.0, chunk_rows=4, **options
+        ),
+        "linear_cross_entropy_rows": lambda: sum(
+            linear_cross_entropy_rows(z, w, target, outputs=("loss", "entropy"), chunk_rows=4, **options)[:4:3]
+        ),
         "cross_entropy_rows": lambda: sum(
             it.float() for it in cross_entropy_rows(z, target, **options) if it is not None
         ),
@@ -312,7 +319,7 @@ def test_every_operation_reaches_a_third_backend(monkeypatch: pytest.MonkeyPatch
     third = register(monkeypatch, everything=True)
     found = losses_and_gradients(backend="third")
     assert third.cross_entropy.called() == {"loss", "gradient", "loss_and_gradient", "rescale_gradient"}
-    assert third.row_outputs.called() == {"forward", "gradient"}
+    assert third.row_outputs.called() == {"saved_shape", "forward", "gradient"}
     assert third.softmax.called() == {"forward", "backward"}
     assert third.vocab_parallel.called() == {"prepare", "statistics", "terms", "finalize", "gradient"}
     torch.testing.assert_close(found, losses_and_gradients())
@@ -332,7 +339,7 @@ def test_what_a_third_backend_does_not_offer_falls_back(monkeypatch: pytest.Monk
     monkeypatch.setattr(TorchBackend, "vocab_parallel", slices)
     found = losses_and_gradients(backend="third")
     assert third.cross_entropy.called() == {"loss", "gradient", "loss_and_gradient", "rescale_gradient"}
-    assert rows.called() == {"forward", "gradient"}
+    assert rows.called() == {"saved_shape", "forward", "gradient"}
     assert slices.called() >= {"statistics", "finalize", "gradient"}
     torch.testing.assert_close(found, losses_and_gradients())
     z = torch.zeros(2, 3, requires_grad=True)

@@ -21,10 +21,14 @@ def test_every_provider_computes_the_same() -> None:
     expected = torch.nn.functional.cross_entropy(x @ w.T, target)
     for loss in linear.PROVIDERS.values():
         torch.testing.assert_close(loss(x, w, target), expected)
+    p = torch.softmax(x @ w.T, 1)
+    entropy = -(p * p.log()).sum(1).mean()
+    for loss in linear.ROWS_PROVIDERS.values():
+        torch.testing.assert_close(loss(x, w, target), expected - 0.01 * entropy)
 
 
 def test_the_record_is_written_after_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "CASES", [TINY, TINY._replace(rows=9)])
+    monkeypatch.setattr(linear, "CASES", [TINY, TINY._replace(rows=9), TINY._replace(operation="rows")])
     monkeypatch.setattr(linear, "peak_bytes", lambda name, case, clock, job: 100 if name == BASE else 25)
     written = []
     write_json = linear.write_json
@@ -35,13 +39,14 @@ def test_the_record_is_written_after_every_case(tmp_path: Path, monkeypatch: pyt
     linear.main()
     record = json.loads((tmp_path / "found.json").read_text())
     providers = len(linear.PROVIDERS)
-    assert written == [providers, 2 * providers]
+    assert written == [providers, 2 * providers, 2 * providers + len(linear.ROWS_PROVIDERS)]
     assert record["complete"]
     ours = next(row for row in record["rows"] if row["provider"] == OURS)
     assert (ours["rows"], ours["rounds"], ours["peak_to_torch"]) == (8, 2, 0.25)
     lines = linear.table(record["rows"]).splitlines()
     assert len(lines) == 4
     assert lines[3].startswith("| 9, 4, 10 | float32 |")
+    assert len(linear.table(record["rows"], "rows").splitlines()) == 3
 
 
 def test_the_peak_is_that_of_a_process_of_its_own() -> None:

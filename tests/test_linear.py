@@ -1,6 +1,6 @@
 """A linear layer and its loss in one: every argument against float64, and every way to differentiate."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -40,20 +40,38 @@ def make_targets(kind: str, shape: tuple[int, ...], dtype: torch.dtype, place: P
     return target, options
 
 
-def at_once(tensors: Sequence[Tensor], target: Tensor, **options: object) -> Tensor:
+def changed(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """The logits scaled and capped, by the formula."""
+    logits = logits if logit_scale == 1 else logit_scale * logits
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def at_once(
+    tensors: Sequence[Tensor], target: Tensor, logit_scale: float = 1.0, softcap: float | None = None, **options: object
+) -> Tensor:
     """Torch's loss of torch's layer."""
     x, w, b = tensors
     logits = F.linear(x, w.flatten(0, -2), b.flatten()).view(*x.shape[:-1], *w.shape[:-1])
+    logits = changed(logits, logit_scale, softcap)
     return F.cross_entropy(logits, target, **options)
 
 
-def in_float64(tensors: Sequence[Tensor], target: Tensor, upstream: Tensor, **options: object) -> list[Tensor]:
+def in_float64(
+    tensors: Sequence[Tensor],
+    target: Tensor,
+    upstream: Tensor,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    **options: object,
+) -> list[Tensor]:
     """Loss and gradients of input, weight and bias, written from the maths."""
     x, w, b = (tensor.detach().double() for tensor in tensors)
     rows, classes = x.view(-1, x.shape[-1]), w.flatten(0, -2)
     logits = (rows @ classes.T + b.flatten()).view(*x.shape[:-1], *w.shape[:-1])
-    truth = reference.cross_entropy(logits, target, upstream=upstream.double(), **options)
-    g = truth.grad.reshape(len(rows), len(classes))
+    effective = changed(logits, logit_scale, softcap)
+    truth = reference.cross_entropy(effective, target, upstream=upstream.double(), **options)
+    slope = logit_scale * (1 if softcap is None else 1 - (effective / softcap).square())
+    g = (truth.grad * slope).reshape(len(rows), len(classes))
     return [truth.loss, (g @ classes).view(x.shape), (g.T @ rows).view(w.shape), g.sum(0).view(b.shape)]
 
 
@@ -107,6 +125,34 @@ def test_every_shape(place: Place, rows: tuple[int, ...], sizes: tuple[int, ...]
     assert_right(place, tensors, target, 2, reduction=reduction, **options)
 
 
+@pytest.mark.parametrize(("logit_scale", "softcap"), [(0.5, None), (-1.5, 3.0), (1, 2)])
+@crossed(
+    kind=KINDS,
+    reduction=["mean", "sum", "none"],
+    dtype=[torch.float32, torch.float64, torch.bfloat16],
+    sizes=[(11,), (6, 2), (1500,)],
+)
+def test_scaled_and_capped(
+    place: Place, kind: str, reduction: str, dtype: torch.dtype, sizes: tuple[int, ...], logit_scale: float,
+    softcap: float | None,
+) -> None:  # fmt: skip
+    tensors = make_layer((7,), sizes, 5, dtype, place)
+    target, options = make_targets(kind, (7, *sizes), dtype, place)
+    assert_right(place, tensors, target, 3, reduction=reduction, logit_scale=logit_scale, softcap=softcap, **options)
+
+
+def test_scaled_and_capped_at_once() -> None:
+    tensors = make_layer((7,), (11,), 5, torch.float32, CPU)
+    target = make_indices((7, 11), "cpu")
+    assert_right(CPU, tensors, target, None, logit_scale=2.0, softcap=3.0)
+    x, w, b = tensors
+    options = {"linear_bias": b, "logit_scale": 2.0, "softcap": 3.0, "backend": "torch"}
+    torch.testing.assert_close(
+        linear_cross_entropy(x, w, target, **options),
+        linear_cross_entropy(x, w, target, **options, chunk_rows=2),
+    )
+
+
 def test_strided_tensors(place: Place) -> None:
     x, w, b = make_layer((7,), (11,), 5, torch.float32, place)
     strided = [torch.stack([t.detach(), t.detach()], -1)[..., 0].requires_grad_() for t in (x, w.T, b)]
@@ -114,12 +160,26 @@ def test_strided_tensors(place: Place) -> None:
     assert_right(place, [strided[0], strided[1].T, strided[2]], target, 3)
 
 
+Products = dict[str, list[int]]
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> Products:
+    """The rows of each matrix product: for logits, and for the gradients of input and weight."""
+    seen: Products = {"logits": [], "input": [], "weight": []}
+    which = {"project": ("logits", 0), "multiply_gradient": ("input", 0), "add_product": ("weight", 1)}
+
+    def counted(function: Callable[..., object], name: str, operand: int) -> Callable[..., object]:
+        return lambda *args: (seen[name].append(len(args[operand])), function(*args))[1]
+
+    for function, (name, operand) in which.items():
+        monkeypatch.setattr(chunked_linear, function, counted(getattr(chunked_linear, function), name, operand))
+    return seen
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("wanted", range(8), ids="{:03b}".format)
-def test_every_subset_of_gradients(place: Place, wanted: int, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    products: list[str] = []
-    add_product = chunked_linear.add_product
-    monkeypatch.setattr(chunked_linear, "add_product", lambda *args: (products.append("weight"), add_product(*args)))
+def test_every_subset_of_gradients(place: Place, wanted: int, reduction: str, products: Products) -> None:
     tensors = make_layer((7,), (11,), 5, torch.float32, place)
     target = make_indices((7, 11), place.device)
     loss = at_once(tensors, target, reduction=reduction)
@@ -137,7 +197,53 @@ def test_every_subset_of_gradients(place: Place, wanted: int, reduction: str, mo
         assert (tensor.grad is not None) == need
         if need:
             torch.testing.assert_close(tensor.grad, right)
-    assert len(products) == (3 if needs[1] else 0)
+    assert products["logits"] == [3, 3, 1] * (2 if reduction == "none" and any(needs) else 1)
+    assert products["input"] == [3, 3, 1] * needs[0]
+    assert products["weight"] == [3, 3, 1] * needs[1]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("sizes", [(6,), (6, 2)], ids=str)
+def test_ignored_rows_are_not_multiplied(
+    place: Place, sizes: tuple[int, ...], reduction: str, products: Products
+) -> None:
+    tensors = make_layer((10,), sizes, 4, torch.float32, place)
+    target = make_indices((10, *sizes), place.device)
+    target[1::2] = target[6] = -100
+    if len(sizes) > 1:
+        target[0, 0] = -100  # the row's other position has a class
+    for options in ({}, {"label_smoothing": 0.1, "weight": torch.rand(6, device=place.device)}):
+        for seen in products.values():
+            seen.clear()
+        assert_right(place, tensors, target, 3, reduction=reduction, **options)
+        chunks = [2, 2] if place.device == "cpu" else [3, 3, 3, 1]
+        assert products["input"] == products["weight"] == chunks
+        assert products["logits"] == chunks * (2 if reduction == "none" else 1)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_ignored_rows_have_loss_and_gradient_zero(place: Place, reduction: str) -> None:
+    x, w, b = make_layer((6,), (5,), 4, torch.float32, place)
+    target = make_indices((6, 5), place.device).index_fill_(0, torch.tensor([0, 3], device=place.device), 4)
+    loss = linear_cross_entropy(
+        x, w, target, linear_bias=b, reduction=reduction, ignore_index=4, chunk_rows=2, backend=place.backend
+    )
+    ignored = target == 4
+    if reduction == "none":
+        assert loss[ignored].eq(0).all()
+        assert loss[~ignored].gt(0).all()
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert grad[ignored].eq(0).all()
+    assert grad[~ignored].ne(0).all()
+
+
+def test_bytes_as_classes_are_not_taken_for_the_ignored_index(place: Place) -> None:
+    """In eight bits 156 and -100 are equal."""
+    x, w, _ = make_layer((3,), (200,), 4, torch.float32, place)
+    target = torch.tensor([156, 3, 199], device=place.device)
+    for reduction in ("mean", "none"):
+        found = linear_cross_entropy(x, w, target.byte(), reduction=reduction, chunk_rows=2, backend=place.backend)
+        torch.testing.assert_close(found, F.cross_entropy(F.linear(x, w), target, reduction=reduction))
 
 
 def test_without_bias_and_without_gradient(place: Place) -> None:

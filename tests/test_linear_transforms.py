@@ -39,9 +39,13 @@ def test_derivatives_of_higher_order(place: Place, sizes: tuple[int, ...], reduc
     target.view(-1)[0] = -100
     options = {"reduction": reduction, "label_smoothing": 0.1}
     x, w, b = tensors
-    loss = linear_cross_entropy(x, w, target, linear_bias=b, chunk_rows=2, backend=place.backend, **options)
-    for ours, theirs in zip(second(loss, tensors), second(at_once(tensors, target, **options), tensors), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for changes in ({}, {"logit_scale": -0.5, "softcap": 2.0}):
+        loss = linear_cross_entropy(
+            x, w, target, linear_bias=b, chunk_rows=2, backend=place.backend, **options, **changes
+        )
+        expected = second(at_once(tensors, target, **options, **changes), tensors)
+        for ours, theirs in zip(second(loss, tensors), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_second_derivatives_where_the_weight_comes_from_the_input(place: Place) -> None:
@@ -57,11 +61,15 @@ def test_numerical_derivatives(reduction: str) -> None:
     tensors = make_layer((3,), (4,), 2, torch.float64, CPU)
     probabilities = make_probabilities((3, 4), torch.float64, "cpu")
 
-    def loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return linear_cross_entropy(x, w, probabilities, linear_bias=b, reduction=reduction, chunk_rows=2)
+    for softcap in (None, 1.5):
 
-    assert torch.autograd.gradcheck(loss, tensors, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(loss, tensors)
+        def loss(x: Tensor, w: Tensor, b: Tensor, softcap: float | None = softcap) -> Tensor:
+            return linear_cross_entropy(
+                x, w, probabilities, linear_bias=b, reduction=reduction, softcap=softcap, chunk_rows=2
+            )
+
+        assert torch.autograd.gradcheck(loss, tensors, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(loss, tensors)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -116,8 +124,8 @@ def compiled_gradients(function: Callable[..., Tensor], *tensors: Tensor) -> tup
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_transforms(place: Place, transform: Callable[..., object], reduction: str) -> None:
+@pytest.mark.parametrize(("reduction", "changes"), [("mean", {}), ("none", {}), ("mean", {"softcap": 2.0})], ids=str)
+def test_transforms(place: Place, transform: Callable[..., object], reduction: str, changes: dict) -> None:
     if reduction == "none" and "grad" in transform.__code__.co_names and transform is not TRANSFORMS["checkpoint"]:
         reduction = "sum"  # torch.func.grad wants a scalar
     tensors = make_layer((5,), (6,), 3, torch.float64, place)
@@ -125,11 +133,11 @@ def test_transforms(place: Place, transform: Callable[..., object], reduction: s
 
     def ours(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return linear_cross_entropy(
-            x, w, target, linear_bias=b, reduction=reduction, chunk_rows=2, backend=place.backend
+            x, w, target, linear_bias=b, reduction=reduction, chunk_rows=2, backend=place.backend, **changes
         )
 
     def theirs(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x, w, b), target, reduction=reduction)
+        return at_once((x, w, b), target, reduction=reduction, **changes)
 
     torch.testing.assert_close(transform(ours, *tensors), transform(theirs, *tensors))
 
@@ -162,11 +170,12 @@ def test_compiled_it_goes_in_chunks_too(wanted: int, reduction: str, monkeypatch
     assert seen == [*chunks, *([3, 2] if reduction != "none" else [3, 2] * 2)]
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_operator_is_what_it_says(reduction: str) -> None:
+def test_the_operator_is_what_it_says(reduction: str, softcap: float | None) -> None:
     x, w, _ = make_layer((7,), (11,), 5, torch.float32, CPU)
     target = make_indices((7, 11), "cpu")
-    options = ([True, True, False], reduction, -100, 0.1, torch.float32, [11], 3, torch.float32, "torch")
+    options = ([True, True, False], reduction, -100, 0.1, 0.5, softcap, torch.float32, [11], 3, torch.float32, "torch")
     torch.library.opcheck(torch.ops.softmax_fused.linear_cross_entropy.default, (x, w, None, target, None, *options))
 
 
@@ -242,7 +251,20 @@ def test_raises_what_torch_raises(arguments: tuple, options: dict, message: str,
         assert ours.type is type(outcome(torchs, arguments, options))
 
 
+@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize(("arguments", "options", "message"), BAD.values(), ids=BAD.keys())
+def test_raises_the_same_where_logits_are_capped(
+    arguments: tuple, options: dict, message: str, rows: int | None
+) -> None:
+    with pytest.raises((IndexError, RuntimeError, ValueError), match=message):
+        linear_cross_entropy(*arguments, **options, chunk_rows=rows, softcap=5.0)
+
+
 def test_other_refusals() -> None:
+    with pytest.raises(ValueError, match="softcap must be a positive number or None; got 0"):
+        linear_cross_entropy(X, W, Y, softcap=0)
+    with pytest.raises(TypeError, match="logit_scale must be a number; got str '2'"):
+        linear_cross_entropy(X, W, Y, logit_scale="2")
     for rows in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="chunk_rows must be a positive integer or None; got"):
             linear_cross_entropy(X, W, Y, chunk_rows=rows)
@@ -254,12 +276,12 @@ def test_other_refusals() -> None:
 
 @needs_torchs
 def test_the_arguments_are_torchs() -> None:
-    for ours, theirs in (
-        (linear_cross_entropy, F.linear_cross_entropy),
-        (LinearCrossEntropyLoss, torch.nn.LinearCrossEntropyLoss),
+    for ours, theirs, ours_alone in (
+        (linear_cross_entropy, F.linear_cross_entropy, ["logit_scale", "softcap"]),
+        (LinearCrossEntropyLoss, torch.nn.LinearCrossEntropyLoss, []),
     ):
         expected = [name for name in inspect.signature(theirs).parameters if name != "options"]
-        assert list(inspect.signature(ours).parameters) == [*expected, "chunk_rows", "backend"]
+        assert list(inspect.signature(ours).parameters) == [*expected, *ours_alone, "chunk_rows", "backend"]
 
 
 def module_pair() -> tuple[LinearCrossEntropyLoss, torch.nn.Module]:

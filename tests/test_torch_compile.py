@@ -24,6 +24,7 @@ from softmax_fused import (
     cross_entropy_rows,
     information,
     linear_cross_entropy,
+    linear_cross_entropy_rows,
     log_prob,
     log_softmax,
     softmax,
@@ -57,6 +58,10 @@ EVERY_CALL: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
     "linear_cross_entropy": lambda z, y, w: linear_cross_entropy(z, w, y),
     "linear_cross_entropy, chunks": lambda z, y, w: linear_cross_entropy(z, w, y, chunk_rows=3),
     "linear_cross_entropy, torch": lambda z, y, w: linear_cross_entropy(z, w, y, weight=w[0], backend="torch"),
+    "linear_cross_entropy_rows": lambda z, y, w: linear_cross_entropy_rows(z, w, y),
+    "linear_cross_entropy_rows, chunks": lambda z, y, w: linear_cross_entropy_rows(
+        z, w, y, outputs=["loss", "entropy", "prediction"], softcap=3.0, chunk_rows=3
+    ),
     "softmax": lambda z, y, w: softmax(z, 1),
     "log_softmax": lambda z, y, w: log_softmax(z, 1, backend="torch"),
     "information": lambda z, y, w: information.kl_divergence_from_logits(z, w) + information.entropy(z.softmax(1)),

@@ -6,6 +6,7 @@ from softmax_fused.functional.activation import log_softmax, softmax
 from softmax_fused.functional.causal_lm import causal_lm_loss
 from softmax_fused.functional.likelihood import log_prob
 from softmax_fused.functional.linear import linear_cross_entropy
+from softmax_fused.functional.linear_rows import linear_cross_entropy_rows
 from softmax_fused.functional.loss import cross_entropy
 from softmax_fused.functional.rows import cross_entropy_rows
 
@@ -16,6 +17,7 @@ __all__ = [
     "cross_entropy_rows",
     "explain_backend",
     "linear_cross_entropy",
+    "linear_cross_entropy_rows",
     "log_prob",
     "log_softmax",
     "softmax",

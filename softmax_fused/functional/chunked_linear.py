@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from softmax_fused._dispatch import get_backend, row_operations
+from softmax_fused._row_outputs import DIFFERENTIABLE
+from softmax_fused._spec import RowSpec
 from softmax_fused.backends.torch import cross_entropy as torch_loss
 from softmax_fused.backends.torch.chunks import pieces
-from softmax_fused.backends.torch.targets import kind
+from softmax_fused.backends.torch.row_outputs import effective
+from softmax_fused.backends.torch.targets import kind, make_spec
 from softmax_fused.functional.autograd import batched
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-    from softmax_fused._spec import CrossEntropyOperations, Spec
+    from softmax_fused._spec import CrossEntropyOperations, RowOutputsOperations, Spec
 
 SMALLEST_CHUNK = 2**24
 """The fewest logits in a chunk by default: below 64 MiB of float32 there is no memory worth saving."""
@@ -32,12 +36,18 @@ SMALLEST_CHUNK = 2**24
 class Plan(NamedTuple):
     """What a call asks for, beside its tensors."""
 
-    spec: Spec
+    options: RowSpec  # its spec has the reduction of the loss
     operations: CrossEntropyOperations
+    row_operations: RowOutputsOperations
     sizes: tuple[int, ...]  # shape (C, d1, ..., dk) of a row of logits
     rows: int  # the most rows in a chunk
     dtype: torch.dtype  # of the layer: what autocast casts its tensors to, or their own
     products: torch.dtype  # of the matrix products
+
+    @property
+    def spec(self) -> Spec:
+        """What is asked of the loss."""
+        return self.options.spec
 
 
 class Layer(NamedTuple):
@@ -65,6 +75,30 @@ def default_rows(rows: int, features: int, classes: int) -> int:
     return max(1, max(features * max(rows, classes), SMALLEST_CHUNK) // classes)
 
 
+def make_plan(
+    layer: Layer,
+    outputs: tuple[str, ...],
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    logit_scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    rows: int,
+    layer_dtype: torch.dtype,
+    backend: str,
+) -> Plan:
+    """Put together what a call asks for, in the order of the custom operators' arguments."""
+    x = layer.input
+    logits = x.new_empty(1).expand(x.shape[0], *sizes)
+    spec = make_spec(logits, layer.target, reduction, ignore_index, label_smoothing, dtype)
+    options = RowSpec(spec, float(logit_scale), None if softcap is None else float(softcap), outputs)
+    chosen = get_backend(backend, x.device.type)
+    products = product_dtype(layer_dtype, x.device)
+    return Plan(options, chosen.cross_entropy, row_operations(chosen), tuple(sizes), rows, layer_dtype, products)
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which products of `dtype` are summed over chunks."""
     return torch.promote_types(dtype, torch.float32)
@@ -90,10 +124,22 @@ def add_product(total: Tensor, g: Tensor, x: Tensor) -> None:
         total.add_(g.t() @ x)
 
 
+def multiply_gradient(g: Tensor, w: Tensor, at: slice | Tensor, out: Tensor) -> None:
+    """Write g W to the rows `at` of `out`."""
+    if isinstance(at, slice):
+        torch.mm(g, w, out=out[at])
+    else:
+        out.index_copy_(0, at, g @ w)
+
+
 def chunk_losses(z: Tensor, layer: Layer, plan: Plan, upstream: Tensor | None, differentiate: bool) -> Tensor:
     """Return the losses of a chunk of logits; with `differentiate` write their gradient over it."""
     spec, operations = plan.spec._replace(reduction="none", dtype=plan.spec.acc), plan.operations
     arguments = (z, layer.target, layer.weight)
+    if plan.options.changes_logits:
+        return changed_losses(
+            arguments, plan._replace(options=plan.options._replace(spec=spec)), upstream, differentiate
+        )
     if not differentiate:
         return operations.loss(*arguments, spec, save=False)[0]
     if upstream is None:
@@ -107,32 +153,93 @@ def chunk_losses(z: Tensor, layer: Layer, plan: Plan, upstream: Tensor | None, d
     return losses
 
 
+def changed_losses(
+    arguments: tuple[Tensor, Tensor, Tensor | None], plan: Plan, upstream: Tensor | None, differentiate: bool
+) -> Tensor:
+    """Do the same where the logits are scaled or capped first, which the operations for outputs of rows do."""
+    out, stats = plan.row_operations.forward(*arguments, plan.options, save=differentiate)
+    if differentiate:
+        g = out.loss.new_ones(()).expand_as(out.loss) if upstream is None else upstream
+        of_outputs = [g if name == "loss" else None for name in DIFFERENTIABLE]
+        plan.row_operations.gradient(of_outputs, *arguments, stats, plan.options, grad=arguments[0])
+    return out.loss
+
+
+def numbers_of(rows: Tensor) -> Tensor | None:
+    """Return the numbers of the rows (N, d1..dk) of a mask in which anything is True; None where all N have it."""
+    numbers = rows.flatten(1).any(1) if rows.ndim > 1 else rows
+    return None if bool(numbers.all()) else numbers.nonzero().squeeze(1)
+
+
+def valid_rows(layer: Layer, plan: Plan) -> Tensor | None:
+    """Return the numbers of the rows that are not ignored, None where all rows are multiplied.
+
+    All are on a GPU. The host fixes the shape of a matrix product, and how many rows are ignored is known on the device
+    alone: moving the ignored rows to the end would leave the product as large, and to ask for their number would have
+    the host wait for the device.
+    """
+    if not (plan.spec.target.has_labels and layer.target.is_cpu):
+        return None
+    return numbers_of(layer.target.long() != plan.spec.ignore_index)
+
+
+def chunk_logits(
+    x: Tensor, w: Tensor, b: Tensor | None, plan: Plan, rows: Tensor | None
+) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
+    """Yield the rows of each chunk of `rows`, or of all, with their features and, in one buffer, their logits."""
+    count = len(x) if rows is None else len(rows)
+    parts = pieces(count, len(w), plan.rows * len(w)) if count else []
+    buffer = x.new_empty((parts[0].stop if parts else 0, len(w)))
+    for part in parts:
+        at = part if rows is None else rows[part]
+        features = x[at]
+        yield at, features, project(features, w, b, buffer[: len(features)])
+
+
+class Gradients:
+    """The gradients of x, W and b that are needed, from those of the chunks' logits."""
+
+    def __init__(self, x: Tensor, w: Tensor, needs: Sequence[bool], rows: Tensor | None) -> None:
+        dtype = sum_dtype(w.dtype)
+        self.w = w
+        self.of_x = (torch.empty_like(x) if rows is None else torch.zeros_like(x)) if needs[0] else None
+        self.of_w = torch.zeros_like(w, dtype=dtype) if needs[1] else None
+        self.of_b = w.new_zeros(len(w), dtype=dtype) if needs[2] else None
+
+    def add(self, g: Tensor, x: Tensor, at: slice | Tensor) -> None:
+        """Add what the rows `at`, with features x and gradient g of their logits, contribute."""
+        if self.of_x is not None:
+            multiply_gradient(g, self.w, at, self.of_x)
+        if self.of_w is not None:
+            add_product(self.of_w, g, x)
+        if self.of_b is not None:
+            self.of_b.add_(g.sum(0, dtype=self.of_b.dtype))
+
+    def found(self) -> list[Tensor | None]:
+        """Return them in the order of x, W and b."""
+        return [self.of_x, self.of_w, self.of_b]
+
+
 def run_chunks(
     layer: Layer, plan: Plan, needs: Sequence[bool], upstream: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the loss of each row, and those gradients of x, W and b that `needs` asks for.
 
-    They are for the upstream gradient `upstream` of each row's loss or, where that is None, for 1.
+    They are for the upstream gradient `upstream` of each row's loss or, where that is None, for 1. What is
+    said of ignored rows, loss 0 and gradient 0, is not computed where `valid_rows` leaves them out.
     """
     x, w, b = layer.operands(plan)
+    rows = valid_rows(layer, plan)
     losses = x.new_empty((len(x), *plan.sizes[1:]), dtype=plan.spec.acc)
-    grad_x = torch.empty_like(x) if needs[0] else None
-    grad_w = torch.zeros_like(w, dtype=sum_dtype(w.dtype)) if needs[1] else None
-    grad_b = w.new_zeros(len(w), dtype=sum_dtype(w.dtype)) if needs[2] else None
-    parts = pieces(len(x), len(w), plan.rows * len(w))
-    logits = x.new_empty((parts[0].stop, len(w)))
-    for part in parts:
-        z = project(x[part], w, b, logits[: len(x[part])])
-        chunk = layer._replace(target=layer.target[part])
-        g = None if upstream is None else upstream[part]
-        losses[part] = chunk_losses(z.view(-1, *plan.sizes), chunk, plan, g, any(needs))
-        if grad_x is not None:
-            torch.mm(z, w, out=grad_x[part])
-        if grad_w is not None:
-            add_product(grad_w, z, x[part])
-        if grad_b is not None:
-            grad_b.add_(z.sum(0, dtype=grad_b.dtype))
-    return losses, [grad_x, grad_w, grad_b]
+    if rows is not None:
+        losses.zero_()
+    gradients = Gradients(x, w, needs, rows)
+    for at, features, z in chunk_logits(x, w, b, plan, rows):
+        chunk = layer._replace(target=layer.target[at])
+        g = None if upstream is None else upstream[at]
+        losses[at] = chunk_losses(z.view(-1, *plan.sizes), chunk, plan, g, any(needs))
+        gradients.add(z, features, at)
+    return losses, gradients.found()
 
 
 def reduce(losses: Tensor, layer: Layer, plan: Plan) -> tuple[Tensor, Tensor | None]:
@@ -196,7 +303,7 @@ def differentiable_gradients(upstream: Tensor, layer: Layer, plan: Plan) -> list
     """Compute the gradients in operations that autograd follows, with all logits at once."""
     with torch.autocast(layer.input.device.type, enabled=False):
         x, w, b = layer.operands(plan)
-        logits = F.linear(x, w, b).view(-1, *plan.sizes)
-        g = torch_loss.differentiable_gradient(upstream, logits, layer.target, layer.weight, plan.spec)
-        g = g.reshape(len(x), len(w))
+        logits, slope = effective(F.linear(x, w, b).view(-1, *plan.sizes), plan.options)
+        g = slope * torch_loss.differentiable_gradient(upstream, logits, layer.target, layer.weight, plan.spec)
+        g = g.reshape(len(x), len(w)).to(x.dtype)
         return [g @ w, g.t() @ x, g.sum(0)]

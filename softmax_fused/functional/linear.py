@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from softmax_fused import _errors
@@ -13,12 +14,15 @@ from softmax_fused._dispatch import (
     LAYER,
     LayerCall,
     check_backend,
-    get_backend,
     has_subclass,
     layer_dtype,
     loss_dtype,
     route,
+    supports_fused,
 )
+from softmax_fused._fallback import validate
+from softmax_fused._spec import RowSpec
+from softmax_fused.backends.torch.row_outputs import effective
 from softmax_fused.backends.torch.targets import make_spec
 from softmax_fused.functional import linear_operators
 from softmax_fused.functional.chunked_linear import (
@@ -26,11 +30,13 @@ from softmax_fused.functional.chunked_linear import (
     LinearCrossEntropy,
     Plan,
     default_rows,
-    product_dtype,
+    make_plan,
     reduce,
     run_chunks,
 )
+from softmax_fused.functional.linear_operators import LOSS
 from softmax_fused.functional.loss import cross_entropy
+from softmax_fused.functional.rows import check_options, known_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,19 +52,26 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""Cross-entropy of a linear layer's logits, of which one chunk of rows exists at a time.
 
     .. math::
-        z = x W^T + b, \qquad
+        z = \mathrm{softcap} \cdot \tanh(\mathrm{logit\_scale} \cdot (x W^T + b) / \mathrm{softcap}), \qquad
         \ell_n = -\sum_c w_c \left((1-\epsilon)\, t_{nc} + \frac{\epsilon}{C}\right) \log \mathrm{softmax}(z_n)_c
 
     Loss and gradient are those of `cross_entropy(torch.nn.functional.linear(input, linear_weight, linear_bias), ...)`,
-    up to rounding. The gradients of a mean or sum are computed along with it, chunk by chunk, and that of 16-bit
-    weights is summed in float32; those of reduction "none" take the logits once more. A stand-in for
-    `torch.nn.functional.linear_cross_entropy` on every torch.
+    of logits that are scaled and capped where that is asked for, up to rounding. The gradients of a mean or sum are
+    computed along with it, chunk by chunk, and that of 16-bit weights is summed in float32; those of reduction "none"
+    take the logits once more. What needs no gradient costs no matrix product: a frozen head or frozen features. A
+    stand-in for `torch.nn.functional.linear_cross_entropy` on every torch.
+
+    On the CPU, rows with an ignored class index take part in no matrix product. On a GPU they do: how many rows are
+    left is known on the device alone, and to wait for it would stall the host. Whoever knows the number, or can wait,
+    saves them by `input[kept]` and `target[kept]`.
 
     Args:
         input: Features (D,) or (N, D); float16, bfloat16, float32 or float64.
@@ -70,6 +83,8 @@ def linear_cross_entropy(
         reduction: "mean", "sum" or "none".
         ignore_index: Class index whose rows have no loss and no gradient; None is -100.
         label_smoothing: Share e of the target spread evenly over the classes, at most 1.
+        logit_scale: What the logits are multiplied by, as by `cross_entropy_rows`.
+        softcap: Bound of the logits after scaling, by tanh; None for none.
         chunk_rows: Rows of input whose logits exist at a time, at most; None for as many as let the chunk be as large
             as the input or the weight, whichever is larger, and not below 2**24 logits.
         backend: As in `cross_entropy`.
@@ -84,7 +99,8 @@ def linear_cross_entropy(
 
     Raises:
         IndexError: A class index lies outside [0, C), on the CPU; on a GPU the row's loss is NaN, and so are gradients.
-        ValueError: Unknown reduction or backend, batch sizes that differ, or chunk_rows below 1.
+        ValueError: Unknown reduction or backend, batch sizes that differ, chunk_rows below 1, a scale that is not
+            finite or a cap that is not positive.
         RuntimeError: Shapes or dtypes that do not fit, label_smoothing above 1, kernels asked for where none can run.
         TypeError: An argument of the wrong type.
 
@@ -109,12 +125,13 @@ def linear_cross_entropy(
     check_backend(backend)
     check_chunk(chunk_rows)
     ignore_index = -100 if ignore_index is None else ignore_index
-    options = (reduction, ignore_index, label_smoothing)
+    (check_options if is_compiling() else known_options)(logit_scale, softcap, LOSS, None)
+    options = (reduction, ignore_index, label_smoothing, logit_scale, softcap)
     if has_torch_function_variadic(*tensors) and not has_subclass(tensors):
         loss: Tensor = handle_torch_function(
             linear_cross_entropy, tensors, input, linear_weight, target, linear_bias=linear_bias, weight=weight,
-            reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, chunk_rows=chunk_rows,
-            backend=backend,
+            reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, logit_scale=logit_scale,
+            softcap=softcap, chunk_rows=chunk_rows, backend=backend,
         )  # fmt: skip
         return loss
     shape = logits_shape(input, linear_weight, linear_bias)
@@ -123,28 +140,38 @@ def linear_cross_entropy(
     path = route(LAYER, backend, (call,))
     if path in ("small", "torch"):
         return unchunked(*tensors, *options, shape, backend)
-    dtype, logits = layer_dtype(input), call.logits()
-    spec = make_spec(logits, target, *options, loss_dtype(logits, target))
-    single = input.ndim == 1
-    rows = input.unsqueeze(0) if single else input
-    layer = Layer(
-        rows,
-        linear_weight.reshape(-1, input.shape[-1]),
-        None if linear_bias is None else linear_bias.reshape(-1),
-        target.unsqueeze(0) if single else target,
-        weight,
-    )
-    chunk = chunk_rows or default_rows(rows.shape[0], rows.shape[1], layer.linear_weight.shape[0])
-    sizes = shape if single else shape[1:]
+    layer, options_of_plan = prepare(call, logit_scale, softcap, backend)
     if path == "operator":
-        options_of_plan = (sizes, chunk, dtype, backend)
-        loss = linear_operators.linear_cross_entropy(
-            *layer, needs_grad(layer), reduction, ignore_index, float(label_smoothing), spec.dtype, *options_of_plan
-        )[0]
+        loss = linear_operators.linear_cross_entropy(*layer, needs_grad(layer), *options_of_plan)[0]
     else:
-        operations = get_backend(backend, input.device.type).cross_entropy
-        loss = chunked(layer, Plan(spec, operations, sizes, chunk, dtype, product_dtype(dtype, input.device)))
-    return loss.squeeze(0) if single and reduction == "none" else loss
+        loss = chunked(layer, make_plan(layer, LOSS, *options_of_plan))
+    return loss.squeeze(0) if input.ndim == 1 and reduction == "none" else loss
+
+
+def prepare(call: LayerCall, logit_scale: float, softcap: float | None, backend: str) -> tuple[Layer, tuple[Any, ...]]:
+    """Return the tensors of a call as rows and matrices, and the options of `make_plan`."""
+    x, w, b = call.input, call.linear_weight, call.linear_bias
+    target, weight, ignore_index, reduction, label_smoothing = call.loss
+    if x.ndim == 1:
+        x, target, sizes = x.unsqueeze(0), target.unsqueeze(0), call.shape
+    else:
+        sizes = call.shape[1:]
+    layer = Layer(x, w.reshape(-1, x.shape[1]), None if b is None else b.reshape(-1), target, weight)
+    chunk = call.chunk_rows or default_rows(x.shape[0], x.shape[1], layer.linear_weight.shape[0])
+    dtype = loss_dtype(call.logits(), call.loss[0])
+    transform = (float(logit_scale), None if softcap is None else float(softcap))
+    options = (
+        reduction,
+        ignore_index,
+        float(label_smoothing),
+        *transform,
+        dtype,
+        sizes,
+        chunk,
+        layer_dtype(x),
+        backend,
+    )
+    return layer, options
 
 
 def check_chunk(chunk_rows: Any) -> None:
@@ -203,18 +230,27 @@ def unchunked(
     reduction: str,
     ignore_index: int,
     label_smoothing: float,
+    logit_scale: float,
+    softcap: float | None,
     shape: tuple[int, ...],
     backend: str,
 ) -> Tensor:
     """Compute all logits at once, and their loss."""
+    logits = all_logits(input, linear_weight, linear_bias, shape)
+    options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if logit_scale == 1 and softcap is None:
+        return cross_entropy(logits, target, weight, **options, backend=backend)
+    arguments = (logits, target, weight, ignore_index, reduction, label_smoothing)
+    if not supports_fused(*arguments):
+        validate(*arguments, values=not is_compiling())
+    dtype = loss_dtype(logits, target)
+    spec = make_spec(logits, target, reduction, ignore_index, label_smoothing, dtype)
+    x, _ = effective(logits, RowSpec(spec, float(logit_scale), softcap, LOSS))
+    weight = None if weight is None else weight.to(x.dtype)
+    return cross_entropy(x, target, weight, **options, backend=backend).to(dtype)
+
+
+def all_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Compute the logits."""
     bias = None if linear_bias is None else linear_bias.reshape(-1)
-    logits = F.linear(input, linear_weight.reshape(-1, input.shape[-1]), bias).reshape(shape)
-    return cross_entropy(
-        logits,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        backend=backend,
-    )
+    return F.linear(input, linear_weight.reshape(-1, input.shape[-1]), bias).reshape(shape)

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softmax_fused._dispatch import get_backend
-from softmax_fused.backends.torch.targets import make_spec
-from softmax_fused.functional.chunked_linear import Layer, Plan, product_dtype, reduce, run_chunks, sum_dtype
+from softmax_fused.functional.chunked_linear import Layer, Plan, make_plan, reduce, run_chunks, sum_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,30 +19,11 @@ if TYPE_CHECKING:
 
 TENSORS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
 OPTIONS = (
-    "bool[] needs, str reduction, SymInt ignore_index, float label_smoothing, ScalarType dtype, SymInt[] sizes, "
-    "SymInt rows, ScalarType layer_dtype, str backend"
+    "bool[] needs, str reduction, SymInt ignore_index, float label_smoothing, float logit_scale, float? softcap, "
+    "ScalarType dtype, SymInt[] sizes, SymInt rows, ScalarType layer_dtype, str backend"
 )
+LOSS = ("loss",)
 NO_GRADIENTS = (False, False, False)
-
-
-def make_plan(
-    layer: Layer,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    dtype: torch.dtype,
-    sizes: Sequence[int],
-    rows: int,
-    layer_dtype: torch.dtype,
-    backend: str,
-) -> Plan:
-    """Put an operator's arguments together."""
-    x = layer.input
-    logits = x.new_empty(1).expand(x.shape[0], *sizes)
-    spec = make_spec(logits, layer.target, reduction, ignore_index, label_smoothing, dtype)
-    products = product_dtype(layer_dtype, x.device)
-    operations = get_backend(backend, x.device.type).cross_entropy
-    return Plan(spec, operations, tuple(sizes), rows, layer_dtype, products)
 
 
 def filled(layer: Layer, gradients: Sequence[Tensor | None]) -> list[Tensor]:
@@ -72,7 +51,7 @@ def empty_gradients(layer: Layer, plan: Plan, needs: Sequence[bool]) -> list[Ten
 def linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute the loss and, for a mean or sum, the gradients that `needs` names."""
     layer, (needs, *options) = Layer(*arguments[:5]), arguments[5:]
-    plan = make_plan(layer, *options)
+    plan = make_plan(layer, LOSS, *options)
     losses, grads = run_chunks(layer, plan, NO_GRADIENTS if plan.spec.reduction == "none" else needs)
     loss, factor = reduce(losses, layer, plan)
     return loss, losses.new_ones(()) if factor is None else factor, *filled(layer, grads)
@@ -81,7 +60,7 @@ def linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
 @linear_cross_entropy.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     layer, (needs, *options) = Layer(*arguments[:5]), arguments[5:]
-    plan = make_plan(layer, *options)
+    plan = make_plan(layer, LOSS, *options)
     each = plan.spec.reduction == "none"
     loss = layer.input.new_empty((layer.input.shape[0], *plan.sizes[1:]) if each else (), dtype=plan.spec.dtype)
     factor = layer.input.new_empty((), dtype=plan.spec.acc)
@@ -96,13 +75,13 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 def linear_cross_entropy_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Compute the gradients for the upstream gradient of each row."""
     layer, (needs, *options) = Layer(*arguments[:5]), arguments[5:]
-    return tuple(filled(layer, run_chunks(layer, make_plan(layer, *options), needs, upstream)[1]))
+    return tuple(filled(layer, run_chunks(layer, make_plan(layer, LOSS, *options), needs, upstream)[1]))
 
 
 @linear_cross_entropy_backward.register_fake
 def _(_upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     layer, (needs, *options) = Layer(*arguments[:5]), arguments[5:]
-    return tuple(empty_gradients(layer, make_plan(layer, *options), needs))
+    return tuple(empty_gradients(layer, make_plan(layer, LOSS, *options), needs))
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -16,6 +16,7 @@ from softmax_fused._dispatch import (
     ROWS_WITHOUT_LOSS,
     check_backend,
     get_backend,
+    has_subclass,
     loss_dtype,
     route,
     row_operations,
@@ -48,7 +49,7 @@ def check_options(logit_scale: Any, softcap: Any, outputs: Any, dtype: Any) -> t
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
         if type(value) not in (int, float) and not (name == "softcap" and value is None):
             raise _errors.not_a_number(name, value)
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:  # math.isfinite would break the graph of torch.compile
         raise _errors.infinite_scale(logit_scale)
     if softcap is not None and not 0 < softcap < math.inf:
         raise _errors.wrong_cap(softcap)
@@ -58,6 +59,16 @@ def check_options(logit_scale: Any, softcap: Any, outputs: Any, dtype: Any) -> t
     if dtype is not None and dtype not in FLOATS:
         raise _errors.wrong_dtype(dtype)
     return tuple(name for name in NAMES if name in wanted)
+
+
+def check_target_class(wanted: tuple[str, ...], has_labels: bool, target: Tensor) -> None:
+    """Refuse outputs that are those of a target class where there are class probabilities.
+
+    Raises:
+        ValueError: If so.
+    """
+    if not has_labels and any(OUTPUTS[name].needs_label for name in wanted):
+        raise _errors.no_target_class([name for name in wanted if OUTPUTS[name].needs_label], target)
 
 
 known_options = functools.lru_cache(64, typed=True)(check_options)
@@ -142,7 +153,7 @@ def cross_entropy_rows(
     named = outputs if isinstance(outputs, (str, tuple)) else tuple(outputs)
     wanted = (check_options if is_compiling() else known_options)(scale, softcap, named, dtype)
     check_backend(backend)
-    if has_torch_function_variadic(*tensors, scales):
+    if has_torch_function_variadic(*tensors, scales) and not has_subclass((*tensors, scales)):
         overridden: RowOutputs = handle_torch_function(
             cross_entropy_rows, (*tensors, scales), *tensors, ignore_index, label_smoothing,
             logit_scale=logit_scale, softcap=softcap, outputs=outputs, dtype=dtype, backend=backend,
@@ -154,8 +165,7 @@ def cross_entropy_rows(
         validate(*arguments, values=not is_compiling())
     row_scale = None if scales is None else expand_scale(scales, input)
     spec = make_spec(input, target, "none", ignore_index, label_smoothing, dtype or loss_dtype(input, target))
-    if not spec.target.has_labels and any(OUTPUTS[name].needs_label for name in wanted):
-        raise _errors.no_target_class([name for name in wanted if OUTPUTS[name].needs_label], target)
+    check_target_class(wanted, spec.target.has_labels, target)
     options = RowSpec(spec, float(scale), None if softcap is None else float(softcap), wanted)
     if path != "backend" or not (row_scale is None or type(row_scale) in TENSORS):
         return composed(input, target, weight, options, row_scale)

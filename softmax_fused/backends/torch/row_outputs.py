@@ -59,6 +59,11 @@ def statistics(x: Tensor, outputs: tuple[str, ...], log_p: Tensor | None) -> dic
     return {name: output.value(x, log_p, prediction) for name, output in wanted if output.value is not None}
 
 
+def saved_shape(logits: Tensor) -> None:
+    """Return that nothing is saved."""
+    del logits
+
+
 def forward(
     logits: Tensor,
     target: Tensor,
@@ -110,25 +115,31 @@ def gradient(
     stats: Tensor | None,
     options: RowSpec,
     row_scale: Tensor | None = None,
+    grad: Tensor | None = None,
 ) -> Tensor:
-    """Compute the gradient of the logits from those of the differentiable outputs, None where there is none."""
+    """Compute the gradient of the logits from those of the differentiable outputs, None where there is none.
+
+    It is written to `grad` where given, which may be the logits themselves.
+    """
     del stats
-    grad = torch.empty_like(logits)
+    grad = torch.empty_like(logits) if grad is None else grad
     z, t, out = canonicalize(logits, target, grad)
     assert out is not None
     given = named(upstream, options, row_shape(z.shape))
     scales = None if row_scale is None else row_scale.reshape(row_shape(z.shape))
     losses = losses_of(z, t, weight, options.spec, given)
+    changed = options.changes_logits or scales is not None
     for part in chunks.row_chunks(z, chunks.CHUNK):
         at = with_classes(part)
         x, slope = effective(z[at], options, scales_of(scales, part))
-        by_x = by_logits(x, {name: g[part] for name, g in given.items()})
-        for batch, g in losses:
-            by_loss = torch.empty_like(x)
-            batch.gradient(torch.softmax(x, 1), g[part].unsqueeze(1), at, by_loss)
-            by_x = by_loss if by_x is None else by_x.add_(by_loss)
+        log_p = torch.log_softmax(x, 1)
+        by_x = by_logits(log_p, {name: g[part] for name, g in given.items()})
+        for count, (batch, g) in enumerate(losses, 1):
+            p = log_p.exp() if count < len(losses) else log_p.exp_()
+            batch.gradient(p, g[part].unsqueeze(1), at, p)
+            by_x = p if by_x is None else by_x.add_(p)
         assert by_x is not None
-        out[at] = by_x.mul_(slope)
+        out[at] = by_x.mul_(slope) if changed else by_x
     return grad
 
 
@@ -163,11 +174,9 @@ def named(upstream: Upstream, options: RowSpec, rows: tuple[int, ...]) -> dict[s
     return {name: g.to(options.spec.acc).reshape(rows) for name, g in pairs if g is not None}
 
 
-def by_logits(x: Tensor, upstream: dict[str, Tensor]) -> Tensor | None:
+def by_logits(log_p: Tensor, upstream: dict[str, Tensor]) -> Tensor | None:
     """Return the gradient by the effective logits from those of outputs without a target, None where there are none."""
-    if not upstream:
-        return None
-    log_p, grad = torch.log_softmax(x, 1), None
+    grad = None
     for name, g in upstream.items():
         add_gradient = OUTPUTS[name].add_gradient
         assert add_gradient is not None
@@ -188,7 +197,7 @@ def differentiable_gradient(
     z, _, _ = canonicalize(x, target, None)
     given = named(upstream, options, row_shape(z.shape))
     g_loss, g_log_prob = given.pop("loss", None), given.pop("log_prob", None)
-    by_x = by_logits(z, given)
+    by_x = by_logits(torch.log_softmax(z, 1), given) if given else None
     grad = torch.zeros_like(x) if by_x is None else by_x.view_as(x)
     if g_loss is not None:
         grad = grad + gradient_of_loss(g_loss, x, target, weight, options.spec)

@@ -142,7 +142,7 @@ class ClassIndices(Target):
     ) -> tuple[Tensor, Tensor]:
         """Return the number of rows that are not ignored, or the weights of their classes."""
         del shape
-        valid = target != ignore_index
+        valid = target.long() != ignore_index  # in uint8, 156 and -100 are equal
         if weight is None:
             return valid.sum().to(dtype), valid.any()
         label = target.long().clamp(0, len(weight) - 1)  # others are ignored, or have made their losses NaN

@@ -54,6 +54,11 @@ class RowsPlan(NamedTuple):
     upstream: tuple[Strides | None, ...] = ()
 
 
+def saved_shape(logits: Tensor) -> tuple[int, int]:
+    """Return the shape of what `forward` saves: five numbers a row."""
+    return 5, logits.numel() // logits.shape[class_dim(logits.ndim)]
+
+
 @planned
 def plan_rows(
     options: RowSpec, dtype: torch.dtype, shape: tuple[int, ...], strides: Strides, target_strides: Strides,
@@ -94,10 +99,7 @@ def forward(
         row_scale is not None and (row_scale.dtype, row_scale.data_ptr() % 16),
     )  # fmt: skip
     out = options.allocate(logits)
-    stats = None
-    if save:
-        rows = logits.numel() // logits.shape[class_dim(logits.ndim)]
-        stats = torch.empty((5, rows), dtype=options.spec.acc, device=logits.device)
+    stats = torch.empty(saved_shape(logits), dtype=options.spec.acc, device=logits.device) if save else None
     scale = None if row_scale is None else (row_scale, plan.row_scale)
     of_target = (target, plan.target, weight, *plan.options, scale)
     plan.launch((*out, stats), ((logits, plan.logits), of_target, NO_TENSOR))
@@ -107,11 +109,14 @@ def forward(
 @planned
 def plan_rows_gradient(
     options: RowSpec, dtype: torch.dtype, shape: tuple[int, ...], strides: Strides, target_strides: Strides,
-    upstream_strides: tuple[Strides | None, ...], scale_strides: Strides | None, device: torch.device, *_: object,
+    grad_strides: Strides | None, upstream_strides: tuple[Strides | None, ...], scale_strides: Strides | None,
+    device: torch.device, *_: object,
 ) -> RowsPlan:  # fmt: skip
     """Decide how the gradient is computed; `_` tells signatures apart."""
+    if grad_strides is None:
+        grad_strides = like(shape, strides)
     given = [it for it in (*upstream_strides, scale_strides) if it is not None]
-    rows = rows_of(shape, class_dim(len(shape)), strides, target_strides, like(shape, strides), *given)
+    rows = rows_of(shape, class_dim(len(shape)), strides, target_strides, grad_strides, *given)
     first, target, grad, *some = rows.strides
     load = load_of(options.spec)
     load["crowded"] |= upstream_strides[DIFFERENTIABLE.index("entropy")] is not None or options.softcap is not None
@@ -142,20 +147,24 @@ def gradient(
     stats: Tensor | None,
     options: RowSpec,
     row_scale: Tensor | None = None,
+    grad: Tensor | None = None,
 ) -> Tensor:
-    """Compute the gradient of the logits from those of the differentiable outputs, None where there is none."""
+    """Compute the gradient of the logits from those of the differentiable outputs, None where there is none.
+
+    It is written to `grad` where given, which may be the logits themselves.
+    """
     if weight is not None:
         weight = weight.contiguous()
     plan = plan_rows_gradient(
-        options, logits.dtype, logits.shape, logits.stride(), target.stride(),
+        options, logits.dtype, logits.shape, logits.stride(), target.stride(), None if grad is None else grad.stride(),
         tuple([None if g is None else g.stride() for g in upstream]),
         None if row_scale is None else row_scale.stride(), logits.device, target.dtype,
         logits.data_ptr() % 16, target.data_ptr() % 16,
         weight is not None and (weight.dtype, weight.data_ptr() % 16),
         row_scale is not None and (row_scale.dtype, row_scale.data_ptr() % 16),
-        *[g is not None and (g.dtype, g.data_ptr() % 16) for g in upstream],
+        grad is not None and grad.data_ptr() % 16, *[g is not None and (g.dtype, g.data_ptr() % 16) for g in upstream],
     )  # fmt: skip
-    grad = torch.empty_like(logits)
+    grad = torch.empty_like(logits) if grad is None else grad
     scale = None if row_scale is None else (row_scale, plan.row_scale)
     plan.launch(
         stats,
