@@ -149,13 +149,22 @@ def layer_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def supports_fused(
-    input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
+    input: Any,
+    target: Any,
+    weight: Any,
+    ignore_index: Any,
+    reduction: Any,
+    label_smoothing: Any,
+    dtype: torch.dtype | None = None,
 ) -> bool:
-    """Whether the fused path covers a loss's arguments; True only for what torch accepts too."""
+    """Whether the fused path covers a loss's arguments; True only for what torch accepts too.
+
+    With a `dtype` of the loss, what torch accepts once logits and weights have that type.
+    """
     return (
         supports_logits(input)
         and supports_target(input, target, ignore_index)
-        and (weight is None or supports_weight(input, target, weight))
+        and (weight is None or supports_weight(input, target, weight, dtype))
         and reduction in REDUCTIONS
         and type(label_smoothing) in (float, int)
         and label_smoothing <= 1
@@ -184,13 +193,13 @@ def supports_target(input: Tensor, target: Any, ignore_index: Any) -> bool:
     )
 
 
-def supports_weight(input: Tensor, target: Tensor, weight: Any) -> bool:
+def supports_weight(input: Tensor, target: Tensor, weight: Any, dtype: torch.dtype | None = None) -> bool:
     """Whether `weight` is one constant a class in the type of the logits or of the loss."""
     return (
         type(weight) in TENSORS
         and weight.shape == (input.shape[class_dim(input.ndim)],)
         and weight.device == input.device
-        and weight.dtype in (input.dtype, loss_dtype(input, target))
+        and weight.dtype in (input.dtype, dtype or loss_dtype(input, target))
         and not (weight.requires_grad and torch.is_grad_enabled())
     )
 
@@ -251,6 +260,11 @@ def is_small(input: Tensor, *_: Any) -> bool:
     return input.itemsize == 2 or not (input.requires_grad and torch.is_grad_enabled())
 
 
+def are_few_of_another_type(input: Tensor, *_: Any) -> bool:
+    """Whether the same holds where torch's own operator would need a copy of the logits in the type of the loss."""
+    return is_small(input) and input.numel() < SMALL_CPU_NUMEL
+
+
 def is_small_in_place(input: Tensor, *_: Any) -> bool:
     """Whether the same holds where the gradient, if there is one, is written over the logits: chunks then save more."""
     if not is_small(input):
@@ -292,7 +306,14 @@ MOST_CALLS = 1024
 
 
 def known_call(
-    input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any, backend: str
+    input: Any,
+    target: Any,
+    weight: Any,
+    ignore_index: Any,
+    reduction: Any,
+    label_smoothing: Any,
+    backend: str,
+    dtype: torch.dtype | None = None,
 ) -> Call | None:
     """Return the decision for a call, kept from an earlier call of the same signature or made now.
 
@@ -314,13 +335,13 @@ def known_call(
     signature = (
         input.dtype, input.shape, input.device, input.layout, target.dtype, target.shape, target.device, target.layout,
         weight is not None and (weight.dtype, weight.shape, weight.device), ignore_index, reduction, label_smoothing,
-        backend, torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type),
+        backend, torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type), dtype,
     )  # fmt: skip
     call = CALLS.get(signature)
-    if call is None and supports_fused(input, target, weight, ignore_index, reduction, label_smoothing):
+    if call is None and supports_fused(input, target, weight, ignore_index, reduction, label_smoothing, dtype):
         chosen = get_backend(backend, input.device.type)
-        dtype = loss_dtype(input, target)
-        spec = make_spec(input, target, reduction, ignore_index, label_smoothing, dtype)
+        result = dtype or loss_dtype(input, target)
+        spec = make_spec(input, target, reduction, ignore_index, label_smoothing, result)
         with_loss = input.device.type in chosen.gradient_with_loss and reduction != "none"
         call = Call(spec, chosen.cross_entropy, with_loss)
         if len(CALLS) >= MOST_CALLS:
@@ -346,6 +367,7 @@ class Operation(NamedTuple):
 
 LOSS = Operation(supports_fused, is_small, inductor_is_better)
 LOSS_IN_PLACE = LOSS._replace(small=is_small_in_place)
+LOSS_OF_ANOTHER_TYPE = LOSS._replace(small=are_few_of_another_type)
 ROWS = Operation(supports_fused, are_small_rows)
 ROWS_WITHOUT_LOSS = Operation(supports_fused, never)
 SOFTMAX = Operation(supports_softmax, never)

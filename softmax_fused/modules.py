@@ -6,6 +6,7 @@ operator. It reads the annotations of the class, which must be types and not str
 """
 
 import math
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         reduce: Deprecated by torch in favour of `reduction`.
         reduction: "mean", "sum" or "none".
         label_smoothing: Share of the target spread evenly over the classes, at most 1.
+        dtype: Type of the loss; None for torch's. A scripted module has torch's.
         backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
         grad_in_forward: Compute the gradient with the loss, in one launch.
         inplace_backward: Write the gradient over the logits.
@@ -43,6 +45,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         tensor(0.3365)
     """
 
+    dtype: Optional[torch.dtype] = None  # noqa: UP045 - torch.jit.script reads it
     backend: str = "auto"
     grad_in_forward: bool = False
     inplace_backward: bool = False
@@ -56,11 +59,13 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         *,
+        dtype: torch.dtype | None = None,
         backend: str = "auto",
         grad_in_forward: bool = False,
         inplace_backward: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.dtype = dtype
         self.backend = backend
         self.grad_in_forward = grad_in_forward
         self.inplace_backward = inplace_backward
@@ -77,6 +82,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
                 None,
                 self.reduction,
                 self.label_smoothing,
+                dtype=self.dtype,
                 backend=self.backend,
                 grad_in_forward=self.grad_in_forward,
                 inplace_backward=self.inplace_backward,
@@ -93,11 +99,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     def extra_repr(self) -> str:
         """Show what differs from torch's module."""
         shown = {
+            "dtype": self.dtype,
             "backend": self.backend,
             "grad_in_forward": self.grad_in_forward,
             "inplace_backward": self.inplace_backward,
         }
-        usual = ("auto", False)
+        usual = ("auto", False, None)
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value not in usual)
 
 

@@ -239,6 +239,8 @@ MUTANTS = {
     "log_prob: the last of equal classes alone has a gradient": Mutant(AUTOGRAD, "by_label += g_chosen.unsqueeze(dim) * (chosen.unsqueeze(dim) == label)", "by_label += g_chosen.unsqueeze(dim) * (chosen.unsqueeze(dim) == label) / (chosen.unsqueeze(dim) == label).sum(dim, keepdim=True)", ("log_prob",)),
     "log_prob: the rest of a row has no gradient": Mutant(AUTOGRAD, '-total.squeeze(dim) if name == "logsumexp" else None', '0 * total.squeeze(dim) if name == "logsumexp" else None', ("log_prob",)),
     "log_prob: second-order term dropped": Mutant(AUTOGRAD, "if torch.is_grad_enabled() or batched(upstream):\n            x, slope", "if batched(upstream):\n            x, slope", ("log_prob",)),
+    "loss: its type is the logits'": Mutant("softmax_fused/_dispatch.py", "result = dtype or loss_dtype(input, target)", "result = loss_dtype(input, target)", ("loss_dtype",)),
+    "loss: 16-bit logits for torch's operator": Mutant("softmax_fused/functional/loss.py", "it.to(torch.promote_types(it.dtype, dtype)) if", "it if", ("loss_dtype",)),
     "torch rows: slope forgotten": Mutant(TORCH_OUTPUTS, "out[at] = by_x.mul_(slope)", "out[at] = by_x"),
     "torch rows: 0 log 0 has no derivative": Mutant(OUTPUT_TABLE, "return -(log_p.exp() * finite_log(log_p)).sum(1)", "return -torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p).sum(1)"),
     "torch rows: one chunk's upstream for all": Mutant(TORCH_OUTPUTS, "{name: g[part] for name, g in given.items()}", "{name: g[: len(g[part])] for name, g in given.items()}"),

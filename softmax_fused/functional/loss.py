@@ -14,6 +14,7 @@ from softmax_fused import _dispatch, _errors
 from softmax_fused._dispatch import (
     LOSS,
     LOSS_IN_PLACE,
+    LOSS_OF_ANOTHER_TYPE,
     SMALL_CPU_NUMEL,
     Call,
     automatic,
@@ -24,6 +25,7 @@ from softmax_fused._dispatch import (
     under_transform,
 )
 from softmax_fused._fallback import torch_cross_entropy, torch_function
+from softmax_fused._spec import FLOATS
 from softmax_fused.backends import REGISTRY
 from softmax_fused.backends.torch.targets import make_spec
 from softmax_fused.functional import operators
@@ -43,6 +45,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    dtype: torch.dtype | None = None,
     backend: str = "auto",
     grad_in_forward: bool = False,
     inplace_backward: bool = False,
@@ -59,12 +62,14 @@ def cross_entropy(
     Args:
         input: Logits (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64, any strides.
         target: Class indices, int64 of the input's shape without C, or class probabilities of the input's shape.
-        weight: Weight of each class (C,), of the input's dtype.
+        weight: Weight of each class (C,), of the input's dtype or of `dtype`.
         size_average: Deprecated by torch in favour of `reduction`.
         ignore_index: Class index whose rows have no loss and no gradient.
         reduce: Deprecated by torch in favour of `reduction`.
         reduction: "mean", "sum" or "none".
         label_smoothing: Share e of the target spread evenly over the classes, at most 1.
+        dtype: Type of the loss; None for torch's. float32 keeps the digits that 16-bit logits would cut off, as
+            autocast does. The gradient has the logits' type, and the fused path copies no logits.
         backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
         grad_in_forward: Compute the gradient with the loss, in one launch that reads the logits from memory once; right
             for every upstream gradient, fastest for 1. Holds a logits-sized buffer between forward and backward. On
@@ -79,12 +84,13 @@ def cross_entropy(
     torch.compile, and do not combine.
 
     Returns:
-        A scalar, or with reduction "none" a tensor of the input's shape without C; of the input's dtype (promoted with
-        that of class probabilities, float32 under autocast).
+        A scalar, or with reduction "none" a tensor of the input's shape without C; of type `dtype` or, for None, of the
+        input's (promoted with that of class probabilities, float32 under autocast).
 
     Raises:
         IndexError: A class index lies outside [0, C), on the CPU; on a GPU that row's loss and gradient are NaN.
-        ValueError: Unknown reduction or backend, batch sizes that differ, or both gradient options at once.
+        ValueError: Unknown reduction or backend, a dtype that is not floating point, batch sizes that differ, or both
+            gradient options at once.
         RuntimeError: Shapes or dtypes that do not fit, label_smoothing above 1, kernels asked for where none can run,
             inplace_backward for a leaf that requires grad or for logits that overlap in memory.
         TypeError: An argument of the wrong type.
@@ -106,7 +112,12 @@ def cross_entropy(
         softmax, 2018 (one pass for maximum and sum).
     """
     if has_torch_function_variadic(input, target, weight):
-        options = {"backend": backend, "grad_in_forward": grad_in_forward, "inplace_backward": inplace_backward}
+        options = {
+            "dtype": dtype,
+            "backend": backend,
+            "grad_in_forward": grad_in_forward,
+            "inplace_backward": inplace_backward,
+        }
         return overridden(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, options
         )
@@ -119,6 +130,7 @@ def cross_entropy(
     compiling = is_compiling()
     if (
         weight is None
+        and dtype is None
         and backend == "auto"
         and type(input) is torch.Tensor
         and input.is_cpu
@@ -129,18 +141,23 @@ def cross_entropy(
         and automatic("cpu") == "torch"
     ):
         return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    if dtype is not None and dtype not in FLOATS:
+        raise _errors.wrong_dtype(dtype)
     arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
-    call = None if compiling else known_call(*arguments, backend)
+    call = None if compiling else known_call(*arguments, backend, dtype)
     if call is None:
-        path = route(LOSS_IN_PLACE if inplace_backward else LOSS, backend, arguments)
+        operation = LOSS_IN_PLACE if inplace_backward else LOSS
+        path = route(operation if dtype is None else LOSS_OF_ANOTHER_TYPE, backend, (*arguments, dtype))
         if path == "small":
-            loss = torch_cross_entropy(*arguments)
+            loss = of_type(torch_cross_entropy(*in_type(arguments, dtype)), dtype)
             if (weight is None and target.ndim < input.ndim) or not zero_times_infinity(loss):
                 return loss
-            path = "backend" if _dispatch.supports_fused(*arguments) else "torch"
+            path = "backend" if _dispatch.supports_fused(*arguments, dtype) else "torch"
         if path == "torch":
-            return unfused(*arguments, backend)
-        dtype = loss_dtype(input, target)
+            logits, labels, weights = in_type((input, target, weight), dtype)
+            loss = unfused(logits, labels, weights, ignore_index, reduction, label_smoothing, backend)
+            return of_type(loss, dtype)
+        dtype = dtype or loss_dtype(input, target)
         if path == "operator":
             options_of_spec = (reduction, ignore_index, float(label_smoothing), dtype)
             in_graph: Tensor = operators.cross_entropy(
@@ -159,6 +176,21 @@ def cross_entropy(
     gradient_mode = "in place" if inplace_backward else "forward" if grad_in_forward or with_loss else "backward"
     differentiable: Tensor = CrossEntropy.apply(input, target, weight, spec, operations, gradient_mode)
     return differentiable
+
+
+def in_type(arguments: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
+    """Return arguments for torch's operator: floating point tensors at least of the type that the loss shall have."""
+    if dtype is None:
+        return arguments
+    return tuple(
+        it.to(torch.promote_types(it.dtype, dtype)) if isinstance(it, torch.Tensor) and it.is_floating_point() else it
+        for it in arguments
+    )
+
+
+def of_type(loss: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a loss of torch's operator in the type that it shall have."""
+    return loss if dtype is None else loss.to(dtype)
 
 
 def zero_times_infinity(loss: Tensor) -> bool:
@@ -214,8 +246,11 @@ def overridden(
     """Follow __torch_function__: tensor subclasses are handed torch's function, which they know, modes ours."""
     tensors = (input, target, weight)
     if _dispatch.has_subclass(tensors):
-        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    loss: Tensor = handle_torch_function(
+        dtype = options["dtype"]
+        logits, labels, weights = in_type(tensors, dtype)
+        loss = F.cross_entropy(logits, labels, weights, size_average, ignore_index, reduce, reduction, label_smoothing)
+        return of_type(loss, dtype)
+    result: Tensor = handle_torch_function(
         cross_entropy,
         tensors,
         input,
@@ -228,4 +263,4 @@ def overridden(
         label_smoothing,
         **options,
     )
-    return loss
+    return result
