@@ -237,6 +237,20 @@ def test_ignored_rows_have_loss_and_gradient_zero(place: Place, reduction: str) 
     assert grad[~ignored].ne(0).all()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nan_features_of_ignored_rows_reach_no_gradient_on_the_cpu(reduction: str) -> None:
+    x, w, b = tensors = make_layer((6,), (5,), 4, torch.float32, CPU)
+    target = make_indices((6, 5), "cpu").index_fill_(0, torch.tensor([1, 4]), -100)
+    with torch.no_grad():
+        x[target == -100] = torch.nan
+    loss = linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, chunk_rows=4)
+    kept = target != -100
+    expected = F.cross_entropy(F.linear(x[kept], w, b), target[kept], reduction="sum")
+    expected = expected / kept.sum() if reduction == "mean" else expected
+    torch.testing.assert_close(loss.sum(), expected)
+    torch.testing.assert_close(*(torch.autograd.grad(it.sum(), tensors) for it in (loss, expected)))
+
+
 def test_bytes_as_classes_are_not_taken_for_the_ignored_index(place: Place) -> None:
     """In eight bits 156 and -100 are equal."""
     x, w, _ = make_layer((3,), (200,), 4, torch.float32, place)

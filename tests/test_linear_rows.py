@@ -221,6 +221,8 @@ def test_rows_that_are_not_multiplied(place: Place, products: Products) -> None:
     assert counted(("loss",), lambda rows: rows.loss[:3].sum()) == ([4, 2] if cpu else [10, 10])
     assert counted(("entropy",), lambda rows: (kept * rows.entropy).sum()) == ([10, 4] if cpu else [10, 10])
     assert counted(("loss", "entropy"), lambda rows: rows.entropy.sum() - rows.loss.sum()) == [10, 10]
+    some = counted(("loss", "entropy"), lambda rows: rows.loss[:3].sum() + rows.entropy[5])
+    assert some == ([10, 3] if cpu else [10, 10])
 
 
 def test_all_rows_ignored(place: Place) -> None:
