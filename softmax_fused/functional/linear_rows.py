@@ -79,8 +79,10 @@ def linear_cross_entropy_rows(
         A :class:`RowOutputs` of tensors of the target's shape as class indices, None for what `outputs` does not name.
 
     Raises:
-        IndexError: A class index lies outside [0, C), on the CPU; on a GPU that row's loss and gradient are NaN.
-        ValueError: Unknown output or backend, a cap that is not positive, batch sizes that differ, chunk_rows below 1.
+        IndexError: A class index lies outside [0, C), on the CPU; on a GPU that row's loss, log_prob and
+            gradient are NaN, its rank is -1.
+        ValueError: Unknown output or backend, a cap that is not positive, batch sizes that differ, chunk_rows below 1,
+            an output that needs a target class where there are class probabilities.
         RuntimeError: Shapes or dtypes that do not fit, label_smoothing above 1, kernels asked for where none can run.
         TypeError: An argument of the wrong type.
 
