@@ -122,7 +122,7 @@ CASES = [
     *(Case((8192, classes), kind) for kind in ("softmax", "log softmax") for classes in (4096, 32_000, 128_256)),
     *(Case(shape, "softmax") for shape in ((60_000, 10), (4096, 100), (16, 19, 512, 1024))),
     *(Case((8192, 32_000), kind) for kind in ROW_OUTPUTS),
-    Case((60_000, 10), "loss, prediction"),
+    *(Case((60_000, 10), kind) for kind in ("loss, prediction", "loss, rank, row scales")),
     *(Case(shape, kind) for shape in ((60_000, 10), (8192, 32_000)) for kind in SLICES),
 ]
 

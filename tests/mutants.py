@@ -231,7 +231,7 @@ MUTANTS = {
     "rows: rank counts ties": Mutant(OUTPUTS, "larger = tl.where(y <= broadcast_rows(y_target, z), 0, 1)", "larger = tl.where(y < broadcast_rows(y_target, z), 0, 1)"),
     "rows: rank counts what is no class": Mutant(OUTPUTS, "lane_reduce(tl.where(class_mask, larger, 0), tl.sum)", "lane_reduce(larger, tl.sum)"),
     "torch rows: rank of an ignored row": Mutant(TORCH_OUTPUTS, 'filled["rank"].masked_fill_(~batch.valid, -1)', "pass"),
-    "torch rows: NaN is not larger": Mutant(TARGETS, "y.shape[1] - (y <= y.gather(1, self.label[at])).sum(1, keepdim=True)", "(y > y.gather(1, self.label[at])).sum(1, keepdim=True)", ("row_outputs",)),
+    "torch rows: NaN is not larger": Mutant(TARGETS, "others = y <= y.gather(1, self.label[at])", "others = ~(y > y.gather(1, self.label[at]))", ("row_outputs",)),
     "rows: ignored rows' log p": Mutant(OUTPUTS, "tl.where(valid == 1.0, log_p, valid)", "log_p"),
     "rows: log p's gradient cancels near p = 1": Mutant(OUTPUTS, "g_log_prob * expm1(log_p)", "g_log_prob * (exponential(log_p) - 1.0)"),
     "torch rows: log p cancels near p = 1": Mutant(TARGETS, "torch.where(complement < 0.5, torch.log1p(-complement), found)", "found", ("row_outputs",)),

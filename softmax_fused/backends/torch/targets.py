@@ -173,8 +173,13 @@ class ClassIndices(Target):
         return torch.where(complement < 0.5, torch.log1p(-complement), found)
 
     def rank(self, y: Tensor, at: tuple[slice, ...]) -> Tensor:
-        """Return how many of a chunk's logits y are larger than the label's; NaN is larger than any number."""
-        return y.shape[1] - (y <= y.gather(1, self.label[at])).sum(1, keepdim=True)
+        """Return how many of a chunk's logits y are larger than the label's; NaN is larger than any number.
+
+        Counted in float32, as far as it is exact: on a CPU that takes half the time of integers.
+        """
+        others = y <= y.gather(1, self.label[at])
+        counts = torch.float32 if y.shape[1] < 2**24 else torch.float64
+        return y.shape[1] - others.sum(1, keepdim=True, dtype=counts).long()
 
     def label_gradient(self, complement: Tensor, scale: Tensor, g: Tensor, at: tuple[slice, ...]) -> Tensor:
         """Return the gradient at the label from the other classes' probability, with `scale` = g * A.
