@@ -188,7 +188,7 @@ MUTANTS = {
     "linear: rows with one ignored position are dropped": Mutant(LINEAR, "rows.flatten(1).any(1)", "rows.flatten(1).all(1)"),
     "linear: gradients of ignored rows are what memory held": Mutant(LINEAR, "torch.empty_like(x) if rows is None else torch.zeros_like(x)", "torch.empty_like(x)"),
     "linear: losses of ignored rows are what memory held": Mutant(LINEAR, "        losses.zero_()", "        pass"),
-    "linear: gradients of the rows that are left in the first rows": Mutant(LINEAR, "out.index_copy_(0, at, g @ w)", "out[: len(at)] = g @ w"),
+    "linear: gradients of the rows that are left in the first rows": Mutant(LINEAR, "out.index_copy_(0, at, product)", "out[: len(at)] = product"),
     "linear: a product for a frozen weight": Mutant(LINEAR, "if needs[1] else None\n        self", "if True else None\n        self"),
     "linear: capped logits' gradient for an upstream gradient of 1": Mutant(LINEAR, "expand_as(out.loss) if upstream is None else upstream", "expand_as(out.loss)"),
     "linear: second order without the cap's slope": Mutant(LINEAR, "g = slope * torch_loss", "g = torch_loss"),

@@ -128,8 +128,9 @@ def multiply_gradient(g: Tensor, w: Tensor, at: slice | Tensor, out: Tensor) -> 
     """Write g W to the rows `at` of `out`."""
     if isinstance(at, slice):
         torch.mm(g, w, out=out[at])
-    else:
-        out.index_copy_(0, at, g @ w)
+    else:  # autocast leaves a product with `out` in its type
+        product = torch.mm(g, w, out=out.new_empty(len(g), w.shape[1]))
+        out.index_copy_(0, at, product)
 
 
 def chunk_losses(z: Tensor, layer: Layer, plan: Plan, upstream: Tensor | None, differentiate: bool) -> Tensor:
