@@ -135,8 +135,8 @@ def update_row_state(
         best = tl.maximum(best, top)
     if RANK:
         y = scale_logits(z, target, row_scale, ACC)
-        larger = tl.where(y <= broadcast_rows(y_target, z), 0, 1)
-        rank += lane_reduce(tl.where(class_mask, larger, 0), tl.sum)
+        larger = tl.where(y <= broadcast_rows(y_target, z), 0.0, 1.0)  # exact up to 2^24 classes
+        rank += lane_reduce(tl.where(class_mask, larger, 0.0), tl.sum)
     return loss_state, u, best, index, rank
 
 
@@ -211,8 +211,8 @@ def row_outputs_forward(
     loss_context = (label, valid, confidence, smoothing_per_class, VECTOR > 0)
     context = (loss_context, row_scale, y_target, ENTROPY, PREDICTION, RANK)
     least = tl.full((LANES,), float("-inf"), ACC)
-    none = tl.zeros((LANES,), tl.int32)
-    state = (fresh_state(LANES, ACC), tl.zeros((LANES,), ACC), least, none, none)
+    index, rank = tl.zeros((LANES,), tl.int32), tl.zeros((LANES,), tl.float32)
+    state = (fresh_state(LANES, ACC), tl.zeros((LANES,), ACC), least, index, rank)
     whole = load_whole(tensors, rows, places, float("-inf"), DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR)
     loss_state, u, best, index, rank = reduce_rows(
         update_row_state, state, context, whole, tensors, rows, places, KIND, DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR,
@@ -223,7 +223,7 @@ def row_outputs_forward(
         delta = m - loss_state[0]
         u = tl.sum(rounded_product(shift_dot(u, s, delta), exponential(delta)), axis=0) + tl.zeros((1,), ACC)
         index = tl.min(tl.where(best == tl.max(best, axis=0), index, 2147483647), axis=0) + tl.zeros((1,), tl.int32)
-        rank = tl.sum(rank, axis=0) + tl.zeros((1,), tl.int32)
+        rank = tl.sum(rank, axis=0) + tl.zeros((1,), tl.float32)
     else:
         x_target = transform_logits(loss_state[4], tensors.second, row_scale, ACC)
         x_target = tl.where(label >= 0, x_target, float("-inf"))
