@@ -208,7 +208,7 @@ MUTANTS = {
     "linear rows: the gradient of the logits beside them": Mutant(LINEAR_ROWS, "*arguments, plan.options, grad=logits)", "*arguments, plan.options)"),
     "linear rows: second-order term dropped": Mutant(LINEAR_ROWS, "if torch.is_grad_enabled() or any(batched(g) for g in given):", "if any(batched(g) for g in given):"),
     "linear rows: batched gradients are not seen": Mutant(LINEAR_ROWS, "if torch.is_grad_enabled() or any(batched(g) for g in given):", "if torch.is_grad_enabled():"),
-    "linear rows compiled: empty outputs given away": Mutant(LINEAR_ROW_OPERATORS, "it if name in outputs else None for", "it for"),
+    "linear rows compiled: empty outputs given away": Mutant("softmax_fused/functional/linear_rows.py", "found[place] if name in outputs else None for", "found[place] for", ("linear_rows",)),
     "linear rows compiled: what is saved is not used": Mutant(LINEAR_ROW_OPERATORS, "saved if saved.numel() else None", "None"),
     "linear: kept gradients given away twice": Mutant(LINEAR, "grads, ctx.precomputed_grads = ctx.precomputed_grads, None", "grads = ctx.precomputed_grads"),
     "linear: second-order term dropped": Mutant(LINEAR, "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),

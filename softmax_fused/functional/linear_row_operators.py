@@ -101,9 +101,3 @@ def gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 linear_cross_entropy_rows.register_autograd(gradients, setup_context=setup_context)
-
-
-def call(layer: Layer, outputs: tuple[str, ...], needs: list[bool], options: tuple[Any, ...]) -> RowOutputs:
-    """Compute the outputs by the operator, None for those that are not asked for."""
-    found = linear_cross_entropy_rows(*layer, ",".join(outputs), needs, *options)
-    return RowOutputs(*(it if name in outputs else None for name, it in zip(OUTPUTS, found, strict=False)))  # type: ignore[arg-type]  # None as the caller asked

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from softmax_fused._dispatch import LAYER, LayerCall, check_backend, has_subclass, route
-from softmax_fused._row_outputs import RowOutputs
+from softmax_fused._row_outputs import OUTPUTS, RowOutputs
 from softmax_fused.functional import linear_row_operators
 from softmax_fused.functional.chunked_linear import Layer, Plan, make_plan
 from softmax_fused.functional.chunked_linear_rows import LinearCrossEntropyRows, forward
@@ -126,7 +126,7 @@ def linear_cross_entropy_rows(
     check_target_class(wanted, target.ndim < len(shape), target)
     layer, options = prepare(call, logit_scale, softcap, backend)
     if path == "operator":
-        found = linear_row_operators.call(layer, wanted, needs_grad(layer), options)
+        found = by_operator(layer, wanted, options)
     else:
         found = chunked(layer, make_plan(layer, wanted, *options))
     if input.ndim == 1:
@@ -139,3 +139,10 @@ def chunked(layer: Layer, plan: Plan) -> RowOutputs:
     if any(needs_grad(layer)):
         return RowOutputs(*LinearCrossEntropyRows.apply(plan, *layer))
     return forward(layer, plan, save=False)[0]
+
+
+def by_operator(layer: Layer, outputs: tuple[str, ...], options: tuple[Any, ...]) -> RowOutputs:
+    """Compute the outputs by the operator, None for those that are not asked for."""
+    found = linear_row_operators.linear_cross_entropy_rows(*layer, ",".join(outputs), needs_grad(layer), *options)
+    values = [found[place] if name in outputs else None for place, name in enumerate(OUTPUTS)]
+    return RowOutputs(*values)  # type: ignore[arg-type]  # None as the caller asked
