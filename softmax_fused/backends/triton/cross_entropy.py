@@ -44,7 +44,7 @@ def saved_size(rows: int, weighted: bool, spec: Spec) -> int:
     The kernels count likewise, see `statistics_size`.
     """
     numbers = 2 + spec.target.has_labels + (weighted or not spec.target.unit_sum)
-    return numbers * rows + (spec.reduction == "mean")
+    return numbers * rows + int(spec.reduction == "mean")  # rows may be symbolic, to which torch adds no bool
 
 
 def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:
