@@ -305,6 +305,22 @@ CALLS: dict[tuple[Any, ...], Call] = {}
 MOST_CALLS = 1024
 
 
+def make_call(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    backend: str,
+    dtype: torch.dtype,
+) -> Call:
+    """Return what computes a call that the fused path covers, whose loss is of `dtype`."""
+    chosen = get_backend(backend, input.device.type)
+    spec = make_spec(input, target, reduction, ignore_index, label_smoothing, dtype)
+    with_loss = input.device.type in chosen.gradient_with_loss and reduction != "none"
+    return Call(spec, chosen.cross_entropy, with_loss)
+
+
 def known_call(
     input: Any,
     target: Any,
@@ -339,11 +355,8 @@ def known_call(
     )  # fmt: skip
     call = CALLS.get(signature)
     if call is None and supports_fused(input, target, weight, ignore_index, reduction, label_smoothing, dtype):
-        chosen = get_backend(backend, input.device.type)
         result = dtype or loss_dtype(input, target)
-        spec = make_spec(input, target, reduction, ignore_index, label_smoothing, result)
-        with_loss = input.device.type in chosen.gradient_with_loss and reduction != "none"
-        call = Call(spec, chosen.cross_entropy, with_loss)
+        call = make_call(input, target, ignore_index, reduction, label_smoothing, backend, result)
         if len(CALLS) >= MOST_CALLS:
             CALLS.clear()
         CALLS[signature] = call

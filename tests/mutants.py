@@ -283,7 +283,7 @@ MUTANTS = {
     "architecture: a module of ours imported late": Mutant(RANKS, "    from torch.distributed.rendezvous", "    from softmax_fused.training import files as files\n    from torch.distributed.rendezvous", ("architecture",)),
     "loop: the last step's weights are not looked at": Mutant(LOOP, "    check_weights(learner)\n", "", ("training_loop",)),
     "backends: one is never asked for outputs of rows": Mutant("softmax_fused/_dispatch.py", "return backend.row_outputs or TORCH.row_outputs", "return TORCH.row_outputs", ("backend",)),
-    "backends: on the CPU the gradient is computed apart": Mutant("softmax_fused/functional/loss.py", "input.device.type in chosen.gradient_with_loss", "False", ("backend",)),
+    "backends: on the CPU the gradient is computed apart": Mutant("softmax_fused/_dispatch.py", "input.device.type in chosen.gradient_with_loss", "False", ("backend",)),
     "rows: the loss is computed to check the arguments": Mutant("softmax_fused/_fallback.py", "    if suspect:", "    if True:", ("row_outputs",)),
     "rows: arguments are not checked": Mutant("softmax_fused/_fallback.py", "    if suspect:", "    if False:", ("row_outputs",)),
     "architecture: an import that goes up": Mutant("softmax_fused/_spec.py", "    from torch import Tensor\n", "    from torch import Tensor\n\n    from softmax_fused.functional import loss  # noqa: F401\n", ("architecture",)),

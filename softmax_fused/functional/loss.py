@@ -16,18 +16,16 @@ from softmax_fused._dispatch import (
     LOSS_IN_PLACE,
     LOSS_OF_ANOTHER_TYPE,
     SMALL_CPU_NUMEL,
-    Call,
     automatic,
-    get_backend,
     known_call,
     loss_dtype,
+    make_call,
     route,
     under_transform,
 )
 from softmax_fused._fallback import torch_cross_entropy, torch_function
 from softmax_fused._spec import FLOATS
 from softmax_fused.backends import REGISTRY
-from softmax_fused.backends.torch.targets import make_spec
 from softmax_fused.functional import operators
 from softmax_fused.functional.autograd import CrossEntropy
 
@@ -164,10 +162,7 @@ def cross_entropy(
                 input, target, weight, *options_of_spec, backend, operators.LAYOUT
             )[0]
             return in_graph
-        chosen = get_backend(backend, input.device.type)
-        spec = make_spec(input, target, reduction, ignore_index, label_smoothing, dtype)
-        with_loss = input.device.type in chosen.gradient_with_loss and reduction != "none"
-        call = Call(spec, chosen.cross_entropy, with_loss)
+        call = make_call(input, target, ignore_index, reduction, label_smoothing, backend, dtype)
     spec, operations, with_loss = call
     if not (input.requires_grad and torch.is_grad_enabled()):
         return operations.loss(input, target, weight, spec, save=False)[0]
