@@ -223,6 +223,7 @@ class LayerCall(NamedTuple):
     shape: tuple[int, ...]  # of the logits
     chunk_rows: int | None
     loss: tuple[Any, ...]  # target, weight, ignore_index, reduction, label_smoothing
+    dtype: torch.dtype | None  # asked of the loss
 
     def logits(self) -> Tensor:
         """Return a stand-in for the logits: their shape, type and device, one element of memory."""
@@ -237,7 +238,7 @@ def supports_layer(call: LayerCall) -> bool:
         and tensor.device == call.input.device
         and layer_dtype(tensor) == layer_dtype(call.input)
         for tensor in tensors
-    ) and supports_fused(call.logits(), *call.loss)
+    ) and supports_fused(*(call.logits(), *call.loss, call.dtype))
 
 
 # For which arguments torch's own operators do better

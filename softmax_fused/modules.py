@@ -125,6 +125,9 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         weight: Weight of each class (C,).
         ignore_index: Class index whose rows have no loss and no gradient; None is -100.
         label_smoothing: Share of the target spread evenly over the classes, from 0 to 1.
+        logit_scale: What the logits are multiplied by.
+        softcap: Bound of the logits after scaling, by tanh; None for none.
+        loss_dtype: Type of the loss; None for torch's. A scripted module has torch's.
         chunk_rows: Rows of input whose logits exist at a time, at most.
         backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
 
@@ -140,11 +143,16 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         [('linear.weight', (120, 5)), ('linear.bias', (120,))]
     """
 
-    __constants__ = ["ignore_index", "label_smoothing", "num_classes", "out_features", "reduction"]  # noqa: RUF012
+    __constants__ = [  # noqa: RUF012
+        "ignore_index", "label_smoothing", "logit_scale", "num_classes", "out_features", "reduction", "softcap",
+    ]  # fmt: skip
 
     out_features: tuple[int, ...] = ()
     ignore_index: int | None = None
     label_smoothing: float = 0.0
+    logit_scale: float = 1.0
+    softcap: Optional[float] = None  # noqa: UP045 - torch.jit.script reads it
+    loss_dtype: Optional[torch.dtype] = None  # noqa: UP045
     chunk_rows: int | None = None
     backend: str = "auto"
 
@@ -161,6 +169,9 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         weight: Tensor | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        loss_dtype: torch.dtype | None = None,
         chunk_rows: int | None = None,
         backend: str = "auto",
     ) -> None:
@@ -171,6 +182,7 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         super().__init__(weight, None, None, reduction)
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.logit_scale, self.softcap, self.loss_dtype = logit_scale, softcap, loss_dtype
         self.chunk_rows, self.backend = chunk_rows, backend
         self.linear = nn.Linear(in_features, math.prod(out_features, start=num_classes), bias, device, dtype)
 
@@ -181,8 +193,12 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         sizes = [self.num_classes]
         for size in self.out_features:
             sizes.append(size)  # noqa: PERF402 - TorchScript makes no list of a tuple
+        logits = self.linear(input).unflatten(-1, sizes) * self.logit_scale
+        cap = self.softcap
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
         return torch_function(
-            self.linear(input).unflatten(-1, sizes),
+            logits,
             target,
             weight=self.weight,
             ignore_index=-100 if self.ignore_index is None else self.ignore_index,
@@ -201,6 +217,9 @@ class LinearCrossEntropyLoss(_WeightedLoss):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            dtype=self.loss_dtype,
             chunk_rows=self.chunk_rows,
             backend=self.backend,
         )

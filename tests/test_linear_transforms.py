@@ -277,8 +277,8 @@ def test_other_refusals() -> None:
 @needs_torchs
 def test_the_arguments_are_torchs() -> None:
     for ours, theirs, ours_alone in (
-        (linear_cross_entropy, F.linear_cross_entropy, ["logit_scale", "softcap"]),
-        (LinearCrossEntropyLoss, torch.nn.LinearCrossEntropyLoss, []),
+        (linear_cross_entropy, F.linear_cross_entropy, ["logit_scale", "softcap", "dtype"]),
+        (LinearCrossEntropyLoss, torch.nn.LinearCrossEntropyLoss, ["logit_scale", "softcap", "loss_dtype"]),
     ):
         expected = [name for name in inspect.signature(theirs).parameters if name != "options"]
         assert list(inspect.signature(ours).parameters) == [*expected, *ours_alone, "chunk_rows", "backend"]

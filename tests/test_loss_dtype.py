@@ -6,9 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from softmax_fused import CrossEntropyLoss, cross_entropy
+from softmax_fused import (
+    CrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    cross_entropy,
+    cross_entropy_rows,
+    linear_cross_entropy,
+    linear_cross_entropy_rows,
+)
 from tests import reference
 from tests.cases import ULPS, crossed, make_indices, make_logits, make_probabilities
 from tests.conftest import INTERPRETER, Place
@@ -104,6 +112,61 @@ def test_transforms_and_compile(place: Place) -> None:
     torch.testing.assert_close(second.double(), exact, rtol=5e-3, atol=1e-4)
 
 
+@crossed(
+    kind=["indices", "weights", "16-bit weights", "probabilities"],
+    transform=[(1.0, None), (0.5, 2.0)],
+    way=["small", "chunks", "compiled"],
+    function=["loss", "rows"],
+)
+def test_linear(place: Place, kind: str, transform: tuple[float, float | None], way: str, function: str) -> None:
+    """The digits are those of the 16-bit logits' float32 loss; by default the loss has 16 bits, as torch's."""
+    x = make_logits((9, 8), torch.float16, place.device)
+    head = make_logits((40, 8), torch.float16, place.device)
+    target = make_indices((9, 40), place.device)
+    if kind == "probabilities":
+        target = make_probabilities((9, 40), torch.float16, place.device)
+    weight = torch.rand(40, device=place.device) if "weights" in kind else None
+    weight = weight.half() if weight is not None and "16-bit" in kind else weight
+    logit_scale, softcap = transform
+    options = {
+        "weight": weight, "logit_scale": logit_scale, "softcap": softcap, "dtype": torch.float32,
+        "chunk_rows": None if way == "small" else 4, "backend": "auto" if way == "small" else place.backend,
+    }  # fmt: skip
+
+    def compute(x: Tensor, head: Tensor) -> Tensor:
+        if function == "rows":
+            return linear_cross_entropy_rows(x, head, target, **options).loss
+        return linear_cross_entropy(x, head, target, **options, reduction="none")
+
+    found = (
+        torch.compile(compute, fullgraph=True, backend="aot_eager")(x, head) if way == "compiled" else compute(x, head)
+    )
+    assert found.dtype is torch.float32
+    exact_product = place.device == "cpu" and way != "small"  # float32 in chunks on a CPU, or the logits' 16 bits
+    product = F.linear(*(it.detach().to(torch.float64 if exact_product else torch.float16) for it in (x, head)))
+    logits = logit_scale * product.double()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    of_target = target.double() if kind == "probabilities" else target
+    exact = F.cross_entropy(logits, of_target, None if weight is None else weight.double(), reduction="none")
+    torch.testing.assert_close(found.detach().double(), exact, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(found.sum(), (x, head))
+    assert [grad.dtype for grad in gradients] == [torch.float16] * 2
+    if weight is None or weight.dtype is torch.float16:
+        options["dtype"] = None
+        assert compute(x, head).dtype is torch.float16
+
+
+def test_rows_take_float32_weights(place: Place) -> None:
+    z, target = make_logits((7, 50), torch.bfloat16, place.device), make_indices((7, 50), place.device)
+    weight = torch.rand(50, device=place.device)
+    for backend in ("auto", place.backend):
+        found = cross_entropy_rows(z, target, weight, outputs=("loss",), dtype=torch.float32, backend=backend).loss
+        truth = reference.cross_entropy(z, target, weight=weight, reduction="none")
+        torch.testing.assert_close(found.double(), truth.loss, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="weight must be a bfloat16 tensor"):
+        cross_entropy_rows(z, target, weight)
+
+
 class Marked(torch.Tensor):
     """A subclass that torch's functions know nothing of."""
 
@@ -112,6 +175,8 @@ def test_subclasses_and_modules() -> None:
     z, target = torch.randn(4, 5).half(), torch.tensor([0, 1, 2, 3])
     loss = cross_entropy(z.as_subclass(Marked), target, dtype=torch.float32)
     assert (type(loss), loss.dtype) == (Marked, torch.float32)
+    head = LinearCrossEntropyLoss(5, 3, dtype=torch.float16, loss_dtype=torch.float32, softcap=2.0, chunk_rows=2)
+    assert head(z, torch.tensor([0, 1, 2, 0])).dtype is torch.float32
     criterion = CrossEntropyLoss(torch.rand(5), dtype=torch.float32)
     assert "dtype=torch.float32" in repr(criterion)
     assert criterion(z, target).dtype is torch.float32

@@ -68,7 +68,16 @@ def test_repr_shows_what_differs_from_torch() -> None:
 
 OPTIONS = {
     CrossEntropyLoss: ("backend", "grad_in_forward", "inplace_backward"),
-    LinearCrossEntropyLoss: ("backend", "chunk_rows", "out_features", "ignore_index", "label_smoothing"),
+    LinearCrossEntropyLoss: (
+        "backend",
+        "chunk_rows",
+        "out_features",
+        "ignore_index",
+        "label_smoothing",
+        "logit_scale",
+        "softcap",
+        "loss_dtype",
+    ),
 }
 
 
@@ -124,7 +133,7 @@ SCRIPTED = {
     "linear, every option": (
         LinearCrossEntropyLoss(
             4, 6, out_features=(2, 1), bias=True, weight=torch.rand(6), ignore_index=2, label_smoothing=0.1,
-            reduction="sum", chunk_rows=3, backend="torch",
+            reduction="sum", logit_scale=0.5, softcap=2.0, chunk_rows=3, backend="torch",
         ),
         (X, torch.stack([Y, Y.flip(0)], 1).unsqueeze(-1)),
     ),

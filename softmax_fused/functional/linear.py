@@ -54,6 +54,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -85,6 +86,8 @@ def linear_cross_entropy(
         label_smoothing: Share e of the target spread evenly over the classes, at most 1.
         logit_scale: What the logits are multiplied by, as by `cross_entropy_rows`.
         softcap: Bound of the logits after scaling, by tanh; None for none.
+        dtype: Type of the loss, which class weights may have, too; None for that of `cross_entropy`. float32 keeps the
+            digits that a loss of 16 bits would cut off.
         chunk_rows: Rows of input whose logits exist at a time, at most; None for as many as let the chunk be as large
             as the input or the weight, whichever is larger, and not below 2**24 logits.
         backend: As in `cross_entropy`.
@@ -94,8 +97,8 @@ def linear_cross_entropy(
     unless `chunk_rows` is given, for fewer than 2**20 logits on the CPU.
 
     Returns:
-        A scalar, or with reduction "none" a tensor of the target's shape as class indices; of the dtype that
-        `cross_entropy` returns.
+        A scalar, or with reduction "none" a tensor of the target's shape as class indices; of `dtype` or, where that is
+        None, of the type that `cross_entropy` returns.
 
     Raises:
         IndexError: A class index lies outside [0, C), on the CPU; on a GPU the row's loss is NaN, and so are gradients.
@@ -125,21 +128,21 @@ def linear_cross_entropy(
     check_backend(backend)
     check_chunk(chunk_rows)
     ignore_index = -100 if ignore_index is None else ignore_index
-    (check_options if is_compiling() else known_options)(logit_scale, softcap, LOSS, None)
+    (check_options if is_compiling() else known_options)(logit_scale, softcap, LOSS, dtype)
     options = (reduction, ignore_index, label_smoothing, logit_scale, softcap)
     if has_torch_function_variadic(*tensors) and not has_subclass(tensors):
         loss: Tensor = handle_torch_function(
             linear_cross_entropy, tensors, input, linear_weight, target, linear_bias=linear_bias, weight=weight,
             reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, logit_scale=logit_scale,
-            softcap=softcap, chunk_rows=chunk_rows, backend=backend,
+            softcap=softcap, dtype=dtype, chunk_rows=chunk_rows, backend=backend,
         )  # fmt: skip
         return loss
     shape = logits_shape(input, linear_weight, linear_bias)
     loss_arguments = (target, weight, ignore_index, reduction, label_smoothing)
-    call = LayerCall(input, linear_weight, linear_bias, shape, chunk_rows, loss_arguments)
+    call = LayerCall(input, linear_weight, linear_bias, shape, chunk_rows, loss_arguments, dtype)
     path = route(LAYER, backend, (call,))
     if path in ("small", "torch"):
-        return unchunked(*tensors, *options, shape, backend)
+        return unchunked(*tensors, *options, dtype, shape, backend)
     layer, options_of_plan = prepare(call, logit_scale, softcap, backend)
     if path == "operator":
         loss = linear_operators.linear_cross_entropy(*layer, needs_grad(layer), *options_of_plan)[0]
@@ -158,7 +161,7 @@ def prepare(call: LayerCall, logit_scale: float, softcap: float | None, backend:
         sizes = call.shape[1:]
     layer = Layer(x, w.reshape(-1, x.shape[1]), None if b is None else b.reshape(-1), target, weight)
     chunk = call.chunk_rows or default_rows(x.shape[0], x.shape[1], layer.linear_weight.shape[0])
-    dtype = loss_dtype(call.logits(), call.loss[0])
+    dtype = call.dtype or loss_dtype(call.logits(), call.loss[0])
     transform = (float(logit_scale), None if softcap is None else float(softcap))
     options = (
         reduction,
@@ -232,6 +235,7 @@ def unchunked(
     label_smoothing: float,
     logit_scale: float,
     softcap: float | None,
+    dtype: torch.dtype | None,
     shape: tuple[int, ...],
     backend: str,
 ) -> Tensor:
@@ -239,11 +243,11 @@ def unchunked(
     logits = all_logits(input, linear_weight, linear_bias, shape)
     options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if logit_scale == 1 and softcap is None:
-        return cross_entropy(logits, target, weight, **options, backend=backend)
+        return cross_entropy(logits, target, weight, **options, dtype=dtype, backend=backend)
     arguments = (logits, target, weight, ignore_index, reduction, label_smoothing)
-    if not supports_fused(*arguments):
+    if not supports_fused(*arguments, dtype):
         validate(*arguments, values=not is_compiling())
-    dtype = loss_dtype(logits, target)
+    dtype = dtype or loss_dtype(logits, target)
     spec = make_spec(logits, target, reduction, ignore_index, label_smoothing, dtype)
     x, _ = effective(logits, RowSpec(spec, float(logit_scale), softcap, LOSS))
     weight = None if weight is None else weight.to(x.dtype)

@@ -18,6 +18,7 @@ from softmax_fused.functional.rows import check_options, check_target_class, cro
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    import torch
     from torch import Tensor
 
 
@@ -33,6 +34,7 @@ def linear_cross_entropy_rows(
     label_smoothing: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> RowOutputs:
@@ -68,6 +70,7 @@ def linear_cross_entropy_rows(
         label_smoothing: Share of the target spread evenly over the classes, at most 1.
         logit_scale: What the logits are multiplied by: a number, the same for all rows.
         softcap: Bound of the logits after scaling, by tanh; None for none.
+        dtype: Type of the outputs other than prediction and rank, as in `cross_entropy_rows`.
         chunk_rows: Rows of input whose logits exist at a time, at most; None as in `linear_cross_entropy`.
         backend: As in `cross_entropy`.
 
@@ -102,7 +105,7 @@ def linear_cross_entropy_rows(
     """
     tensors = (input, linear_weight, target, linear_bias, weight)
     named = outputs if isinstance(outputs, (str, tuple)) else tuple(outputs)
-    wanted = (check_options if is_compiling() else known_options)(logit_scale, softcap, named, None)
+    wanted = (check_options if is_compiling() else known_options)(logit_scale, softcap, named, dtype)
     check_backend(backend)
     check_chunk(chunk_rows)
     ignore_index = -100 if ignore_index is None else ignore_index
@@ -110,18 +113,18 @@ def linear_cross_entropy_rows(
         overridden: RowOutputs = handle_torch_function(
             linear_cross_entropy_rows, tensors, input, linear_weight, target, outputs=outputs, linear_bias=linear_bias,
             weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing, logit_scale=logit_scale,
-            softcap=softcap, chunk_rows=chunk_rows, backend=backend,
+            softcap=softcap, dtype=dtype, chunk_rows=chunk_rows, backend=backend,
         )  # fmt: skip
         return overridden
     shape = logits_shape(input, linear_weight, linear_bias)
     loss_arguments = (target, weight, ignore_index, "none", label_smoothing)
-    call = LayerCall(input, linear_weight, linear_bias, shape, chunk_rows, loss_arguments)
+    call = LayerCall(input, linear_weight, linear_bias, shape, chunk_rows, loss_arguments, dtype)
     path = route(LAYER, backend, (call,))
     if path in ("small", "torch"):
         logits = all_logits(input, linear_weight, linear_bias, shape)
         return cross_entropy_rows(
             logits, target, weight, ignore_index, label_smoothing, logit_scale=logit_scale, softcap=softcap,
-            outputs=wanted, backend=backend,
+            outputs=wanted, dtype=dtype, backend=backend,
         )  # fmt: skip
     check_target_class(wanted, target.ndim < len(shape), target)
     layer, options = prepare(call, logit_scale, softcap, backend)

@@ -110,7 +110,7 @@ def cross_entropy_rows(
     Args:
         input: Logits z (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64, any strides.
         target: Class indices, int64 of the input's shape without C, or class probabilities of the input's shape.
-        weight: Weight of each class (C,), of the input's dtype.
+        weight: Weight of each class (C,), of the input's dtype or that of the outputs.
         ignore_index: Class index whose rows have no loss.
         label_smoothing: Share of the target spread evenly over the classes, at most 1.
         logit_scale: What the logits are multiplied by: a number or, where each row has its own, a tensor that
@@ -160,8 +160,8 @@ def cross_entropy_rows(
         )  # fmt: skip
         return overridden
     arguments = (*tensors, ignore_index, "none", label_smoothing)
-    path = route(ROWS if "loss" in wanted else ROWS_WITHOUT_LOSS, backend, arguments)
-    if path == "torch" and not supports_fused(*arguments):
+    path = route(ROWS if "loss" in wanted else ROWS_WITHOUT_LOSS, backend, (*arguments, dtype))
+    if path != "backend" and not supports_fused(*arguments, dtype):
         validate(*arguments, values=not is_compiling())
     row_scale = None if scales is None else expand_scale(scales, input)
     spec = make_spec(input, target, "none", ignore_index, label_smoothing, dtype or loss_dtype(input, target))
