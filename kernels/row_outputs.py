@@ -157,7 +157,10 @@ def store_row_outputs(
     if out.loss is not None:
         tl.store(out.loss + row_index, convert(loss, out.loss.dtype.element_ty), mask=row_mask)
     if out.logsumexp is not None:
-        lse = tl.where(tl.abs(row_max) == float("inf"), row_max, row_max + log_s)
+        top = row_max
+        if out.logsumexp.dtype.element_ty == tl.float64:
+            top = row_max.to(tl.float64)  # the sum keeps the digits of both, whatever ACC is
+        lse = tl.where(tl.abs(top) == float("inf"), top, top + log_s)
         tl.store(out.logsumexp + row_index, convert(lse, out.logsumexp.dtype.element_ty), mask=row_mask)
     if out.prediction is not None:
         tl.store(out.prediction + row_index, index.to(tl.int64), mask=row_mask)

@@ -3,6 +3,7 @@
 from softmax_fused import distributed, information
 from softmax_fused.functional import (
     RowOutputs,
+    SparseTarget,
     causal_lm_loss,
     cross_entropy,
     cross_entropy_rows,
@@ -11,6 +12,7 @@ from softmax_fused.functional import (
     log_prob,
     log_softmax,
     softmax,
+    sparse_target,
 )
 from softmax_fused.modules import CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, Softmax
 from softmax_fused.patching import patch
@@ -23,6 +25,7 @@ __all__ = [
     "LogSoftmax",
     "RowOutputs",
     "Softmax",
+    "SparseTarget",
     "__version__",
     "causal_lm_loss",
     "cross_entropy",
@@ -35,4 +38,5 @@ __all__ = [
     "log_softmax",
     "patch",
     "softmax",
+    "sparse_target",
 ]

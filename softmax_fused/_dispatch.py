@@ -17,6 +17,7 @@ from softmax_fused import _errors
 from softmax_fused._errors import REDUCTIONS, TENSORS
 from softmax_fused._spec import FLOATS, class_dim
 from softmax_fused.backends import REGISTRY
+from softmax_fused.backends.sparse import SparseRows
 from softmax_fused.backends.torch import BACKEND as TORCH
 from softmax_fused.backends.torch.targets import kind_of, make_spec
 
@@ -88,9 +89,10 @@ def get_backend(name: str, device_type: str) -> Backend:
     return backend
 
 
-def row_operations(backend: Backend) -> RowOutputsOperations:
-    """Return a backend's operations for outputs of rows, or those it falls back on."""
-    return backend.row_outputs or TORCH.row_outputs
+def row_operations(backend: Backend, spec: Spec) -> RowOutputsOperations:
+    """Return a backend's operations for outputs of rows, or those it falls back on, for the spec's kind of target."""
+    operations = backend.row_outputs or TORCH.row_outputs
+    return SparseRows(operations) if spec.target.sparse else operations
 
 
 def slice_operations(backend: Backend) -> VocabParallelOperations:

@@ -242,6 +242,24 @@ def wrong_classes(logits: Any, classes: Any) -> ValueError:
     )
 
 
+def wrong_sparse_target(classes: Tensor, probabilities: Tensor) -> ValueError:
+    """The two tensors of a sparse target do not fit each other."""
+    return ValueError(
+        "a sparse target must have int64 classes and floating point probabilities of one shape; got "
+        f"{describe(classes)} and {describe(probabilities)}"
+    )
+
+
+def unfit_sparse_target(shape: tuple[int, ...], classes: Tensor, device: torch.device) -> ValueError:
+    """A sparse target does not fit the logits."""
+    dim = min(len(shape) - 1, 1)
+    several = ", ".join("K" if i == dim else str(size) for i, size in enumerate(shape))
+    return ValueError(
+        f"a sparse target must have shape ({several}{',' * (len(shape) == 1)}) on {device} for logits of shape "
+        f"{shape}; got {describe(classes)} on {classes.device}"
+    )
+
+
 def wrong_dtype(dtype: Any) -> ValueError:
     """The outputs' type is none of floating point."""
     return ValueError(f"dtype must be a floating point type or None; got {dtype!r}")

@@ -38,8 +38,8 @@ class Output(NamedTuple):
     needs_label: bool = False  # a class index a row
     if_ignored: int | None = None
     """What it is in rows whose class index is ignored, whose logits need not be known then; None: as in any row."""
-    value: Callable[[Tensor, Any, Any], Tensor] | None = None
-    """From x, log_p and prediction, (N, d1..dk); the last two are None where no output needs them."""
+    value: Callable[[Tensor, Any, Any, torch.dtype], Tensor] | None = None
+    """From x, log_p, prediction and the result's type, (N, d1..dk); log_p and prediction are None where not needed."""
     add_gradient: Callable[[Tensor | None, Tensor, Tensor], Tensor] | None = None
     """The gradient by x with this output's part, from what there is so far (None: nothing), log_p and g."""
 
@@ -49,10 +49,15 @@ class Output(NamedTuple):
         return self.if_ignored == 0
 
 
-def logsumexp(x: Tensor, log_p: Tensor, prediction: Tensor) -> Tensor:
-    """Return x - log p at the largest logit; the logit itself where it is infinite, where the difference is NaN."""
-    top = x.gather(1, prediction)
-    return torch.where(top.isinf(), top, top - log_p.gather(1, prediction)).squeeze(1)
+def logsumexp(x: Tensor, log_p: Tensor, prediction: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x - log p at the largest logit; the logit itself where it is infinite, where the difference is NaN.
+
+    Where the result is of float64 it is the exact difference, whatever the type of the arithmetic.
+    """
+    top, log_p_top = x.gather(1, prediction), log_p.gather(1, prediction)
+    if dtype is torch.float64:
+        top = top.double()
+    return torch.where(top.isinf(), top, top - log_p_top).squeeze(1)
 
 
 def add_logsumexp_gradient(grad: Tensor | None, log_p: Tensor, g: Tensor) -> Tensor:
@@ -117,9 +122,11 @@ OUTPUTS: dict[str, Output] = {
         differentiable=False,
         needs_log_p=False,
         needs_prediction=True,
-        value=lambda _x, _log_p, prediction: prediction.squeeze(1),
+        value=lambda _x, _log_p, prediction, _dtype: prediction.squeeze(1),
     ),
-    "entropy": Output(value=lambda _x, log_p, _prediction: entropy_of(log_p), add_gradient=add_entropy_gradient),
+    "entropy": Output(
+        value=lambda _x, log_p, _prediction, _dtype: entropy_of(log_p), add_gradient=add_entropy_gradient
+    ),
     "log_prob": Output(needs_label=True, if_ignored=0),  # minus the loss without class weights and smoothing
     "rank": Output(dtype=torch.int64, differentiable=False, needs_log_p=False, needs_label=True, if_ignored=-1),
 }

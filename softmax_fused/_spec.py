@@ -51,6 +51,9 @@ class TargetKind:
     weighted_mean: ClassVar[bool]
     """Whether a mean divides by the weights of the rows' classes instead of the number of rows."""
 
+    sparse: ClassVar[bool] = False
+    """Whether it names a few classes a row: `backends.sparse` computes it with operations for outputs of rows."""
+
 
 class Spec(NamedTuple):
     """What a call of the loss asks for, beside its tensors."""

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softmax_fused import RowOutputs, cross_entropy_rows
-from softmax_fused._dispatch import get_backend, row_operations
+from softmax_fused._dispatch import get_backend
 from softmax_fused._row_outputs import DEFAULT, OUTPUTS
 from softmax_fused._spec import RowSpec
+from softmax_fused.backends.torch import BACKEND as TORCH
 from softmax_fused.backends.torch.targets import make_spec
 from softmax_fused.functional.rows import NAMES
 from tests.cases import ULPS, make_indices, make_logits, make_probabilities, row_shape
@@ -337,7 +338,7 @@ def test_ranks_of_ties_infinities_and_nan(place: Place, classes: int, call: str)
 def test_the_gradient_overwrites_the_logits_where_rows_have_scales(place: Place) -> None:
     z, target = make_logits((7, 5), torch.float32, place.device).detach(), make_indices((7, 5), place.device)
     scale = torch.linspace(0.5, 2, 7, device=place.device)
-    operations = row_operations(get_backend(place.backend, place.device))
+    operations = get_backend(place.backend, place.device).row_outputs or TORCH.row_outputs
     options = RowSpec(make_spec(z, target, "none", -100, 0.1, torch.float32), 1.0, None, SOFT)
     out, stats = operations.forward(z, target, None, options, save=True, row_scale=scale)
     upstream = [torch.randn_like(getattr(out, name)) for name in SOFT]

@@ -30,6 +30,8 @@ def names(classes: int, ignored: bool) -> dict[str, Any]:
         "target": target,
         "row_weight": torch.rand(12, dtype=torch.float64),
         "tokens": 40,
+        "classes": torch.rand(12, classes).topk(4).indices.masked_fill(target.unsqueeze(1) == -100, -100),
+        "probabilities": torch.rand(12, 4, dtype=torch.float64),
         "teacher": 3 * torch.randn(12, classes, dtype=torch.float64),
         "old_log_prob": -2 * torch.rand(12, dtype=torch.float64),
         "advantage": torch.randn(12, dtype=torch.float64),
@@ -50,6 +52,18 @@ def focal(n: dict[str, Any]) -> Tensor:
 def distilled(n: dict[str, Any]) -> Tensor:
     student, teacher = ((n[name] / n["T"]).log_softmax(1) for name in ("logits", "teacher"))
     return n["T"] ** 2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def distilled_from_few(n: dict[str, Any]) -> Tensor:
+    log_p = (n["logits"] / n["T"]).log_softmax(1)
+    kept = n["classes"][:, 0] != -100
+    return -(n["T"] ** 2) * (n["probabilities"] * log_p.gather(1, n["classes"].clamp(min=0)))[kept].sum(1).mean()
+
+
+def fine_tuned(n: dict[str, Any]) -> Tensor:
+    kept = n["target"] != -100
+    log_p = n["logits"].log_softmax(1)[kept].gather(1, n["target"][kept][:, None])
+    return -(log_p.detach().exp() * log_p).mean()
 
 
 def penalised(n: dict[str, Any]) -> Tensor:
@@ -74,10 +88,12 @@ def z_loss(n: dict[str, Any]) -> Tensor:
 PLAIN: dict[str, Callable[[dict[str, Any]], Tensor]] = {
     "z-loss": z_loss,
     "Weights of rows": lambda n: (n["row_weight"] * each(n)).sum() / n["row_weight"].sum(),
+    "Tokens weighted by their probability": fine_tuned,
     "An explicit denominator, for gradient accumulation": lambda n: each(n).sum() / 40,
     "Token accuracy without a second pass": lambda n: F.cross_entropy(n["logits"], n["target"]),
     "Policy gradient with clipped ratios and an entropy bonus": policy_gradient,
     "Focal loss": focal,
+    "Distillation from a teacher's most probable classes": distilled_from_few,
     "Knowledge distillation": distilled,
     "Confidence penalty": penalised,
     "Capped logits": lambda n: F.cross_entropy(30 * torch.tanh(n["logits"] / 30), n["target"]),
@@ -111,7 +127,11 @@ def test_recipe_with_a_masked_class(title: str) -> None:
     results = []
     for classes, mask in (([*range(10)], 0.0), ([*range(11)], torch.tensor([0.0] * 10 + [-torch.inf]))):
         logits = (found["logits"].detach()[:, classes] + mask).requires_grad_()
-        some = found | {"logits": logits, "teacher": found["teacher"][:, classes] + mask}
+        some = found | {
+            "classes": found["classes"].clamp(max=9),
+            "logits": logits,
+            "teacher": found["teacher"][:, classes] + mask,
+        }
         exec(SETUP + RECIPES[title], some)
         results.append(
             (some["loss"].detach(), F.pad(torch.autograd.grad(some["loss"], logits)[0], (0, 11 - len(classes))))

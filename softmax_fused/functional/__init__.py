@@ -9,9 +9,11 @@ from softmax_fused.functional.linear import linear_cross_entropy
 from softmax_fused.functional.linear_rows import linear_cross_entropy_rows
 from softmax_fused.functional.loss import cross_entropy
 from softmax_fused.functional.rows import cross_entropy_rows
+from softmax_fused.functional.sparse import SparseTarget, sparse_target
 
 __all__ = [
     "RowOutputs",
+    "SparseTarget",
     "causal_lm_loss",
     "cross_entropy",
     "cross_entropy_rows",
@@ -21,4 +23,5 @@ __all__ = [
     "log_prob",
     "log_softmax",
     "softmax",
+    "sparse_target",
 ]

@@ -8,6 +8,7 @@ import torch
 
 from softmax_fused._row_outputs import DIFFERENTIABLE, OUTPUTS
 from softmax_fused._spec import class_dim
+from softmax_fused.backends.sparse import log_probs, sum_of_same_class, write_chosen
 from softmax_fused.backends.torch import cross_entropy as torch_loss
 from softmax_fused.backends.torch import row_outputs as torch_rows
 
@@ -134,8 +135,8 @@ class LogProb(torch.autograd.Function):
         logsumexp = out.logsumexp.unsqueeze(dim)
         ctx.save_for_backward(logits, label, valid, target, row_scale, stats, logsumexp)
         ctx.call = options, operations
-        x, _ = torch_rows.effective(logits.gather(dim, label), options, torch_rows.along_classes(row_scale, logits))
-        return (x - logsumexp).masked_fill(~valid, 0)
+        scale = torch_rows.along_classes(row_scale, logits)
+        return log_probs(logits, label, logsumexp, options, scale).masked_fill(~valid, 0)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,16 +152,11 @@ class LogProb(torch.autograd.Function):
             return (grad * slope).to(logits.dtype), *[None] * 6
         by_logsumexp = [-total.squeeze(dim) if name == "logsumexp" else None for name in DIFFERENTIABLE]
         grad = operations.gradient(by_logsumexp, logits, target, None, stats, options, row_scale)
-        x, slope = torch_rows.effective(logits.gather(dim, label), options, scale)
-        by_label = -(x - logsumexp).exp() * total
-        for chosen, g_chosen in zip(label.unbind(dim), g.unbind(dim), strict=True):
-            by_label += g_chosen.unsqueeze(dim) * (chosen.unsqueeze(dim) == label)  # of a class named twice, both
+        log_p = log_probs(logits, label, logsumexp, options, scale)
+        _, slope = torch_rows.effective(logits.gather(dim, label), options, scale)
+        by_label = sum_of_same_class(label, g, dim) - log_p.exp() * total
         unused = (g == 0).all(dim, keepdim=True)
-        grad.scatter_(dim, label, (by_label * slope).masked_fill(unused, 0).to(grad.dtype))
-        bad = unused & ~logsumexp.isfinite()  # kernels do not read such rows; in torch operations 0 meets NaN
-        if grad.is_cpu and bool(bad.any()):
-            grad.masked_fill_(bad, 0)
-        return grad, *[None] * 6
+        return write_chosen(grad, label, by_label * slope, unused, logsumexp, dim), *[None] * 6
 
 
 def differentiable_softmax_gradient(upstream: Tensor, out: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:

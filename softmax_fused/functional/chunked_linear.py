@@ -96,7 +96,8 @@ def make_plan(
     options = RowSpec(spec, float(logit_scale), None if softcap is None else float(softcap), outputs)
     chosen = get_backend(backend, x.device.type)
     products = product_dtype(layer_dtype, x.device)
-    return Plan(options, chosen.cross_entropy, row_operations(chosen), tuple(sizes), rows, layer_dtype, products)
+    of_rows = row_operations(chosen, spec)
+    return Plan(options, chosen.cross_entropy, of_rows, tuple(sizes), rows, layer_dtype, products)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -137,7 +138,7 @@ def chunk_losses(z: Tensor, layer: Layer, plan: Plan, upstream: Tensor | None, d
     """Return the losses of a chunk of logits; with `differentiate` write their gradient over it."""
     spec, operations = plan.spec._replace(reduction="none", dtype=plan.spec.acc), plan.operations
     arguments = (z, layer.target, layer.weight)
-    if plan.options.changes_logits:
+    if plan.options.changes_logits or spec.target.sparse:
         return changed_losses(
             arguments, plan._replace(options=plan.options._replace(spec=spec)), upstream, differentiate
         )
@@ -157,7 +158,7 @@ def chunk_losses(z: Tensor, layer: Layer, plan: Plan, upstream: Tensor | None, d
 def changed_losses(
     arguments: tuple[Tensor, Tensor, Tensor | None], plan: Plan, upstream: Tensor | None, differentiate: bool
 ) -> Tensor:
-    """Do the same where the logits are scaled or capped first, which the operations for outputs of rows do."""
+    """Do the same for changed logits and sparse targets, which the operations for outputs of rows know."""
     out, stats = plan.row_operations.forward(*arguments, plan.options, save=differentiate)
     if differentiate:
         g = out.loss.new_ones(()).expand_as(out.loss) if upstream is None else upstream
@@ -179,9 +180,10 @@ def valid_rows(layer: Layer, plan: Plan) -> Tensor | None:
     alone: moving the ignored rows to the end would leave the product as large, and to ask for their number would have
     the host wait for the device.
     """
-    if not (plan.spec.target.has_labels and layer.target.is_cpu):
+    if not layer.target.is_cpu:
         return None
-    return numbers_of(layer.target.long() != plan.spec.ignore_index)
+    valid = kind(plan.spec).rows_used(layer.target, plan.spec.ignore_index)
+    return None if valid is None else numbers_of(valid)
 
 
 def chunk_logits(

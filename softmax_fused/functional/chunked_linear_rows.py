@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from softmax_fused._row_outputs import DIFFERENTIABLE, OUTPUTS, RowOutputs
 from softmax_fused.backends.torch import row_outputs as torch_rows
+from softmax_fused.backends.torch.targets import kind
 from softmax_fused.functional.autograd import batched
 from softmax_fused.functional.chunked_linear import Gradients, Layer, Plan, chunk_logits, numbers_of, valid_rows
 
@@ -69,11 +70,12 @@ def rows_with_gradient(upstream: Upstream, layer: Layer, plan: Plan) -> Tensor |
     if not layer.target.is_cpu:
         return None
     found = torch.zeros((len(layer.input), *plan.sizes[1:]), dtype=torch.bool)
+    valid = kind(plan.spec).rows_used(layer.target, plan.spec.ignore_index)
     for name, g in zip(DIFFERENTIABLE, upstream, strict=True):
         if g is not None:
             wanted = g != 0
-            if OUTPUTS[name].zero_if_ignored and plan.spec.target.has_labels:
-                wanted &= layer.target.long() != plan.spec.ignore_index
+            if OUTPUTS[name].zero_if_ignored and valid is not None:
+                wanted &= valid
             found |= wanted
     return numbers_of(found)
 

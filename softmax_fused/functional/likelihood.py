@@ -46,9 +46,10 @@ def log_prob(
         x = \mathrm{softcap} \cdot \tanh(\mathrm{logit\_scale} \cdot z / \mathrm{softcap})
 
     With one class a row it is the output `log_prob` of :func:`cross_entropy_rows`, whose digits, and those of its
-    gradient, are kept where the probability is near 1. With several it is the difference above, in float32 at least:
-    its error is a rounding of the log-sum-exp, about 1e-6 for logits of size 10, also where the probability is nearer
-    to 1 than that. The gradient takes one buffer of the logits' size; it can be differentiated again.
+    gradient, are kept where the probability is near 1. With several it is the difference above, of logits in float32 at
+    least and a log-sum-exp in float64: its error is a rounding of the logarithm of the sum, about 1e-7, also where the
+    probability is nearer to 1 than that. The gradient takes one buffer of the logits' size; it can be differentiated
+    again.
 
     Args:
         logits: Logits z (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64, any strides.
@@ -105,10 +106,11 @@ def log_prob(
     none = label.new_full((), -100).expand(row_shape(logits.shape))  # every class of a row is one of the others
     result = dtype or loss_dtype(logits, none)
     spec = make_spec(logits, none, "none", -100, 0.0, torch.promote_types(result, torch.float32))
+    spec = spec._replace(dtype=torch.float64)  # of the log-sum-exp, for the digits of what is near it
     options = RowSpec(spec, float(scale), None if softcap is None else float(softcap), ("logsumexp",))
     path = route(ROWS_WITHOUT_LOSS, backend, (logits, none, None, -100, "none", 0.0))
     if path == "backend" and (row_scale is None or type(row_scale) in TENSORS):
-        operations = row_operations(get_backend(backend, logits.device.type))
+        operations = row_operations(get_backend(backend, logits.device.type), spec)
         found: Tensor = LogProb.apply(logits, label, valid, none, row_scale, options, operations)
     else:
         x, _ = effective(logits, options, along_classes(row_scale, logits))

@@ -13,6 +13,7 @@ from softmax_fused import _errors
 from softmax_fused._dispatch import (
     LAYER,
     LayerCall,
+    Path,
     check_backend,
     has_subclass,
     layer_dtype,
@@ -24,7 +25,7 @@ from softmax_fused._fallback import validate
 from softmax_fused._spec import RowSpec
 from softmax_fused.backends.torch.row_outputs import effective
 from softmax_fused.backends.torch.targets import make_spec
-from softmax_fused.functional import linear_operators
+from softmax_fused.functional import linear_operators, sparse
 from softmax_fused.functional.chunked_linear import (
     Layer,
     LinearCrossEntropy,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Tensor | sparse.SparseTarget,
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
@@ -78,7 +79,7 @@ def linear_cross_entropy(
         input: Features (D,) or (N, D); float16, bfloat16, float32 or float64.
         linear_weight: Weight of the layer (C, D), or (C, d1, ..., dk, D) for N * d1 * ... * dk rows of logits.
         target: Class indices, int64 of shape (), (N,) or (N, d1, ..., dk), or class probabilities of the logits' shape
-            (C,), (N, C) or (N, C, d1, ..., dk).
+            (C,), (N, C) or (N, C, d1, ..., dk), or a :func:`sparse_target` of K classes a row.
         linear_bias: Bias of the layer, of `linear_weight`'s shape without D.
         weight: Weight of each class (C,).
         reduction: "mean", "sum" or "none".
@@ -140,7 +141,7 @@ def linear_cross_entropy(
     shape = logits_shape(input, linear_weight, linear_bias)
     loss_arguments = (target, weight, ignore_index, reduction, label_smoothing)
     call = LayerCall(input, linear_weight, linear_bias, shape, chunk_rows, loss_arguments, dtype)
-    path = route(LAYER, backend, (call,))
+    path, call = choose_path(call, backend)
     if path in ("small", "torch"):
         return unchunked(*tensors, *options, dtype, shape, backend)
     layer, options_of_plan = prepare(call, logit_scale, softcap, backend)
@@ -149,6 +150,18 @@ def linear_cross_entropy(
     else:
         loss = chunked(layer, make_plan(layer, LOSS, *options_of_plan))
     return loss.squeeze(0) if input.ndim == 1 and reduction == "none" else loss
+
+
+def choose_path(call: LayerCall, backend: str) -> tuple[Path, LayerCall]:
+    """Return who computes a call, and the call with its target as backends take it."""
+    target, *options = call.loss
+    if not isinstance(target, sparse.SparseTarget):
+        return route(LAYER, backend, (call,)), call
+    call = call._replace(dtype=call.dtype or loss_dtype(call.logits(), target.probabilities))
+    path = route(LAYER, backend, (call._replace(loss=(sparse.stand_in(call.logits(), target), *options)),))
+    if path in ("operator", "backend") and not sparse.can_pack(target):
+        return "torch", call
+    return path, call if path in ("small", "torch") else call._replace(loss=(sparse.pack(target), *options))
 
 
 def prepare(call: LayerCall, logit_scale: float, softcap: float | None, backend: str) -> tuple[Layer, tuple[Any, ...]]:
@@ -227,7 +240,7 @@ def chunked(layer: Layer, plan: Plan) -> Tensor:
 def unchunked(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Tensor | sparse.SparseTarget,
     linear_bias: Tensor | None,
     weight: Tensor | None,
     reduction: str,
@@ -244,11 +257,12 @@ def unchunked(
     options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if logit_scale == 1 and softcap is None:
         return cross_entropy(logits, target, weight, **options, dtype=dtype, backend=backend)
-    arguments = (logits, target, weight, ignore_index, reduction, label_smoothing)
+    given = sparse.stand_in(logits, target) if isinstance(target, sparse.SparseTarget) else target
+    arguments = (logits, given, weight, ignore_index, reduction, label_smoothing)
     if not supports_fused(*arguments, dtype):
         validate(*arguments, values=not is_compiling())
-    dtype = dtype or loss_dtype(logits, target)
-    spec = make_spec(logits, target, reduction, ignore_index, label_smoothing, dtype)
+    dtype = dtype or loss_dtype(logits, given)
+    spec = make_spec(logits, given, reduction, ignore_index, label_smoothing, dtype)
     x, _ = effective(logits, RowSpec(spec, float(logit_scale), softcap, LOSS))
     weight = None if weight is None else weight.to(x.dtype)
     return cross_entropy(x, target, weight, **options, backend=backend).to(dtype)

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from softmax_fused._dispatch import LAYER, LayerCall, check_backend, has_subclass, route
+from softmax_fused._dispatch import LayerCall, check_backend, has_subclass
 from softmax_fused._row_outputs import OUTPUTS, RowOutputs
 from softmax_fused.functional import linear_row_operators
 from softmax_fused.functional.chunked_linear import Layer, Plan, make_plan
 from softmax_fused.functional.chunked_linear_rows import LinearCrossEntropyRows, forward
-from softmax_fused.functional.linear import all_logits, check_chunk, logits_shape, needs_grad, prepare
+from softmax_fused.functional.linear import all_logits, check_chunk, choose_path, logits_shape, needs_grad, prepare
 from softmax_fused.functional.rows import check_options, check_target_class, cross_entropy_rows, known_options
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    import torch
     from torch import Tensor
+
+    from softmax_fused.functional.sparse import SparseTarget
 
 
 def linear_cross_entropy_rows(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Tensor | SparseTarget,
     *,
     outputs: Collection[str] = ("loss",),
     linear_bias: Tensor | None = None,
@@ -62,7 +64,7 @@ def linear_cross_entropy_rows(
         input: Features (D,) or (N, D); float16, bfloat16, float32 or float64.
         linear_weight: Weight of the layer (C, D), or (C, d1, ..., dk, D) for N * d1 * ... * dk rows of logits.
         target: Class indices, int64 of shape (), (N,) or (N, d1, ..., dk), or class probabilities of the logits' shape
-            (C,), (N, C) or (N, C, d1, ..., dk).
+            (C,), (N, C) or (N, C, d1, ..., dk), or a :func:`sparse_target` of K classes a row.
         outputs: Names of the outputs wanted, of those of `cross_entropy_rows`, log_prob and rank included.
         linear_bias: Bias of the layer, of `linear_weight`'s shape without D.
         weight: Weight of each class (C,).
@@ -119,14 +121,14 @@ def linear_cross_entropy_rows(
     shape = logits_shape(input, linear_weight, linear_bias)
     loss_arguments = (target, weight, ignore_index, "none", label_smoothing)
     call = LayerCall(input, linear_weight, linear_bias, shape, chunk_rows, loss_arguments, dtype)
-    path = route(LAYER, backend, (call,))
+    path, call = choose_path(call, backend)
     if path in ("small", "torch"):
         logits = all_logits(input, linear_weight, linear_bias, shape)
         return cross_entropy_rows(
             logits, target, weight, ignore_index, label_smoothing, logit_scale=logit_scale, softcap=softcap,
-            outputs=wanted, dtype=dtype, backend=backend,
+            outputs=wanted, dtype=call.dtype, backend=backend,
         )  # fmt: skip
-    check_target_class(wanted, target.ndim < len(shape), target)
+    check_target_class(wanted, isinstance(target, torch.Tensor) and target.ndim < len(shape), call.loss[0])
     layer, options = prepare(call, logit_scale, softcap, backend)
     if path == "operator":
         found = by_operator(layer, wanted, options)

@@ -26,7 +26,7 @@ from softmax_fused._dispatch import (
 from softmax_fused._fallback import torch_cross_entropy, torch_function
 from softmax_fused._spec import FLOATS
 from softmax_fused.backends import REGISTRY
-from softmax_fused.functional import operators
+from softmax_fused.functional import operators, sparse
 from softmax_fused.functional.autograd import CrossEntropy
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 def cross_entropy(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | sparse.SparseTarget,
     weight: Tensor | None = None,
     size_average: bool | None = None,
     ignore_index: int = -100,
@@ -59,7 +59,8 @@ def cross_entropy(
 
     Args:
         input: Logits (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64, any strides.
-        target: Class indices, int64 of the input's shape without C, or class probabilities of the input's shape.
+        target: Class indices, int64 of the input's shape without C, class probabilities of the input's shape, or a
+            :func:`sparse_target`.
         weight: Weight of each class (C,), of the input's dtype or of `dtype`.
         size_average: Deprecated by torch in favour of `reduction`.
         ignore_index: Class index whose rows have no loss and no gradient.
@@ -144,6 +145,10 @@ def cross_entropy(
     arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
     call = None if compiling else known_call(*arguments, backend, dtype)
     if call is None:
+        if isinstance(target, sparse.SparseTarget):
+            return sparse.cross_entropy(
+                input, target, weight, ignore_index, reduction, label_smoothing, dtype, backend
+            )  # fmt: skip
         operation = LOSS_IN_PLACE if inplace_backward else LOSS
         path = route(operation if dtype is None else LOSS_OF_ANOTHER_TYPE, backend, (*arguments, dtype))
         if path == "small":
@@ -165,7 +170,7 @@ def cross_entropy(
         call = make_call(input, target, ignore_index, reduction, label_smoothing, backend, dtype)
     spec, operations, with_loss = call
     if not (input.requires_grad and torch.is_grad_enabled()):
-        return operations.loss(input, target, weight, spec, save=False)[0]
+        return operations.loss(input, target, weight, spec, save=False)[0]  # type: ignore[arg-type]  # it is a tensor
     if inplace_backward:
         check_writable(input)
     gradient_mode = "in place" if inplace_backward else "forward" if grad_in_forward or with_loss else "backward"
@@ -229,7 +234,7 @@ def unfused(
 
 def overridden(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | sparse.SparseTarget,
     weight: Tensor | None,
     size_average: bool | None,
     ignore_index: int,
@@ -242,6 +247,10 @@ def overridden(
     tensors = (input, target, weight)
     if _dispatch.has_subclass(tensors):
         dtype = options["dtype"]
+        if isinstance(target, sparse.SparseTarget):
+            return sparse.cross_entropy(
+                input, target, weight, ignore_index, reduction, label_smoothing, dtype, options["backend"]
+            )  # fmt: skip
         logits, labels, weights = in_type(tensors, dtype)
         loss = F.cross_entropy(logits, labels, weights, size_average, ignore_index, reduce, reduction, label_smoothing)
         return of_type(loss, dtype)

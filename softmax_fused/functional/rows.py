@@ -28,6 +28,7 @@ from softmax_fused._row_outputs import DEFAULT, OUTPUTS, RowOutputs, log_prob_of
 from softmax_fused._spec import FLOATS, RowSpec, row_shape
 from softmax_fused.backends.torch.row_outputs import along_classes, effective, needs_log_p, scaled, statistics
 from softmax_fused.backends.torch.targets import make_spec
+from softmax_fused.functional import sparse
 from softmax_fused.functional.autograd import CrossEntropyRows
 from softmax_fused.functional.loss import cross_entropy
 
@@ -77,7 +78,7 @@ known_options = functools.lru_cache(64, typed=True)(check_options)
 
 def cross_entropy_rows(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | sparse.SparseTarget,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
@@ -109,7 +110,8 @@ def cross_entropy_rows(
 
     Args:
         input: Logits z (C,), (N, C) or (N, C, d1, ..., dk); float16, bfloat16, float32 or float64, any strides.
-        target: Class indices, int64 of the input's shape without C, or class probabilities of the input's shape.
+        target: Class indices, int64 of the input's shape without C, class probabilities of the input's shape, or a
+            :func:`sparse_target`.
         weight: Weight of each class (C,), of the input's dtype or that of the outputs.
         ignore_index: Class index whose rows have no loss.
         label_smoothing: Share of the target spread evenly over the classes, at most 1.
@@ -159,20 +161,27 @@ def cross_entropy_rows(
             logit_scale=logit_scale, softcap=softcap, outputs=outputs, dtype=dtype, backend=backend,
         )  # fmt: skip
         return overridden
-    arguments = (*tensors, ignore_index, "none", label_smoothing)
+    given: Tensor = sparse.stand_in(input, target) if isinstance(target, sparse.SparseTarget) else target
+    arguments = (input, given, weight, ignore_index, "none", label_smoothing)
     path = route(ROWS if "loss" in wanted else ROWS_WITHOUT_LOSS, backend, (*arguments, dtype))
     if path != "backend" and not supports_fused(*arguments, dtype):
         validate(*arguments, values=not is_compiling())
     row_scale = None if scales is None else expand_scale(scales, input)
-    spec = make_spec(input, target, "none", ignore_index, label_smoothing, dtype or loss_dtype(input, target))
-    check_target_class(wanted, spec.target.has_labels, target)
+    fused = path == "backend" and (row_scale is None or type(row_scale) in TENSORS)
+    if isinstance(target, sparse.SparseTarget):
+        check_target_class(wanted, False, target.classes)
+        dtype = dtype or loss_dtype(input, target.probabilities)
+        fused = fused and sparse.can_pack(target)
+        given = sparse.pack(target) if fused else given
+    spec = make_spec(input, given, "none", ignore_index, label_smoothing, dtype or loss_dtype(input, given))
+    check_target_class(wanted, spec.target.has_labels, given)
     options = RowSpec(spec, float(scale), None if softcap is None else float(softcap), wanted)
-    if path != "backend" or not (row_scale is None or type(row_scale) in TENSORS):
+    if not fused:
         return composed(input, target, weight, options, row_scale)
-    operations = row_operations(get_backend(backend, input.device.type))
+    operations = row_operations(get_backend(backend, input.device.type), spec)
     if input.requires_grad and torch.is_grad_enabled():
-        return RowOutputs(*CrossEntropyRows.apply(input, target, weight, row_scale, options, operations))
-    return operations.forward(input, target, weight, options, save=False, row_scale=row_scale)[0]
+        return RowOutputs(*CrossEntropyRows.apply(input, given, weight, row_scale, options, operations))
+    return operations.forward(input, given, weight, options, save=False, row_scale=row_scale)[0]
 
 
 def expand_scale(scale: Tensor, input: Tensor) -> Tensor:
@@ -193,7 +202,11 @@ def expand_scale(scale: Tensor, input: Tensor) -> Tensor:
 
 
 def composed(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec, row_scale: Tensor | None = None
+    input: Tensor,
+    target: Tensor | sparse.SparseTarget,
+    weight: Tensor | None,
+    options: RowSpec,
+    row_scale: Tensor | None = None,
 ) -> RowOutputs:
     """Compute the outputs one by one, in torch operations that transforms, torch.compile and subclasses know."""
     spec = options.spec
@@ -206,15 +219,17 @@ def composed(
             x, target, w, ignore_index=spec.ignore_index, reduction="none", label_smoothing=spec.label_smoothing
         )
     others = tuple(name for name in options.outputs if name != "loss")
-    rows, labels = (x.unsqueeze(0), target.unsqueeze(0)) if input.ndim == 1 else (x, target)
+    rows = x.unsqueeze(0) if input.ndim == 1 else x
     log_p = torch.log_softmax(rows, 1) if needs_log_p(others) else None
-    for name, values in statistics(rows, others, log_p).items():
+    for name, values in statistics(rows, others, log_p, spec.dtype).items():
         found[name] = values.squeeze(0) if input.ndim == 1 else values
-    if "log_prob" in others and log_p is not None:
-        found["log_prob"] = log_prob_of(log_p, labels, spec.ignore_index).view(row_shape(input.shape))
-    if "rank" in others:
-        y = scaled(input, options, scale).view_as(rows)
-        found["rank"] = rank_of(y, labels, spec.ignore_index).view(row_shape(input.shape))
+    if isinstance(target, torch.Tensor):
+        labels = target.unsqueeze(0) if input.ndim == 1 else target
+        if "log_prob" in others and log_p is not None:
+            found["log_prob"] = log_prob_of(log_p, labels, spec.ignore_index).view(row_shape(input.shape))
+        if "rank" in others:
+            y = scaled(input, options, scale).view_as(rows)
+            found["rank"] = rank_of(y, labels, spec.ignore_index).view(row_shape(input.shape))
     for name, values in found.items():
         found[name] = values.to(OUTPUTS[name].dtype or spec.dtype)
     return RowOutputs(*[found.get(name) for name in OUTPUTS])  # type: ignore[arg-type]  # None as the caller asked

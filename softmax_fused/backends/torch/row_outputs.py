@@ -52,11 +52,14 @@ def needs_log_p(outputs: tuple[str, ...]) -> bool:
     return any(OUTPUTS[name].needs_log_p for name in outputs)
 
 
-def statistics(x: Tensor, outputs: tuple[str, ...], log_p: Tensor | None) -> dict[str, Tensor]:
-    """Return the outputs of (N, C, d1..dk), all but the loss, from the effective logits and, where needed, log p."""
+def statistics(x: Tensor, outputs: tuple[str, ...], log_p: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the outputs of (N, C, d1..dk), all but the loss, from the effective logits and, where needed, log p.
+
+    `dtype` is that in which they will be kept.
+    """
     wanted = [(name, OUTPUTS[name]) for name in outputs]
     prediction = x.argmax(1, keepdim=True) if any(output.needs_prediction for _, output in wanted) else None
-    return {name: output.value(x, log_p, prediction) for name, output in wanted if output.value is not None}
+    return {name: output.value(x, log_p, prediction, dtype) for name, output in wanted if output.value is not None}
 
 
 def saved_shape(logits: Tensor) -> None:
@@ -88,7 +91,7 @@ def forward(
             y = x if options.softcap is None else scaled(z[at], options, scale)
             filled["rank"][part] = batch.rank(y, at).squeeze(1)
         log_p = torch.log_softmax(x, 1) if needs_log_p(options.outputs) else None
-        for name, values in statistics(x, options.outputs, log_p).items():
+        for name, values in statistics(x, options.outputs, log_p, options.spec.dtype).items():
             filled[name][part] = values
         if "loss" in filled and log_p is not None:
             filled["loss"][part] = batch.loss(log_p, at).squeeze(1)

@@ -34,6 +34,11 @@ class Target(TargetKind):
         raise NotImplementedError
 
     @staticmethod
+    def rows_used(target: Tensor, ignore_index: int) -> Tensor | None:  # noqa: ARG004 - a default
+        """Return which rows are not ignored; None where no row can be."""
+        return None
+
+    @staticmethod
     def smoothed_target(t: Tensor, z: Tensor, w: Tensor | None, spec: Spec) -> Tensor:
         """Return the smoothed target of a chunk z of a slice of the classes, of its shape."""
         raise NotImplementedError
@@ -131,6 +136,11 @@ class ClassIndices(Target):
         return right_type and target.shape == rows and -(2**63) <= ignore_index < 2**63
 
     @staticmethod
+    def rows_used(target: Tensor, ignore_index: int) -> Tensor:
+        """Return which class indices are not the ignored one."""
+        return target.long() != ignore_index  # in uint8, 156 and -100 are equal
+
+    @staticmethod
     def smoothed_target(t: Tensor, z: Tensor, w: Tensor | None, spec: Spec) -> Tensor:  # noqa: ARG004
         """Return w * e / C."""
         smoothing_per_class = spec.label_smoothing / spec.classes
@@ -142,7 +152,7 @@ class ClassIndices(Target):
     ) -> tuple[Tensor, Tensor]:
         """Return the number of rows that are not ignored, or the weights of their classes."""
         del shape
-        valid = target.long() != ignore_index  # in uint8, 156 and -100 are equal
+        valid = ClassIndices.rows_used(target, ignore_index)
         if weight is None:
             return valid.sum().to(dtype), valid.any()
         label = target.long().clamp(0, len(weight) - 1)  # others are ignored, or have made their losses NaN
@@ -292,9 +302,82 @@ class ClassProbabilities(Target):
         return self.smoothed_target(self.t, p, self.w, self.spec)
 
 
+class SparseProbabilities(Target):
+    """Probabilities of K classes a row, packed as (N, 2, K, d1..dk) in float64: the classes, then the probabilities.
+
+    In float64 the indices are exact, and one tensor goes wherever another kind of target does. `backends.sparse` has
+    the loss and its gradient.
+    """
+
+    has_labels, dense, unit_sum, weighted_mean, sparse = False, True, False, False, True
+
+    def __init__(self, z: Tensor, target: Tensor, w: Tensor | None, spec: Spec) -> None:
+        self.label, self.share, valid = self.entries(target, z.shape[1], None if w is None else w.flatten(), spec, 1)
+        self.valid: Tensor = valid.any(1)
+        self.w, self.spec = w, spec
+
+    @staticmethod
+    def supports(input: Tensor, target: Tensor, ignore_index: int) -> bool:  # noqa: ARG004
+        """Return False: what callers pass is no tensor, and is checked where it is packed."""
+        return False
+
+    @staticmethod
+    def entries(
+        target: Tensor, classes: int, weight: Tensor | None, spec: Spec, dim: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return, (N, K, d1..dk), class indices that can be gathered, (1 - e) w t, and which are not ignored.
+
+        `dim` is that of the classes. On a GPU a class that does not exist has NaN.
+
+        Raises:
+            IndexError: For a CPU tensor, if a class that is not ignored does not exist.
+        """
+        found, t = target.unbind(dim)
+        label = found.long()
+        valid = label != spec.ignore_index
+        wrong = valid & ((label < 0) | (label >= classes))
+        if label.is_cpu and bool(wrong.any()):
+            raise _errors.out_of_range(classes, spec.ignore_index, int(label[wrong][0]))
+        label = label.masked_fill(wrong | ~valid, 0)
+        share = t.to(spec.acc)
+        if spec.label_smoothing:
+            share = share * (1 - spec.label_smoothing)
+        if weight is not None:
+            share = share * weight.to(spec.acc)[label]
+        return label, share.masked_fill(~valid, 0).masked_fill(wrong, torch.nan), valid
+
+    @staticmethod
+    def rows_used(target: Tensor, ignore_index: int) -> Tensor:
+        """Return which rows (N, d1..dk) name a class that is not the ignored one."""
+        return (target.select(1, 0) != ignore_index).any(1)
+
+    @staticmethod
+    def mean_over(
+        target: Tensor, weight: Tensor | None, ignore_index: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return the number of rows that are not ignored."""
+        del weight, shape
+        valid = SparseProbabilities.rows_used(target, ignore_index)
+        return valid.sum().to(dtype), valid.any()
+
+    def denominator(self) -> Tensor:
+        """Return what a mean divides by."""
+        return self.valid.sum().to(self.spec.acc)
+
+    def weighted(self, p: Tensor) -> Tensor:
+        """Return all of a."""
+        a = torch.zeros_like(p).scatter_add_(1, self.label, self.share)
+        if not self.spec.label_smoothing:
+            return a
+        smoothing_per_class = self.spec.label_smoothing / p.shape[1]
+        return a + (smoothing_per_class if self.w is None else smoothing_per_class * self.w)
+
+
 def kind_of(input: Tensor, target: Tensor) -> type[Target]:
-    """Tell class indices from class probabilities by the number of dimensions."""
-    return ClassIndices if target.ndim < input.ndim else ClassProbabilities
+    """Tell the kinds by the number of dimensions: class indices, class probabilities, packed sparse ones."""
+    if target.ndim < input.ndim:
+        return ClassIndices
+    return ClassProbabilities if target.ndim == input.ndim else SparseProbabilities
 
 
 def make_spec(
