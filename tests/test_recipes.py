@@ -158,6 +158,7 @@ def test_transformers_kernel_config(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     kernel_config = pytest.importorskip(
         "transformers.utils.kernel_config", reason="this transformers has no KernelConfig"
     )
+    model = language_model().train()  # before the decorators below: they would mark its other layers, too
     supported = [*kernel_config.KERNELS_SUPPORTED_DEVICE_TYPES, "cpu"]
     monkeypatch.setattr(kernel_config, "KERNELS_SUPPORTED_DEVICE_TYPES", supported)
     if not transformers.utils.is_kernels_available():
@@ -171,7 +172,6 @@ def test_transformers_kernel_config(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(transformers.PreTrainedModel, "set_use_kernels", set_use_kernels)
         hub_kernels = transformers.integrations
         monkeypatch.setattr(hub_kernels, "use_kernel_forward_from_hub", kernels.use_kernel_forward_from_hub)
-    model = language_model().train()
     batch = torch.utils.data.default_collate(sentences())
     expected = model(**batch, num_items_in_batch=50).loss
     grads = torch.autograd.grad(expected, list(model.parameters()))
@@ -181,6 +181,27 @@ def test_transformers_kernel_config(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         loss = call(**batch, num_items_in_batch=50).loss
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), grads)
+
+
+def test_transformers_kernel_without_kernel_config(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason=REASON)
+    kernels_package()
+    model = language_model().train()
+    batch = torch.utils.data.default_collate(sentences())
+    parameters = list(model.parameters())
+    expected = model(**batch, num_items_in_batch=50).loss
+    grads = torch.autograd.grad(expected, parameters)
+    names = {"model": model, "folder": build_hub(tmp_path), "device": "cpu"}
+    run("transformers: a kernel without KernelConfig", names)
+    assert model.loss_function.forward.__func__.__module__.startswith("_softmax_fused_")
+    for call in (model, torch.compile(model)):
+        loss = call(**batch, num_items_in_batch=50).loss
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, parameters), grads)
+    head = {"hidden_states": model.model(batch["input_ids"]).last_hidden_state, "lm_head_weight": model.lm_head.weight}
+    loss = model.loss_function(None, batch["labels"], model.config.vocab_size, 50, **head)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, parameters), grads)
 
 
 def test_kernels(tmp_path: Path) -> None:
