@@ -38,6 +38,8 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert public - entries() == set()
     assert entries() - public == {"softmax_fused.patching.Patch"}, "what patch() returns"
     assert "`softmax_fused.__version__`" in REFERENCE
+    overview = (DOCS / "api/index.md").read_text()
+    assert [name for name in softmax_fused.__all__ if f"`softmax_fused.{name}`" not in overview] == []
 
 
 def test_the_names_that_are_linked_to_exist() -> None:
@@ -55,6 +57,21 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
     missing = [link for link in links if link and "://" not in link and not (page.parent / link).exists()]
     assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_to_headings_lead_to_one(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = [
+        link.partition("#") for link in re.findall(r"\]\(([^)\s]+\.md#[^)\s]+|#[^)\s]+)\)", text) if "://" not in link
+    ]
+    assert [anchor for file, _, anchor in links if anchor not in anchors(page.parent / file if file else page)] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link's part behind # may be: a heading in lower case, without signs, with hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_readme_takes_a_minute() -> None:
