@@ -298,6 +298,8 @@ def test_speed_table_keeps_losing_rows_and_marks_the_fastest() -> None:
         "| (256, 10) | float32 | - | - | 0.80 | - | **0.10 ms** | 0.12 ms |",
         "| training step, 784 → 10, batch 256 | float32 | - | - | 0.90 | - | **0.10 ms** | 0.11 ms |",
     ]
+    quieter = [make_point("ours", 1.1, p50_us=50), make_point("torch", 1.0), make_point("Liger", 1.2)]
+    assert "| 1.10 | **1.20** | 0.10 ms | 0.05 ms |" in tables.speed_table(quieter), "by the ratios"
 
 
 def test_a_table_of_one_figure_by_provider() -> None:
