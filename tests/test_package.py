@@ -37,6 +37,7 @@ def test_wheel_from_the_sdist(built: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]
     assert {"kernels/rows.py", "kernels/cross_entropy.py", "LICENSE", "README.md"} <= set(names)
+    assert not [name for name in names if name.startswith("tests/test_")], "tests that miss their helpers"
     files = zipfile.ZipFile(wheel).namelist()
     assert {"softmax_fused/kernels/rows.py", "softmax_fused/py.typed"} <= set(files)
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "softmax_fused").rglob("*.py")} <= set(files)
