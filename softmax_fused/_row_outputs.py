@@ -40,8 +40,8 @@ class Output(NamedTuple):
     """What it is in rows whose class index is ignored, whose logits need not be known then; None: as in any row."""
     value: Callable[[Tensor, Any, Any, torch.dtype], Tensor] | None = None
     """From x, log_p, prediction and the result's type, (N, d1..dk); log_p and prediction are None where not needed."""
-    add_gradient: Callable[[Tensor | None, Tensor, Tensor], Tensor] | None = None
-    """The gradient by x with this output's part, from what there is so far (None: nothing), log_p and g."""
+    coefficients: Callable[[Tensor, Any], tuple[Any, Any]] | None = None
+    """The gradient by x is p (c + d log p): c and d, or 0, from g and the entropy, which are (N, 1, d1..dk)."""
 
     @property
     def zero_if_ignored(self) -> bool:
@@ -58,11 +58,6 @@ def logsumexp(x: Tensor, log_p: Tensor, prediction: Tensor, dtype: torch.dtype) 
     if dtype is torch.float64:
         top = top.double()
     return torch.where(top.isinf(), top, top - log_p_top).squeeze(1)
-
-
-def add_logsumexp_gradient(grad: Tensor | None, log_p: Tensor, g: Tensor) -> Tensor:
-    """Add p g."""
-    return log_p.exp() * g if grad is None else grad + log_p.exp() * g
 
 
 LEAST_LOG = -1e4
@@ -106,17 +101,9 @@ def rank_of(y: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     return rank.masked_fill(target == ignore_index, -1)
 
 
-def add_entropy_gradient(grad: Tensor | None, log_p: Tensor, g: Tensor) -> Tensor:
-    """Subtract p g (log p + H)."""
-    p, finite = log_p.exp(), finite_log(log_p)
-    entropy = -(p * finite).sum(1, keepdim=True)
-    part = p * ((finite + entropy) * -g)
-    return part if grad is None else grad + part
-
-
 OUTPUTS: dict[str, Output] = {
     "loss": Output(if_ignored=0),  # depends on the target, too: a backend computes it as the loss
-    "logsumexp": Output(needs_prediction=True, value=logsumexp, add_gradient=add_logsumexp_gradient),
+    "logsumexp": Output(needs_prediction=True, value=logsumexp, coefficients=lambda g, _entropy: (g, 0)),
     "prediction": Output(
         dtype=torch.int64,
         differentiable=False,
@@ -125,7 +112,8 @@ OUTPUTS: dict[str, Output] = {
         value=lambda _x, _log_p, prediction, _dtype: prediction.squeeze(1),
     ),
     "entropy": Output(
-        value=lambda _x, log_p, _prediction, _dtype: entropy_of(log_p), add_gradient=add_entropy_gradient
+        value=lambda _x, log_p, _prediction, _dtype: entropy_of(log_p),
+        coefficients=lambda g, entropy: (-g * entropy, -g),
     ),
     "log_prob": Output(needs_label=True, if_ignored=0),  # minus the loss without class weights and smoothing
     "rank": Output(dtype=torch.int64, differentiable=False, needs_log_p=False, needs_label=True, if_ignored=-1),

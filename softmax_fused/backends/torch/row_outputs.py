@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softmax_fused._row_outputs import DIFFERENTIABLE, OUTPUTS
+from softmax_fused._row_outputs import DIFFERENTIABLE, LEAST_LOG, OUTPUTS, finite_log
 from softmax_fused._spec import class_dim, row_shape
 from softmax_fused.backends.torch import chunks
-from softmax_fused.backends.torch.chunks import with_classes
+from softmax_fused.backends.torch.chunks import Workspace, with_classes
 from softmax_fused.backends.torch.cross_entropy import canonicalize
 from softmax_fused.backends.torch.cross_entropy import differentiable_gradient as gradient_of_loss
 from softmax_fused.backends.torch.targets import make_target
@@ -62,9 +62,9 @@ def statistics(x: Tensor, outputs: tuple[str, ...], log_p: Tensor | None, dtype:
     return {name: output.value(x, log_p, prediction, dtype) for name, output in wanted if output.value is not None}
 
 
-def saved_shape(logits: Tensor) -> None:
-    """Return that nothing is saved."""
-    del logits
+def saved_shape(logits: Tensor) -> tuple[int, int]:
+    """Return the shape of what `forward` saves: the entropy of each row, if that is an output."""
+    return 1, logits.numel() // logits.shape[class_dim(logits.ndim)]
 
 
 def forward(
@@ -75,14 +75,17 @@ def forward(
     save: bool,
     row_scale: Tensor | None = None,
 ) -> tuple[RowOutputs, Tensor | None]:
-    """Compute the outputs asked for; nothing else is saved."""
-    del save
+    """Compute the outputs asked for and, with `save`, what `gradient` needs."""
     z, t, _ = canonicalize(logits, target, None)
     batch = make_target(z, t, weight, options.spec)
     out = options.allocate(logits)
+    saved = logits.new_empty(saved_shape(logits), dtype=options.spec.acc) if save else None
     rows = row_shape(z.shape)
     scales = None if row_scale is None else row_scale.reshape(rows)
     filled = {name: it.view(rows) for name, it in out._asdict().items() if it is not None}
+    simple = tuple(name for name in options.outputs if name != "entropy")
+    logs = Workspace(z, None, options.spec.acc) if needs_log_p(options.outputs) else None
+    exponentials = Workspace(z, None, options.spec.acc) if {"entropy", "log_prob"} & filled.keys() else None
     for part in chunks.row_chunks(z, chunks.CHUNK):
         at = with_classes(part)
         scale = scales_of(scales, part)
@@ -90,19 +93,33 @@ def forward(
         if "rank" in filled:
             y = x if options.softcap is None else scaled(z[at], options, scale)
             filled["rank"][part] = batch.rank(y, at).squeeze(1)
-        log_p = torch.log_softmax(x, 1) if needs_log_p(options.outputs) else None
-        for name, values in statistics(x, options.outputs, log_p, options.spec.dtype).items():
+        log_p = None
+        if logs is not None:
+            log_p = logs.chunk(x, at)
+            chunks.log_softmax(x, log_p)
+        for name, values in statistics(x, simple, log_p, options.spec.dtype).items():
             filled[name][part] = values
-        if "loss" in filled and log_p is not None:
+        if log_p is None:
+            continue
+        if "loss" in filled:
             filled["loss"][part] = batch.loss(log_p, at).squeeze(1)
-        if "log_prob" in filled and log_p is not None:
-            filled["log_prob"][part] = batch.log_prob(log_p, at).squeeze(1)  # the last, as it overwrites log_p
+        if exponentials is None:
+            continue
+        p = torch.exp(log_p, out=exponentials.chunk(x, at))
+        log_p_label = batch.at_label(log_p, at) if "log_prob" in filled else None
+        if "entropy" in filled:  # from here on log_p is written over
+            entropy = log_p.clamp_(min=LEAST_LOG).mul_(p).sum(1).neg_()
+            filled["entropy"][part] = entropy
+            if saved is not None:
+                saved.view(rows)[part] = entropy
+        if log_p_label is not None:  # and p
+            filled["log_prob"][part] = batch.log_prob(log_p_label, p, at).squeeze(1)
     for name in ("loss", "log_prob"):
         if name in filled:
             filled[name].copy_(batch.zero_ignored(filled[name]))
     if "rank" in filled and batch.valid is not None:
         filled["rank"].masked_fill_(~batch.valid, -1)
-    return out, None
+    return out, saved
 
 
 def scales_of(scales: Tensor | None, part: tuple[slice, ...]) -> Tensor | None:
@@ -124,26 +141,57 @@ def gradient(
 
     It is written to `grad` where given, which may be the logits themselves.
     """
-    del stats
     grad = torch.empty_like(logits) if grad is None else grad
     z, t, out = canonicalize(logits, target, grad)
     assert out is not None
-    given = named(upstream, options, row_shape(z.shape))
-    scales = None if row_scale is None else row_scale.reshape(row_shape(z.shape))
+    rows = row_shape(z.shape)
+    given = named(upstream, options, rows)
+    scales = None if row_scale is None else row_scale.reshape(rows)
     losses = losses_of(z, t, weight, options.spec, given)
+    entropy = None if stats is None else stats.view(rows)
     changed = options.changes_logits or scales is not None
+    logs = Workspace(z, out, options.spec.acc)
+    exponentials = Workspace(z, None, options.spec.acc) if given or len(losses) > 1 else None
     for part in chunks.row_chunks(z, chunks.CHUNK):
         at = with_classes(part)
         x, slope = effective(z[at], options, scales_of(scales, part))
-        log_p = torch.log_softmax(x, 1)
-        by_x = by_logits(log_p, {name: g[part] for name, g in given.items()})
-        for count, (batch, g) in enumerate(losses, 1):
-            p = log_p.exp() if count < len(losses) else log_p.exp_()
-            batch.gradient(p, g[part].unsqueeze(1), at, p)
-            by_x = p if by_x is None else by_x.add_(p)
-        assert by_x is not None
-        out[at] = by_x.mul_(slope) if changed else by_x
+        work = logs.chunk(x, at)
+        chunks.log_softmax(x, work)
+        if exponentials is None:  # one loss alone
+            ((batch, g),) = losses
+            batch.gradient(work.exp_(), g[part].unsqueeze(1), at, work)
+        else:
+            p = torch.exp(work, out=exponentials.chunk(x, at))
+            of_rows = None if entropy is None else entropy[part].unsqueeze(1)
+            c, d = coefficients({name: g[part].unsqueeze(1) for name, g in given.items()}, of_rows)
+            if isinstance(d, torch.Tensor):
+                torch.addcmul(c, work.clamp_(min=LEAST_LOG), d, out=work).mul_(p)
+            else:
+                torch.mul(p, c, out=work)
+            for count, (batch, g) in enumerate(losses, 1):
+                q = p if count == len(losses) else p.clone()
+                batch.gradient(q, g[part].unsqueeze(1), at, q)
+                work.add_(q)
+        if changed:
+            work.mul_(slope)
+        if logs.scratch is not None:
+            out[at] = work
     return grad
+
+
+def coefficients(upstream: dict[str, Tensor], entropy: Tensor | None) -> tuple[Any, Any]:
+    """Return c and d of the gradient p (c + d log p) of outputs without a target; 0 where there are none.
+
+    The upstream gradients and the entropy are (N, 1, d1..dk).
+    """
+    c: Any = 0
+    d: Any = 0
+    for name, g in upstream.items():
+        find = OUTPUTS[name].coefficients
+        assert find is not None
+        more_c, more_d = find(g, entropy)
+        c, d = c + more_c, d + more_d
+    return c, d
 
 
 def losses_of(
@@ -177,16 +225,6 @@ def named(upstream: Upstream, options: RowSpec, rows: tuple[int, ...]) -> dict[s
     return {name: g.to(options.spec.acc).reshape(rows) for name, g in pairs if g is not None}
 
 
-def by_logits(log_p: Tensor, upstream: dict[str, Tensor]) -> Tensor | None:
-    """Return the gradient by the effective logits from those of outputs without a target, None where there are none."""
-    grad = None
-    for name, g in upstream.items():
-        add_gradient = OUTPUTS[name].add_gradient
-        assert add_gradient is not None
-        grad = add_gradient(grad, log_p, g.unsqueeze(1))
-    return grad
-
-
 def differentiable_gradient(
     upstream: Upstream,
     logits: Tensor,
@@ -200,8 +238,13 @@ def differentiable_gradient(
     z, _, _ = canonicalize(x, target, None)
     given = named(upstream, options, row_shape(z.shape))
     g_loss, g_log_prob = given.pop("loss", None), given.pop("log_prob", None)
-    by_x = by_logits(torch.log_softmax(z, 1), given) if given else None
-    grad = torch.zeros_like(x) if by_x is None else by_x.view_as(x)
+    grad = torch.zeros_like(x)
+    if given:
+        log_p = torch.log_softmax(z, 1)
+        p, finite = log_p.exp(), finite_log(log_p)
+        entropy = -(p * finite).sum(1, keepdim=True)
+        c, d = coefficients({name: g.unsqueeze(1) for name, g in given.items()}, entropy)
+        grad = (p * (c + d * finite)).view_as(x)
     if g_loss is not None:
         grad = grad + gradient_of_loss(g_loss, x, target, weight, options.spec)
     if g_log_prob is not None:

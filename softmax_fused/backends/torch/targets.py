@@ -62,8 +62,12 @@ class Target(TargetKind):
         """Return -<a, log p> of a chunk."""
         raise NotImplementedError
 
-    def log_prob(self, log_p: Tensor, at: tuple[slice, ...]) -> Tensor:
-        """Return log p of the labels of a chunk, exact where p is near 1; `log_p` is written over."""
+    def at_label(self, values: Tensor, at: tuple[slice, ...]) -> Tensor:
+        """Return a chunk's values of the labels."""
+        raise NotImplementedError
+
+    def log_prob(self, log_p_label: Tensor, p: Tensor, at: tuple[slice, ...]) -> Tensor:
+        """Return log p of the labels of a chunk, exact where p is near 1; `p` is written over."""
         raise NotImplementedError
 
     def rank(self, y: Tensor, at: tuple[slice, ...]) -> Tensor:
@@ -166,7 +170,7 @@ class ClassIndices(Target):
 
     def loss(self, log_p: Tensor, at: tuple[slice, ...]) -> Tensor:
         """Return -<a, log p> of a chunk."""
-        log_p_label = log_p.gather(1, self.label[at])
+        log_p_label = self.at_label(log_p, at)
         if self.w is not None:
             log_p_label = product(self.label_weight[at], log_p_label)
         if not self.smoothing:
@@ -175,19 +179,21 @@ class ClassIndices(Target):
         of_label = 0 if self.smoothing == 1 else self.confidence * log_p_label
         return -self.smoothing_per_class * all_classes.sum(1, keepdim=True) - of_label
 
-    def log_prob(self, log_p: Tensor, at: tuple[slice, ...]) -> Tensor:
-        """Return log p of the labels of a chunk, exact where p is near 1; `log_p` is written over."""
-        label = self.label[at]
-        found = log_p.gather(1, label)
-        complement = self.complement(log_p.exp_(), label)
-        return torch.where(complement < 0.5, torch.log1p(-complement), found)
+    def at_label(self, values: Tensor, at: tuple[slice, ...]) -> Tensor:
+        """Return a chunk's values of the labels."""
+        return values.gather(1, self.label[at])
+
+    def log_prob(self, log_p_label: Tensor, p: Tensor, at: tuple[slice, ...]) -> Tensor:
+        """Return log p of the labels of a chunk, exact where p is near 1; `p` is written over."""
+        complement = self.complement(p, self.label[at])
+        return torch.where(complement < 0.5, torch.log1p(-complement), log_p_label)
 
     def rank(self, y: Tensor, at: tuple[slice, ...]) -> Tensor:
         """Return how many of a chunk's logits y are larger than the label's; NaN is larger than any number.
 
         Counted in float32, as far as it is exact: on a CPU that takes half the time of integers.
         """
-        others = y <= y.gather(1, self.label[at])
+        others = y <= self.at_label(y, at)
         counts = torch.float32 if y.shape[1] < 2**24 else torch.float64
         return y.shape[1] - others.sum(1, keepdim=True, dtype=counts).long()
 
