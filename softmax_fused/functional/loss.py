@@ -79,8 +79,8 @@ def cross_entropy(
     A DTensor stays one: logits divided by class take the path of `softmax_fused.distributed.cross_entropy`, logits
     divided by rows are computed where they are; a mean or sum is whole on every rank, and "none" divided as the rows.
 
-    Both options are for training large classifiers; they change nothing where torch's own operator computes or under
-    torch.compile, and do not combine.
+    `grad_in_forward` and `inplace_backward` are for training large classifiers; they change nothing where torch's own
+    operator computes or under torch.compile, and do not combine.
 
     Returns:
         A scalar, or with reduction "none" a tensor of the input's shape without C; of type `dtype` or, for None, of the
