@@ -42,7 +42,7 @@ def update_loss_state(state, block, context, target, KIND: tl.constexpr, ACC: tl
     """Take a block into m, s, sum a and <a, z - m> of each lane, the target class left out; the last is its logit."""
     m, s, total, dot, target_logit = state
     z, t, c, class_mask = block
-    label, valid, confidence, smoothing_per_class, KEEP = context
+    label, valid, confidence, smoothing_per_class, KEEP, INVARIANT = context
     others = z
     if KIND != "probabilities" and (
         len(z.shape) == 2 or z.shape[len(z.shape) - 1] == 1
@@ -51,18 +51,18 @@ def update_loss_state(state, block, context, target, KIND: tl.constexpr, ACC: tl
         others = tl.where(is_target, float("-inf"), z)
         if KEEP:
             target_logit += lane_reduce(tl.where(is_target, z, 0.0), tl.sum)
-    m_new, s = online_softmax_update(m, s, z, others)
+    m_new, s = online_softmax_update(m, s, z, others, INVARIANT)
     if KIND == "probabilities" or target.smoothing is not None:
         dot = shift_dot(dot, total, m - m_new)
     if KIND == "probabilities" or (target.smoothing is not None and target.weight_ptr is not None):
         a = smoothed_target(
             t, broadcast_rows(valid, z), confidence, smoothing_per_class, target, c, class_mask, True, KIND, ACC
         )  # fmt: skip
-        dot += lane_reduce(tl.where(a == 0.0, 0.0, a * (z - broadcast_lanes(m_new, z))), tl.sum)
-        total += lane_reduce(a, tl.sum)
+        dot += lane_reduce(tl.where(a == 0.0, 0.0, a * (z - broadcast_lanes(m_new, z))), tl.sum, INVARIANT)
+        total += lane_reduce(a, tl.sum, INVARIANT)
     elif target.smoothing is not None:  # the same a for all classes
         a = rounded_product(valid, smoothing_per_class)
-        shifted = lane_reduce(tl.where(class_mask, z - broadcast_lanes(m_new, z), 0.0), tl.sum)
+        shifted = lane_reduce(tl.where(class_mask, z - broadcast_lanes(m_new, z), 0.0), tl.sum, INVARIANT)
         dot += tl.where(a == 0.0, 0.0, rounded_product(a, shifted))
         total += rounded_product(a, lane_reduce(tl.where(class_mask, 1.0, 0.0).to(ACC), tl.sum))
     return m_new, s, total, dot, target_logit
@@ -73,7 +73,9 @@ def merge_lanes(state, label, logits, base, rows, KEPT: tl.constexpr, VECTOR: tl
     """Return the state of each row from that of the lanes; the target class's logit is -inf where there is none."""
     m, s, total, dot, target_logit = state
     if VECTOR > 0:
-        m, s, total, dot = merge_partials(m[None, :], s[None, :], total[None, :], dot[None, :])
+        m, s, total, dot = merge_partials(
+            m[None, :], s[None, :], total[None, :], dot[None, :], rows.invariant is not None
+        )
         target_logit = tl.sum(target_logit, axis=0) + tl.zeros((1,), ACC)
     if KEPT:
         target_logit = tl.where(label >= 0, target_logit, float("-inf"))
@@ -258,7 +260,7 @@ def cross_entropy_forward(
     places = locate_rows(tensors, outer, row, row_mask, label, valid != 0.0, rows, DENSE, CLASSES, VECTOR)
     # a tile's gradient may be written over logits that another thread has yet to read
     KEEP: tl.constexpr = VECTOR > 0 or tensors.out.ptr is not None
-    context = (label, valid, confidence, smoothing_per_class, KEEP)
+    context = (label, valid, confidence, smoothing_per_class, KEEP, rows.invariant is not None)
     whole = load_whole(tensors, rows, places, float("-inf"), DENSE, ACC, WHOLE, CLASSES, LANES, VECTOR)
     state = reduce_rows(
         update_loss_state, fresh_state(LANES, ACC), context, whole, tensors, rows, places, KIND, DENSE, ACC,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .cross_entropy import finalize_rows, merge_lanes, target_gradient, update_loss_state
 from .math import convert, expm1, exponential, from_parts, rounded_product, tanh
-from .online import broadcast_lanes, broadcast_rows, fresh_state, lane_reduce, shift_dot
+from .online import broadcast_lanes, broadcast_rows, fresh_state, lane_reduce, shift_dot, sum_parts
 from .rows import count_rows, load_whole, locate_rows, map_rows, program_rows, reduce_rows, value_offsets
 from .targets import read_labels, smoothed_target, smoothing_terms
 
@@ -112,7 +112,7 @@ def update_row_state(
     NaN is the largest; everything is larger than a target class's NaN.
     """
     loss_state, u, best, index, rank = state
-    loss_context, row_scale, y_target, ENTROPY, PREDICTION, RANK = context
+    loss_context, row_scale, y_target, ENTROPY, PREDICTION, RANK, INVARIANT = context
     z, t, c, class_mask = block
     x = transform_logits(z, target, row_scale, ACC)
     if target.scale is not None or (target.softcap is not None or target.row_scale is not None):
@@ -126,7 +126,8 @@ def update_row_state(
             others = tl.where(c == broadcast_rows(loss_context[0], z), float("-inf"), x)
         y = others - broadcast_lanes(m_new, others)
         e = exponential(y)
-        u = shift_dot(u, s, m - m_new) * exponential(m - m_new) + lane_reduce(tl.where(e == 0.0, 0.0, e * y), tl.sum)
+        product = tl.where(e == 0.0, 0.0, e * y)
+        u = shift_dot(u, s, m - m_new) * exponential(m - m_new) + lane_reduce(product, tl.sum, INVARIANT)
     if PREDICTION:
         x = tl.where(x == x, x, float("inf"))
         top = lane_reduce(x, tl.max)
@@ -211,8 +212,9 @@ def row_outputs_forward(
     y_target = tl.zeros(row_mask.shape, ACC)
     if RANK:
         y_target = read_target_logit(tensors, row_scale, outer, row, label, rows, ACC)
-    loss_context = (label, valid, confidence, smoothing_per_class, VECTOR > 0)
-    context = (loss_context, row_scale, y_target, ENTROPY, PREDICTION, RANK)
+    INVARIANT: tl.constexpr = rows.invariant is not None
+    loss_context = (label, valid, confidence, smoothing_per_class, VECTOR > 0, INVARIANT)
+    context = (loss_context, row_scale, y_target, ENTROPY, PREDICTION, RANK, INVARIANT)
     least = tl.full((LANES,), float("-inf"), ACC)
     index, rank = tl.zeros((LANES,), tl.int32), tl.zeros((LANES,), tl.float32)
     state = (fresh_state(LANES, ACC), tl.zeros((LANES,), ACC), least, index, rank)
@@ -224,7 +226,7 @@ def row_outputs_forward(
     loss_state = merge_lanes(loss_state, label, tensors.first, places[0], rows, VECTOR > 0, VECTOR, ACC)
     if VECTOR > 0:
         delta = m - loss_state[0]
-        u = tl.sum(rounded_product(shift_dot(u, s, delta), exponential(delta)), axis=0) + tl.zeros((1,), ACC)
+        u = sum_parts(rounded_product(shift_dot(u, s, delta), exponential(delta))[None, :], INVARIANT)
         index = tl.min(tl.where(best == tl.max(best, axis=0), index, 2147483647), axis=0) + tl.zeros((1,), tl.int32)
         rank = tl.sum(rank, axis=0) + tl.zeros((1,), tl.float32)
     else:

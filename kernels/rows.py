@@ -12,6 +12,9 @@ VECTOR > 0, a long row or a part of one, whose classes are adjacent: blocks of (
     blocks; what is left, the beginning and the end of a row that is not aligned and the vector of the target class, is
     the row's edge, an element a lane: no other element is compared with anything.
 
+Where a row's bits must be the same in every batch, positions count from the row's first element instead: vectors are
+then the same classes wherever the row lies, and are loaded an element at a time where it is not aligned.
+
 WHOLE: the first block holds all classes, and stays in registers from the first pass to the second.
 """
 
@@ -29,6 +32,10 @@ class RowLayout(NamedTuple):
     sizes: Any  # (outer..., inner)
     classes: Any
     parts: Any  # programs that share a long row
+    invariant: Any = None  # 1: a row's bits are the same in every batch; None: they need not be
+    unaligned: Any = (
+        None  # 1: then, and rows begin between multiples of 16 bytes; None: they do not, or need not be known
+    )
 
 
 class Strided(NamedTuple):
@@ -108,7 +115,9 @@ def row_segment(offset, row_mask, target_class, read, rows, CLASSES: tl.constexp
     if VECTOR == 0:
         segment = (0, rows.classes, row_mask)
     else:
-        head_offset = offset.to(tl.int32) & (VECTOR - 1)
+        head_offset = tl.full((), 0, tl.int32)
+        if rows.invariant is None:
+            head_offset = offset.to(tl.int32) & (VECTOR - 1)
         wanted = tl.max(row_mask.to(tl.int32), axis=0) != 0
         label = tl.max(target_class, axis=0)
         labelled = tl.where(label >= 0, (head_offset + label) // VECTOR * VECTOR, -VECTOR)
@@ -157,7 +166,7 @@ def locate_rows(
     offset = row_offsets(outer, row, rows, tensors.first.strides)
     segment = row_segment(offset, row_mask, target_class, read, rows, CLASSES, VECTOR)
     base = offset
-    if VECTOR > 0:
+    if VECTOR > 0 and rows.unaligned is None:
         base = offset // VECTOR * VECTOR
     second_base = base
     if PAIRED:

@@ -316,10 +316,11 @@ def make_call(
     label_smoothing: float,
     backend: str,
     dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> Call:
     """Return what computes a call that the fused path covers, whose loss is of `dtype`."""
     chosen = get_backend(backend, input.device.type)
-    spec = make_spec(input, target, reduction, ignore_index, label_smoothing, dtype)
+    spec = make_spec(input, target, reduction, ignore_index, label_smoothing, dtype, batch_invariant)
     with_loss = input.device.type in chosen.gradient_with_loss and reduction != "none"
     return Call(spec, chosen.cross_entropy, with_loss)
 
@@ -333,6 +334,7 @@ def known_call(
     label_smoothing: Any,
     backend: str,
     dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
 ) -> Call | None:
     """Return the decision for a call, kept from an earlier call of the same signature or made now.
 
@@ -355,11 +357,12 @@ def known_call(
         input.dtype, input.shape, input.device, input.layout, target.dtype, target.shape, target.device, target.layout,
         weight is not None and (weight.dtype, weight.shape, weight.device), ignore_index, reduction, label_smoothing,
         backend, torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type), dtype,
+        batch_invariant,
     )  # fmt: skip
     call = CALLS.get(signature)
     if call is None and supports_fused(input, target, weight, ignore_index, reduction, label_smoothing, dtype):
         result = dtype or loss_dtype(input, target)
-        call = make_call(input, target, ignore_index, reduction, label_smoothing, backend, result)
+        call = make_call(input, target, ignore_index, reduction, label_smoothing, backend, result, batch_invariant)
         if len(CALLS) >= MOST_CALLS:
             CALLS.clear()
         CALLS[signature] = call
@@ -390,19 +393,19 @@ SOFTMAX = Operation(supports_softmax, never)
 LAYER = Operation(supports_layer, is_small_layer, is_small_layer)
 
 
-def route(operation: Operation, backend: str, arguments: tuple[Any, ...]) -> Path:
-    """Return who computes a call."""
+def route(operation: Operation, backend: str, arguments: tuple[Any, ...], batch_invariant: bool = False) -> Path:
+    """Return who computes a call; where it is to be `batch_invariant`, not its size."""
     if is_compiling():
         if (
             operation.small_in_graph is None
-            or (backend == "auto" and operation.small_in_graph(*arguments))
+            or (backend == "auto" and not batch_invariant and operation.small_in_graph(*arguments))
             or torch._C._are_functorch_transforms_active()
             or exporting()
             or not operation.supported(*arguments)
         ):
             return "torch"
         return "operator"
-    if backend == "auto" and operation.small(*arguments):
+    if backend == "auto" and not batch_invariant and operation.small(*arguments):
         return "small"
     if under_transform() or not operation.supported(*arguments):
         return "torch"

@@ -66,6 +66,7 @@ class Spec(NamedTuple):
     acc: torch.dtype  # arithmetic: float32, or float64 where a tensor is float64
     classes: int = 0  # of all slices, where the logits are a slice of the classes
     first: int = 0  # class of the slice
+    batch_invariant: bool = False  # what is computed of a row has the same bits in every batch
 
     @property
     def has_dense_target(self) -> bool:

@@ -37,6 +37,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
         grad_in_forward: Compute the gradient with the loss, in one launch.
         inplace_backward: Write the gradient over the logits.
+        batch_invariant: Give a row the same bits in every batch.
 
     Example:
         >>> import torch
@@ -49,6 +50,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     backend: str = "auto"
     grad_in_forward: bool = False
     inplace_backward: bool = False
+    batch_invariant: bool = False
 
     def __init__(
         self,
@@ -63,12 +65,14 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         backend: str = "auto",
         grad_in_forward: bool = False,
         inplace_backward: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.dtype = dtype
         self.backend = backend
         self.grad_in_forward = grad_in_forward
         self.inplace_backward = inplace_backward
+        self.batch_invariant = batch_invariant
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Compute the loss of logits `input` against `target`."""
@@ -86,6 +90,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
                 backend=self.backend,
                 grad_in_forward=self.grad_in_forward,
                 inplace_backward=self.inplace_backward,
+                batch_invariant=self.batch_invariant,
             )
         return torch_function(
             input,
@@ -103,6 +108,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             "backend": self.backend,
             "grad_in_forward": self.grad_in_forward,
             "inplace_backward": self.inplace_backward,
+            "batch_invariant": self.batch_invariant,
         }
         usual = ("auto", False, None)
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value not in usual)
@@ -130,6 +136,7 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         loss_dtype: Type of the loss; None for torch's. A scripted module has torch's.
         chunk_rows: Rows of input whose logits exist at a time, at most.
         backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        batch_invariant: Give a row of logits the same bits of loss and gradient in every batch.
 
     Raises:
         RuntimeError: If `weight` is not of shape (C,), or label_smoothing not from 0 to 1.
@@ -155,6 +162,7 @@ class LinearCrossEntropyLoss(_WeightedLoss):
     loss_dtype: Optional[torch.dtype] = None  # noqa: UP045
     chunk_rows: int | None = None
     backend: str = "auto"
+    batch_invariant: bool = False
 
     def __init__(
         self,
@@ -174,6 +182,7 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         loss_dtype: torch.dtype | None = None,
         chunk_rows: int | None = None,
         backend: str = "auto",
+        batch_invariant: bool = False,
     ) -> None:
         if weight is not None and weight.shape != (num_classes,):
             raise _errors.module_weight(num_classes, weight)
@@ -183,7 +192,7 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         self.logit_scale, self.softcap, self.loss_dtype = logit_scale, softcap, loss_dtype
-        self.chunk_rows, self.backend = chunk_rows, backend
+        self.chunk_rows, self.backend, self.batch_invariant = chunk_rows, backend, batch_invariant
         self.linear = nn.Linear(in_features, math.prod(out_features, start=num_classes), bias, device, dtype)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -222,6 +231,7 @@ class LinearCrossEntropyLoss(_WeightedLoss):
             dtype=self.loss_dtype,
             chunk_rows=self.chunk_rows,
             backend=self.backend,
+            batch_invariant=self.batch_invariant,
         )
 
 

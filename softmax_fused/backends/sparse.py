@@ -17,7 +17,7 @@ import torch
 
 from softmax_fused._row_outputs import DIFFERENTIABLE, OUTPUTS, finite_log
 from softmax_fused._spec import class_dim, row_shape
-from softmax_fused.backends.torch.chunks import pieces
+from softmax_fused.backends.torch.chunks import pieces, sum_classes
 from softmax_fused.backends.torch.row_outputs import along_classes, effective
 from softmax_fused.backends.torch.targets import ClassIndices, SparseProbabilities
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from softmax_fused._row_outputs import RowOutputs
-    from softmax_fused._spec import RowOutputsOperations, RowSpec, Upstream
+    from softmax_fused._spec import RowOutputsOperations, RowSpec, Spec, Upstream
 
 IGNORED = -1
 """The ignored index of the class indices that stand in for the target."""
@@ -72,6 +72,11 @@ def log_probs(logits: Tensor, label: Tensor, logsumexp: Tensor, options: RowSpec
     return (x - logsumexp).to(options.spec.acc)
 
 
+def sum_named(x: Tensor, dim: int, spec: Spec) -> Tensor:
+    """Return the sums over the named classes."""
+    return sum_classes(x, spec).squeeze(1) if dim else sum_classes(x.unsqueeze(0), spec).view(())
+
+
 def split_double(values: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Return float64 numbers as the sum of two of `dtype`."""
     high = values.to(dtype)
@@ -108,7 +113,7 @@ class SparseRows:
         found = {name: getattr(out, name) if name in options.outputs else None for name in OUTPUTS}
         if "loss" in options.outputs:
             log_p = log_probs(logits, label, out.logsumexp.unsqueeze(dim), options, along_classes(row_scale, logits))
-            loss = -(share * log_p).masked_fill(share == 0, 0).sum(dim)
+            loss = -sum_named((share * log_p).masked_fill(share == 0, 0), dim, spec)
             if spec.label_smoothing:
                 loss += spec.label_smoothing * out.loss
             found["loss"] = loss.masked_fill(~valid.any(dim), 0)
@@ -148,7 +153,7 @@ class SparseRows:
         at_label = torch.zeros_like(p)
         if "loss" in given:
             g = given.pop("loss").masked_fill(~valid.any(dim), 0)
-            total = share.sum(dim)
+            total = sum_named(share, dim, spec)
             given["logsumexp"] = given.get("logsumexp", 0) + total * g
             at_label -= sum_of_same_class(label, share, dim) * g.unsqueeze(dim)
             if spec.label_smoothing:

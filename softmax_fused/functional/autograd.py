@@ -11,6 +11,7 @@ from softmax_fused._spec import class_dim
 from softmax_fused.backends.sparse import log_probs, sum_of_same_class, write_chosen
 from softmax_fused.backends.torch import cross_entropy as torch_loss
 from softmax_fused.backends.torch import row_outputs as torch_rows
+from softmax_fused.backends.torch.chunks import sum_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,11 +146,12 @@ class LogProb(torch.autograd.Function):
         options, operations = ctx.call
         dim, scale = class_dim(logits.ndim), torch_rows.along_classes(row_scale, logits)
         g = upstream.masked_fill(~valid, 0)
-        total = g.sum(dim, keepdim=True)
         if torch.is_grad_enabled() or batched(upstream):
+            total = g.sum(dim, keepdim=True)
             x, slope = torch_rows.effective(logits, options, scale)
             grad = torch.zeros_like(x).scatter_add(dim, label, g) - torch.softmax(x, dim) * total
             return (grad * slope).to(logits.dtype), *[None] * 6
+        total = sum_classes(g if dim else g.unsqueeze(0), options.spec).view_as(logsumexp)
         by_logsumexp = [-total.squeeze(dim) if name == "logsumexp" else None for name in DIFFERENTIABLE]
         grad = operations.gradient(by_logsumexp, logits, target, None, stats, options, row_scale)
         log_p = log_probs(logits, label, logsumexp, options, scale)

@@ -88,11 +88,12 @@ def make_plan(
     rows: int,
     layer_dtype: torch.dtype,
     backend: str,
+    batch_invariant: bool = False,
 ) -> Plan:
     """Put together what a call asks for, in the order of the custom operators' arguments."""
     x = layer.input
     logits = x.new_empty(1).expand(x.shape[0], *sizes)
-    spec = make_spec(logits, layer.target, reduction, ignore_index, label_smoothing, dtype)
+    spec = make_spec(logits, layer.target, reduction, ignore_index, label_smoothing, dtype, batch_invariant)
     options = RowSpec(spec, float(logit_scale), None if softcap is None else float(softcap), outputs)
     chosen = get_backend(backend, x.device.type)
     products = product_dtype(layer_dtype, x.device)

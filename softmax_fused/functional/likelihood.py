@@ -38,6 +38,7 @@ def log_prob(
     softcap: float | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
+    batch_invariant: bool = False,
 ) -> Tensor:
     r"""Log-probabilities of one or several classes of each row, from one pass over the logits.
 
@@ -62,6 +63,8 @@ def log_prob(
         dtype: Type of the result; None for that of `cross_entropy`. float32 keeps the digits that 16-bit logits would
             cut off.
         backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        batch_invariant: A row's results and gradient are the same bits whatever other rows there are, as by
+            `cross_entropy_rows`.
 
     Returns:
         A tensor of the shape of `classes`.
@@ -85,7 +88,7 @@ def log_prob(
     if has_torch_function_variadic(logits, classes, scales):
         overridden: Tensor = handle_torch_function(
             log_prob, (logits, classes, scales), logits, classes, ignore_index=ignore_index, logit_scale=logit_scale,
-            softcap=softcap, dtype=dtype, backend=backend,
+            softcap=softcap, dtype=dtype, backend=backend, batch_invariant=batch_invariant,
         )  # fmt: skip
         return overridden
     check_classes(logits, classes)
@@ -94,7 +97,7 @@ def log_prob(
         target = classes if classes.ndim < logits.ndim else classes.squeeze(dim)
         rows = cross_entropy_rows(
             logits, target, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap,
-            outputs=("log_prob",), dtype=dtype, backend=backend,
+            outputs=("log_prob",), dtype=dtype, backend=backend, batch_invariant=batch_invariant,
         )  # fmt: skip
         return rows.log_prob.view(classes.shape)
     scale: Any = logit_scale if scales is None else 1.0
@@ -105,7 +108,7 @@ def log_prob(
     label = known_classes(classes, valid, logits.shape[dim], ignore_index)
     none = label.new_full((), -100).expand(row_shape(logits.shape))  # every class of a row is one of the others
     result = dtype or loss_dtype(logits, none)
-    spec = make_spec(logits, none, "none", -100, 0.0, torch.promote_types(result, torch.float32))
+    spec = make_spec(logits, none, "none", -100, 0.0, torch.promote_types(result, torch.float32), batch_invariant)
     spec = spec._replace(dtype=torch.float64)  # of the log-sum-exp, for the digits of what is near it
     options = RowSpec(spec, float(scale), None if softcap is None else float(softcap), ("logsumexp",))
     path = route(ROWS_WITHOUT_LOSS, backend, (logits, none, None, -100, "none", 0.0))

@@ -58,6 +58,7 @@ def linear_cross_entropy(
     dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
     backend: str = "auto",
+    batch_invariant: bool = False,
 ) -> Tensor:
     r"""Cross-entropy of a linear layer's logits, of which one chunk of rows exists at a time.
 
@@ -92,6 +93,8 @@ def linear_cross_entropy(
         chunk_rows: Rows of input whose logits exist at a time, at most; None for as many as let the chunk be as large
             as the input or the weight, whichever is larger, and not below 2**24 logits.
         backend: As in `cross_entropy`.
+        batch_invariant: As in `cross_entropy`, for the loss as a function of the logits. The matrix products are
+            torch's, whose bits depend on the number of rows in a chunk.
 
     All logits at once, through `torch.nn.functional.linear` and `cross_entropy`: under torch.func, forward-mode AD and
     tracing, for derivatives of higher order, tensor subclasses and gradients of class weights or probabilities, and,
@@ -135,16 +138,16 @@ def linear_cross_entropy(
         loss: Tensor = handle_torch_function(
             linear_cross_entropy, tensors, input, linear_weight, target, linear_bias=linear_bias, weight=weight,
             reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, logit_scale=logit_scale,
-            softcap=softcap, dtype=dtype, chunk_rows=chunk_rows, backend=backend,
+            softcap=softcap, dtype=dtype, chunk_rows=chunk_rows, backend=backend, batch_invariant=batch_invariant,
         )  # fmt: skip
         return loss
     shape = logits_shape(input, linear_weight, linear_bias)
     loss_arguments = (target, weight, ignore_index, reduction, label_smoothing)
     call = LayerCall(input, linear_weight, linear_bias, shape, chunk_rows, loss_arguments, dtype)
-    path, call = choose_path(call, backend)
+    path, call = choose_path(call, backend, batch_invariant)
     if path in ("small", "torch"):
-        return unchunked(*tensors, *options, dtype, shape, backend)
-    layer, options_of_plan = prepare(call, logit_scale, softcap, backend)
+        return unchunked(*tensors, *options, dtype, shape, backend, batch_invariant)
+    layer, options_of_plan = prepare(call, logit_scale, softcap, backend, batch_invariant)
     if path == "operator":
         loss = linear_operators.linear_cross_entropy(*layer, needs_grad(layer), *options_of_plan)[0]
     else:
@@ -152,19 +155,22 @@ def linear_cross_entropy(
     return loss.squeeze(0) if input.ndim == 1 and reduction == "none" else loss
 
 
-def choose_path(call: LayerCall, backend: str) -> tuple[Path, LayerCall]:
+def choose_path(call: LayerCall, backend: str, batch_invariant: bool) -> tuple[Path, LayerCall]:
     """Return who computes a call, and the call with its target as backends take it."""
     target, *options = call.loss
     if not isinstance(target, sparse.SparseTarget):
-        return route(LAYER, backend, (call,)), call
+        return route(LAYER, backend, (call,), batch_invariant), call
     call = call._replace(dtype=call.dtype or loss_dtype(call.logits(), target.probabilities))
-    path = route(LAYER, backend, (call._replace(loss=(sparse.stand_in(call.logits(), target), *options)),))
+    routed = call._replace(loss=(sparse.stand_in(call.logits(), target), *options))
+    path = route(LAYER, backend, (routed,), batch_invariant)
     if path in ("operator", "backend") and not sparse.can_pack(target):
         return "torch", call
     return path, call if path in ("small", "torch") else call._replace(loss=(sparse.pack(target), *options))
 
 
-def prepare(call: LayerCall, logit_scale: float, softcap: float | None, backend: str) -> tuple[Layer, tuple[Any, ...]]:
+def prepare(
+    call: LayerCall, logit_scale: float, softcap: float | None, backend: str, batch_invariant: bool
+) -> tuple[Layer, tuple[Any, ...]]:
     """Return the tensors of a call as rows and matrices, and the options of `make_plan`."""
     x, w, b = call.input, call.linear_weight, call.linear_bias
     target, weight, ignore_index, reduction, label_smoothing = call.loss
@@ -186,6 +192,7 @@ def prepare(call: LayerCall, logit_scale: float, softcap: float | None, backend:
         chunk,
         layer_dtype(x),
         backend,
+        batch_invariant,
     )
     return layer, options
 
@@ -251,12 +258,14 @@ def unchunked(
     dtype: torch.dtype | None,
     shape: tuple[int, ...],
     backend: str,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Compute all logits at once, and their loss."""
     logits = all_logits(input, linear_weight, linear_bias, shape)
     options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    options |= {"backend": backend, "batch_invariant": batch_invariant}
     if logit_scale == 1 and softcap is None:
-        return cross_entropy(logits, target, weight, **options, dtype=dtype, backend=backend)
+        return cross_entropy(logits, target, weight, **options, dtype=dtype)
     given = sparse.stand_in(logits, target) if isinstance(target, sparse.SparseTarget) else target
     arguments = (logits, given, weight, ignore_index, reduction, label_smoothing)
     if not supports_fused(*arguments, dtype):
@@ -265,7 +274,7 @@ def unchunked(
     spec = make_spec(logits, given, reduction, ignore_index, label_smoothing, dtype)
     x, _ = effective(logits, RowSpec(spec, float(logit_scale), softcap, LOSS))
     weight = None if weight is None else weight.to(x.dtype)
-    return cross_entropy(x, target, weight, **options, backend=backend).to(dtype)
+    return cross_entropy(x, target, weight, **options).to(dtype)
 
 
 def all_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 TENSORS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
 OPTIONS = (
     "bool[] needs, str reduction, SymInt ignore_index, float label_smoothing, float logit_scale, float? softcap, "
-    "ScalarType dtype, SymInt[] sizes, SymInt rows, ScalarType layer_dtype, str backend"
+    "ScalarType dtype, SymInt[] sizes, SymInt rows, ScalarType layer_dtype, str backend, bool batch_invariant"
 )
 LOSS = ("loss",)
 NO_GRADIENTS = (False, False, False)

@@ -39,6 +39,7 @@ def linear_cross_entropy_rows(
     dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
     backend: str = "auto",
+    batch_invariant: bool = False,
 ) -> RowOutputs:
     r"""Outputs of each row of a linear layer's logits, of which one chunk of rows exists at a time.
 
@@ -75,6 +76,8 @@ def linear_cross_entropy_rows(
         dtype: Type of the outputs other than prediction and rank, as in `cross_entropy_rows`.
         chunk_rows: Rows of input whose logits exist at a time, at most; None as in `linear_cross_entropy`.
         backend: As in `cross_entropy`.
+        batch_invariant: As in `cross_entropy`, for the loss as a function of the logits. The matrix products are
+            torch's, whose bits depend on the number of rows in a chunk.
 
     All logits at once, through `torch.nn.functional.linear` and `cross_entropy_rows`, as in `linear_cross_entropy`:
     under torch.func, forward-mode AD and tracing, for derivatives of higher order, tensor subclasses and gradients of
@@ -115,21 +118,21 @@ def linear_cross_entropy_rows(
         overridden: RowOutputs = handle_torch_function(
             linear_cross_entropy_rows, tensors, input, linear_weight, target, outputs=outputs, linear_bias=linear_bias,
             weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing, logit_scale=logit_scale,
-            softcap=softcap, dtype=dtype, chunk_rows=chunk_rows, backend=backend,
+            softcap=softcap, dtype=dtype, chunk_rows=chunk_rows, backend=backend, batch_invariant=batch_invariant,
         )  # fmt: skip
         return overridden
     shape = logits_shape(input, linear_weight, linear_bias)
     loss_arguments = (target, weight, ignore_index, "none", label_smoothing)
     call = LayerCall(input, linear_weight, linear_bias, shape, chunk_rows, loss_arguments, dtype)
-    path, call = choose_path(call, backend)
+    path, call = choose_path(call, backend, batch_invariant)
     if path in ("small", "torch"):
         logits = all_logits(input, linear_weight, linear_bias, shape)
         return cross_entropy_rows(
             logits, target, weight, ignore_index, label_smoothing, logit_scale=logit_scale, softcap=softcap,
-            outputs=wanted, dtype=call.dtype, backend=backend,
+            outputs=wanted, dtype=call.dtype, backend=backend, batch_invariant=batch_invariant,
         )  # fmt: skip
     check_target_class(wanted, isinstance(target, torch.Tensor) and target.ndim < len(shape), call.loss[0])
-    layer, options = prepare(call, logit_scale, softcap, backend)
+    layer, options = prepare(call, logit_scale, softcap, backend, batch_invariant)
     if path == "operator":
         found = by_operator(layer, wanted, options)
     else:

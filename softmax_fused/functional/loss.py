@@ -47,6 +47,7 @@ def cross_entropy(
     backend: str = "auto",
     grad_in_forward: bool = False,
     inplace_backward: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     r"""Cross-entropy between logits and class indices or class probabilities, softmax included.
 
@@ -75,12 +76,17 @@ def cross_entropy(
             the CPU a mean or sum does so anyway.
         inplace_backward: Write the gradient over the logits: no further logits-sized buffer. The logits are lost with
             the backward pass, and autograd refuses operations that still need them.
+        batch_invariant: A row's loss with reduction "none", and its gradient for the same upstream gradient, are the
+            same bits whatever other rows there are and wherever the row stands, as long as its classes stay adjacent
+            or stay apart in memory. Few long rows take longer then, and so do small batches on the CPU.
 
     A DTensor stays one: logits divided by class take the path of `softmax_fused.distributed.cross_entropy`, logits
     divided by rows are computed where they are; a mean or sum is whole on every rank, and "none" divided as the rows.
 
     `grad_in_forward` and `inplace_backward` are for training large classifiers; they change nothing where torch's own
-    operator computes or under torch.compile, and do not combine.
+    operator computes or under torch.compile, and do not combine. `batch_invariant` holds under torch.compile, but not
+    where torch's own operator computes: under torch.func, forward-mode AD, tracing and torch.export, for tensor
+    subclasses and gradients of class weights or probabilities, nor for derivatives of higher order.
 
     Returns:
         A scalar, or with reduction "none" a tensor of the input's shape without C; of type `dtype` or, for None, of the
@@ -116,6 +122,7 @@ def cross_entropy(
             "backend": backend,
             "grad_in_forward": grad_in_forward,
             "inplace_backward": inplace_backward,
+            "batch_invariant": batch_invariant,
         }
         return overridden(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, options
@@ -138,19 +145,21 @@ def cross_entropy(
         and type(target) is torch.Tensor
         and target.ndim < input.ndim
         and automatic("cpu") == "torch"
+        and not batch_invariant
     ):
         return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     if dtype is not None and dtype not in FLOATS:
         raise _errors.wrong_dtype(dtype)
     arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
-    call = None if compiling else known_call(*arguments, backend, dtype)
+    call = None if compiling else known_call(*arguments, backend, dtype, batch_invariant)
     if call is None:
         if isinstance(target, sparse.SparseTarget):
             return sparse.cross_entropy(
-                input, target, weight, ignore_index, reduction, label_smoothing, dtype, backend
+                input, target, weight, ignore_index, reduction, label_smoothing, dtype, backend, batch_invariant
             )  # fmt: skip
         operation = LOSS_IN_PLACE if inplace_backward else LOSS
-        path = route(operation if dtype is None else LOSS_OF_ANOTHER_TYPE, backend, (*arguments, dtype))
+        operation = operation if dtype is None else LOSS_OF_ANOTHER_TYPE
+        path = route(operation, backend, (*arguments, dtype), batch_invariant)
         if path == "small":
             loss = of_type(torch_cross_entropy(*in_type(arguments, dtype)), dtype)
             if (weight is None and target.ndim < input.ndim) or not zero_times_infinity(loss):
@@ -162,12 +171,12 @@ def cross_entropy(
             return of_type(loss, dtype)
         dtype = dtype or loss_dtype(input, target)
         if path == "operator":
-            options_of_spec = (reduction, ignore_index, float(label_smoothing), dtype)
+            options_of_spec = (reduction, ignore_index, float(label_smoothing), dtype, batch_invariant)
             in_graph: Tensor = operators.cross_entropy(
                 input, target, weight, *options_of_spec, backend, operators.LAYOUT
             )[0]
             return in_graph
-        call = make_call(input, target, ignore_index, reduction, label_smoothing, backend, dtype)
+        call = make_call(input, target, ignore_index, reduction, label_smoothing, backend, dtype, batch_invariant)
     spec, operations, with_loss = call
     if not (input.requires_grad and torch.is_grad_enabled()):
         return operations.loss(input, target, weight, spec, save=False)[0]  # type: ignore[arg-type]  # it is a tensor
@@ -249,7 +258,7 @@ def overridden(
         dtype = options["dtype"]
         if isinstance(target, sparse.SparseTarget):
             return sparse.cross_entropy(
-                input, target, weight, ignore_index, reduction, label_smoothing, dtype, options["backend"]
+                input, target, weight, ignore_index, reduction, label_smoothing, dtype, options["backend"], False
             )  # fmt: skip
         logits, labels, weights = in_type(tensors, dtype)
         loss = F.cross_entropy(logits, labels, weights, size_average, ignore_index, reduce, reduction, label_smoothing)

@@ -15,7 +15,8 @@ from softmax_fused._spec import row_shape
 from softmax_fused.backends.torch.targets import make_spec
 
 OPTIONS = (
-    "Tensor? weight, str reduction, SymInt ignore_index, float smoothing, ScalarType dtype, str backend, int layout"
+    "Tensor? weight, str reduction, SymInt ignore_index, float smoothing, ScalarType dtype, bool batch_invariant, "
+    "str backend, int layout"
 )
 LAYOUT = 2
 """Of what is saved. Graphs that torch.compile keeps on disk name it, so that none is used after it has changed."""

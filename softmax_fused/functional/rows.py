@@ -88,6 +88,7 @@ def cross_entropy_rows(
     outputs: Collection[str] = DEFAULT,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
+    batch_invariant: bool = False,
 ) -> RowOutputs:
     r"""Loss, log-sum-exp, prediction, entropy and more of each row of logits, in one pass over them.
 
@@ -123,6 +124,8 @@ def cross_entropy_rows(
         dtype: Type of the outputs other than prediction and rank; None for that of `cross_entropy`. float32 keeps the
             digits that 16-bit logits would cut off.
         backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        batch_invariant: A row's outputs and gradient are the same bits whatever other rows there are, as by
+            `cross_entropy`; not under torch.compile, where they are torch's own operations.
 
     Returns:
         A :class:`RowOutputs` of tensors of the input's shape without C; `prediction` and `rank` are int64.
@@ -159,11 +162,12 @@ def cross_entropy_rows(
         overridden: RowOutputs = handle_torch_function(
             cross_entropy_rows, (*tensors, scales), *tensors, ignore_index, label_smoothing,
             logit_scale=logit_scale, softcap=softcap, outputs=outputs, dtype=dtype, backend=backend,
+            batch_invariant=batch_invariant,
         )  # fmt: skip
         return overridden
     given: Tensor = sparse.stand_in(input, target) if isinstance(target, sparse.SparseTarget) else target
     arguments = (input, given, weight, ignore_index, "none", label_smoothing)
-    path = route(ROWS if "loss" in wanted else ROWS_WITHOUT_LOSS, backend, (*arguments, dtype))
+    path = route(ROWS if "loss" in wanted else ROWS_WITHOUT_LOSS, backend, (*arguments, dtype), batch_invariant)
     if path != "backend" and not supports_fused(*arguments, dtype):
         validate(*arguments, values=not is_compiling())
     row_scale = None if scales is None else expand_scale(scales, input)
@@ -173,7 +177,8 @@ def cross_entropy_rows(
         dtype = dtype or loss_dtype(input, target.probabilities)
         fused = fused and sparse.can_pack(target)
         given = sparse.pack(target) if fused else given
-    spec = make_spec(input, given, "none", ignore_index, label_smoothing, dtype or loss_dtype(input, given))
+    dtype = dtype or loss_dtype(input, given)
+    spec = make_spec(input, given, "none", ignore_index, label_smoothing, dtype, batch_invariant)
     check_target_class(wanted, spec.target.has_labels, given)
     options = RowSpec(spec, float(scale), None if softcap is None else float(softcap), wanted)
     if not fused:

@@ -116,20 +116,23 @@ def cross_entropy(
     label_smoothing: float,
     dtype: torch.dtype | None,
     backend: str,
+    batch_invariant: bool,
 ) -> Tensor:
     """Return the loss for a sparse target."""
     labels = stand_in(input, target)
     arguments = (input, labels, weight, ignore_index, reduction, label_smoothing)
-    path = route(ROWS, backend, (*arguments, dtype))
+    path = route(ROWS, backend, (*arguments, dtype), batch_invariant)
     if path != "backend" and not supports_fused(*arguments, dtype):
         validate(*arguments, values=False)
     dtype = dtype or loss_dtype(input, target.probabilities)
-    spec = make_spec(input, labels, "none", ignore_index, label_smoothing, torch.promote_types(dtype, torch.float32))
+    acc = torch.promote_types(dtype, torch.float32)
+    options_of_spec = ("none", ignore_index, label_smoothing, acc, batch_invariant)
+    spec = make_spec(input, labels, *options_of_spec)
     if path != "backend" or not can_pack(target):
         losses, valid = composed_losses(input, target, weight, ignore_index, spec.label_smoothing, spec.acc)
     else:
         packed = pack(target)
-        options = RowSpec(make_spec(input, packed, *spec[1:5]), 1.0, None, LOSS)
+        options = RowSpec(make_spec(input, packed, *options_of_spec), 1.0, None, LOSS)
         operations = row_operations(get_backend(backend, input.device.type), options.spec)
         if input.requires_grad and torch.is_grad_enabled():
             losses = CrossEntropyRows.apply(input, packed, weight, None, options, operations)[0]

@@ -14,6 +14,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from softmax_fused._spec import Spec
+
 CHUNK = 2**23
 """Elements in a chunk: 32 MiB of float32.
 
@@ -73,6 +75,31 @@ def contiguous(z: Tensor, work: Tensor) -> Tensor:
     return z if z.dtype == work.dtype and z.is_contiguous() else work.copy_(z)
 
 
-def log_softmax(z: Tensor, work: Tensor) -> None:
-    """Fill `work` with the logarithm of the softmax."""
-    torch.log_softmax(contiguous(z, work), 1, out=work)
+def sum_classes(x: Tensor, spec: Spec) -> Tensor:
+    """Return the sums of (N, C, d1..dk) over the classes, (N, 1, d1..dk).
+
+    Torch chooses the order of a sum by shape, strides and the number of threads. Where a batch must not show in a row's
+    bits, one half of the classes is added to the other, and so on: an order that depends on C alone.
+    """
+    if not spec.batch_invariant:
+        return x.sum(1, keepdim=True)
+    size, total = x.shape[1], x
+    while size > 1:
+        kept = (size + 1) // 2
+        if total is x:
+            total = torch.empty_like(x[:, :kept])
+            total.copy_(x[:, :kept])
+            total[:, : size - kept] += x[:, kept:]
+        else:
+            total[:, : size - kept] += total[:, kept:size]
+        size = kept
+    return total[:, :1]
+
+
+def log_softmax(z: Tensor, work: Tensor, spec: Spec) -> Tensor:
+    """Fill `work` with the logarithm of the softmax, and return it."""
+    if not spec.batch_invariant:
+        return torch.log_softmax(contiguous(z, work), 1, out=work)
+    x = z if z.dtype == work.dtype else work.copy_(z)
+    torch.sub(x, x.amax(1, keepdim=True), out=work)
+    return work.sub_(sum_classes(work.exp(), spec).log_())

@@ -41,7 +41,7 @@ def run_chunks(z: Tensor, batch: Target, spec: Spec, losses: Tensor | None, grad
     for part in workspace.parts:
         at = with_classes(part)
         work = workspace.chunk(z[at], at)
-        log_softmax(z[at], work)
+        log_softmax(z[at], work, spec)
         if losses is not None:
             losses[part] = batch.loss(work, at).squeeze(1)
         if grad is not None:
@@ -79,7 +79,12 @@ def loss(logits: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, save
 
 
 def can_rescale(upstream: Tensor, grad: Tensor, spec: Spec) -> bool:
-    """Whether multiplying a gradient for an upstream gradient of 1 gives that for another, up to one rounding."""
+    """Whether multiplying a gradient for an upstream gradient of 1 gives that for another, up to one rounding.
+
+    The rounding of a single row's loss would not be that of the same row among others.
+    """
+    if spec.batch_invariant and spec.reduction == "none":
+        return False
     return upstream.is_cpu and upstream.ndim == 0 and grad.dtype == spec.acc and bool(upstream.isfinite())
 
 

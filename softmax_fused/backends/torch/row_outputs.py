@@ -96,7 +96,7 @@ def forward(
         log_p = None
         if logs is not None:
             log_p = logs.chunk(x, at)
-            chunks.log_softmax(x, log_p)
+            chunks.log_softmax(x, log_p, options.spec)
         for name, values in statistics(x, simple, log_p, options.spec.dtype).items():
             filled[name][part] = values
         if log_p is None:
@@ -108,7 +108,7 @@ def forward(
         p = torch.exp(log_p, out=exponentials.chunk(x, at))
         log_p_label = batch.at_label(log_p, at) if "log_prob" in filled else None
         if "entropy" in filled:  # from here on log_p is written over
-            entropy = log_p.clamp_(min=LEAST_LOG).mul_(p).sum(1).neg_()
+            entropy = chunks.sum_classes(log_p.clamp_(min=LEAST_LOG).mul_(p), options.spec).squeeze(1).neg()
             filled["entropy"][part] = entropy
             if saved is not None:
                 saved.view(rows)[part] = entropy
@@ -156,7 +156,7 @@ def gradient(
         at = with_classes(part)
         x, slope = effective(z[at], options, scales_of(scales, part))
         work = logs.chunk(x, at)
-        chunks.log_softmax(x, work)
+        chunks.log_softmax(x, work, options.spec)
         if exponentials is None:  # one loss alone
             ((batch, g),) = losses
             batch.gradient(work.exp_(), g[part].unsqueeze(1), at, work)

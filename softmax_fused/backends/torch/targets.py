@@ -14,6 +14,7 @@ import torch
 
 from softmax_fused import _errors
 from softmax_fused._spec import FLOATS, Spec, TargetKind, class_dim
+from softmax_fused.backends.torch.chunks import sum_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,9 +109,9 @@ def product(a: Tensor, log_p: Tensor) -> Tensor:
     return (a * log_p).masked_fill_((a == 0) & (log_p == -torch.inf), 0)
 
 
-def sum_excluding(p: Tensor, label: Tensor) -> Tensor:
+def sum_excluding(p: Tensor, label: Tensor, spec: Spec) -> Tensor:
     """Return the sums of p without the class `label` of each row; what `p` holds of that class is lost."""
-    return p.scatter_(1, label, p.new_zeros(()).expand_as(label)).sum(1, keepdim=True)
+    return sum_classes(p.scatter_(1, label, p.new_zeros(()).expand_as(label)), spec)
 
 
 class ClassIndices(Target):
@@ -122,7 +123,7 @@ class ClassIndices(Target):
     def __init__(self, z: Tensor, target: Tensor, w: Tensor | None, spec: Spec) -> None:
         label, self.valid = class_indices(target, z.shape[1], spec)
         self.label = label.unsqueeze(1)
-        self.w, self.smoothing = w, spec.label_smoothing
+        self.w, self.smoothing, self.spec = w, spec.label_smoothing, spec
         self.confidence = 1 - self.smoothing
         self.smoothing_per_class = self.smoothing / z.shape[1]
         self.ones = z.new_ones((), dtype=spec.acc).expand(label.shape)
@@ -177,7 +178,7 @@ class ClassIndices(Target):
             return -log_p_label
         all_classes = log_p if self.w is None else product(self.w.expand_as(log_p), log_p)
         of_label = 0 if self.smoothing == 1 else self.confidence * log_p_label
-        return -self.smoothing_per_class * all_classes.sum(1, keepdim=True) - of_label
+        return -self.smoothing_per_class * sum_classes(all_classes, self.spec) - of_label
 
     def at_label(self, values: Tensor, at: tuple[slice, ...]) -> Tensor:
         """Return a chunk's values of the labels."""
@@ -244,8 +245,8 @@ class ClassIndices(Target):
             if not len(rows):
                 return 1 - p_label
             if p.ndim == 2 and 4 * len(rows) < len(p):
-                return (1 - p_label).index_copy_(0, rows, sum_excluding(p[rows], label[rows]))
-        return torch.where(confident, sum_excluding(p, label), 1 - p_label)
+                return (1 - p_label).index_copy_(0, rows, sum_excluding(p[rows], label[rows], self.spec))
+        return torch.where(confident, sum_excluding(p, label, self.spec), 1 - p_label)
 
     def weighted(self, p: Tensor) -> Tensor:
         """Return all of a; an infinite weight counts in rows of its own class alone."""
@@ -296,12 +297,12 @@ class ClassProbabilities(Target):
 
     def loss(self, log_p: Tensor, at: tuple[slice, ...]) -> Tensor:
         """Return -<a, log p> of a chunk."""
-        return -product(self.smoothed_target(self.t[at], log_p, self.w, self.spec), log_p).sum(1, keepdim=True)
+        return -sum_classes(product(self.smoothed_target(self.t[at], log_p, self.w, self.spec), log_p), self.spec)
 
     def gradient(self, p: Tensor, g: Tensor, at: tuple[slice, ...], out: Tensor) -> None:
         """Fill `out` with the gradient of a chunk from its softmax; `p` is written over."""
         a = self.smoothed_target(self.t[at], p, self.w, self.spec)
-        out.copy_(p.mul_(a.sum(1, keepdim=True)).sub_(a).mul_(g))
+        out.copy_(p.mul_(sum_classes(a, self.spec)).sub_(a).mul_(g))
 
     def weighted(self, p: Tensor) -> Tensor:
         """Return all of a."""
@@ -387,11 +388,18 @@ def kind_of(input: Tensor, target: Tensor) -> type[Target]:
 
 
 def make_spec(
-    input: Tensor, target: Tensor, reduction: str, ignore_index: int, label_smoothing: float, dtype: torch.dtype
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> Spec:
     """Put together what a call asks for; a negative or NaN smoothing is none, as in torch."""
     acc = torch.float64 if dtype is torch.float64 else torch.float32
-    return Spec(kind_of(input, target), reduction, ignore_index, max(0.0, label_smoothing), dtype, acc)
+    kind, smoothing = kind_of(input, target), max(0.0, label_smoothing)
+    return Spec(kind, reduction, ignore_index, smoothing, dtype, acc, batch_invariant=batch_invariant)
 
 
 def accumulated(weight: Tensor | None, ndim: int, spec: Spec) -> Tensor | None:

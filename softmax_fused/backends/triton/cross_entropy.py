@@ -17,14 +17,14 @@ from softmax_fused.backends.triton.launch import (
     choose,
     ignored,
     load_of,
+    row_layout,
     smoothing,
 )
 from softmax_fused.backends.triton.layout import Strides, like, rows_of
 from softmax_fused.backends.triton.plan import Launch, planned
-from softmax_fused.backends.triton.tiles import power_of_2, split_rows
+from softmax_fused.backends.triton.tiles import Tile, power_of_2, split_rows
 from softmax_fused.kernels.cross_entropy import Upstream, cross_entropy_backward, cross_entropy_forward
 from softmax_fused.kernels.reduce import LossOutputs, cross_entropy_weights
-from softmax_fused.kernels.rows import RowLayout
 from softmax_fused.kernels.targets import Target
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ def saved_size(rows: int, weighted: bool, spec: Spec) -> int:
 def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:
     """Return the shapes of what `loss` saves; behind it lies scratch memory that may be cut off."""
     return [(saved_size(logits.numel() // logits.shape[class_dim(logits.ndim)], weight is not None, spec),)]
+
+
+def parts_of_rows(programs: int, classes: int, tile: Tile, spec: Spec) -> int:
+    """Return over how many programs each row is split: over one where the number of rows must not show in its bits."""
+    return split_rows(programs, classes, tile.classes) if tile.lanes and not spec.batch_invariant else 1
 
 
 # The loss, perhaps with the gradient
@@ -84,7 +89,7 @@ def plan_loss(
     rows = rows_of(shape, class_dim(len(shape)), strides, *others)
     load = load_of(spec)
     tile, programs = choose(rows, dtype.itemsize, tiles.tables.one_pass, rows.strides[0], **load)
-    parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
+    parts = parts_of_rows(programs, rows.classes, tile, spec)
     if with_grad:
         if parts > 1:
             return None
@@ -96,7 +101,7 @@ def plan_loss(
         scratch += (5 if spec.has_dense_target else 3) * number * parts
     elif has_ticket:
         scratch += 2 * programs
-    layout = RowLayout(rows.sizes, rows.classes, parts)
+    layout = row_layout(rows, parts, tile, spec)
     constants = (spec.reader, spec.reduction, accumulator(spec.acc), tiles.tables.weight_programs)
     launch = Launch(
         cross_entropy_forward, programs * parts, tile.warps, device, ((LossOutputs,), TARGET_TENSORS),
@@ -205,10 +210,10 @@ def plan_gradient(
     rows = rows_of(shape, class_dim(len(shape)), strides, target_strides, grad_strides, upstream_strides)
     first, target, grad, upstream = rows.strides
     tile, programs = choose(rows, dtype.itemsize, tiles.tables.one_pass, first, grad, **load_of(spec))
-    parts = split_rows(programs, rows.classes, tile.classes) if tile.lanes else 1
+    parts = parts_of_rows(programs, rows.classes, tile, spec)
     launch = Launch(
         cross_entropy_backward, programs * parts, tile.warps, device, (None, (Upstream,), TARGET_TENSORS),
-        RowLayout(rows.sizes, rows.classes, parts), ignored(spec), rescale, spec.reader, accumulator(spec.acc),
+        row_layout(rows, parts, tile, spec), ignored(spec), rescale, spec.reader, accumulator(spec.acc),
         *tile.constants(),
     )  # fmt: skip
     return GradientPlan(

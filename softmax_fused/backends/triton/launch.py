@@ -13,7 +13,7 @@ import triton.language as tl
 from softmax_fused.backends.triton import tiles
 from softmax_fused.backends.triton.tiles import Tile, choose_tile, long_tile
 from softmax_fused.kernels.reduce import cross_entropy_weights
-from softmax_fused.kernels.rows import Strided, Tensors
+from softmax_fused.kernels.rows import RowLayout, Strided, Tensors
 from softmax_fused.kernels.targets import Target
 
 if TYPE_CHECKING:
@@ -57,6 +57,14 @@ def choose(
         return long_tile(rows.classes, itemsize, table, streams, crowded), math.prod(rows.sizes)
     tile = choose_tile(rows.classes, rows.sizes, adjacent, itemsize)
     return tile, math.prod(rows.sizes[:-1]) * -(-rows.sizes[-1] // tile.rows)
+
+
+def row_layout(rows: Rows, parts: int, tile: Tile, spec: Spec) -> RowLayout:
+    """Return where rows lie as kernels get it; they are unaligned where a row may begin within a vector."""
+    if not spec.batch_invariant:
+        return RowLayout(rows.sizes, rows.classes, parts)
+    unaligned = tile.vector and any(stride % tile.vector for stride in rows.strides[0][:-1])
+    return RowLayout(rows.sizes, rows.classes, parts, 1, 1 if unaligned else None)
 
 
 def load_of(spec: Spec) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from softmax_fused._row_outputs import DIFFERENTIABLE
 from softmax_fused._spec import class_dim
 from softmax_fused.backends.triton import tiles
-from softmax_fused.backends.triton.launch import NO_TENSOR, accumulator, as_first, choose, load_of, split
+from softmax_fused.backends.triton.launch import NO_TENSOR, accumulator, as_first, choose, load_of, row_layout, split
 from softmax_fused.backends.triton.layout import Strides, like, rows_of
 from softmax_fused.backends.triton.plan import Launch, planned
 from softmax_fused.kernels.row_outputs import (
@@ -19,7 +19,7 @@ from softmax_fused.kernels.row_outputs import (
     row_outputs_backward,
     row_outputs_forward,
 )
-from softmax_fused.kernels.rows import RowLayout, Strided, Tensors
+from softmax_fused.kernels.rows import Strided, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ def plan_rows(
     tile, programs = choose(rows, dtype.itemsize, tiles.tables.one_pass, rows.strides[0], **load)
     launch = Launch(
         row_outputs_forward, programs, tile.warps, device, ((RowPointers,), TENSORS),
-        RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, options.spec.reader,
+        row_layout(rows, 1, tile, options.spec), options.spec.ignore_index, options.spec.reader,
         accumulator(options.spec.acc), *tile.constants(),
     )  # fmt: skip
     target = as_first(rows.strides[0], rows.strides[1], tile)
@@ -124,7 +124,7 @@ def plan_rows_gradient(
     launch = Launch(
         row_outputs_backward, programs, tile.warps, device,
         (None, (RowUpstream, (Strided,), (Strided,), (Strided,), (Strided,)), TENSORS),
-        RowLayout(rows.sizes, rows.classes, 1), options.spec.ignore_index, options.spec.reader,
+        row_layout(rows, 1, tile, options.spec), options.spec.ignore_index, options.spec.reader,
         accumulator(options.spec.acc), *tile.constants(),
     )  # fmt: skip
     merged = iter(some)
