@@ -29,6 +29,7 @@ TESTS = (
     "torch_path",
     "softmax",
     "plan",
+    "batch_invariant",
 )
 
 
@@ -310,6 +311,15 @@ MUTANTS = {
     "hub: absolute imports stay": Mutant(HUB, "    if left:\n", "    if False:\n"),
     "hub: an operator of the installed package is called": Mutant(HUB, '.replace(f"torch.ops.{NAME}.", f"torch.ops.{identifier}.")', ""),
     "hub: a layer's smoothing is lost": Mutant(HUB_LAYERS, "            label_smoothing=self.label_smoothing,  # type: ignore[arg-type]\n", ""),
+    "invariant: torch chooses the order of a sum": Mutant(CHUNKS, "    if not spec.batch_invariant:\n        return x.sum(1, keepdim=True)", "    if True:\n        return x.sum(1, keepdim=True)", ("batch_invariant",)),
+    "invariant: small batches by torch's operator": Mutant("softmax_fused/_dispatch.py", "and not batch_invariant and operation.small(*arguments)", "and operation.small(*arguments)", ("batch_invariant",)),
+    "invariant: small batches by torch's operator at once": Mutant("softmax_fused/functional/loss.py", "        and not batch_invariant\n", "", ("batch_invariant",)),
+    "invariant: torch's operations in a graph": Mutant("softmax_fused/_dispatch.py", "and not batch_invariant and operation.small_in_graph(*arguments)", "and operation.small_in_graph(*arguments)", ("batch_invariant",)),
+    "invariant: a decision kept for calls without it": Mutant("softmax_fused/_dispatch.py", "        batch_invariant,\n    )  # fmt: skip", "    )  # fmt: skip", ("batch_invariant",)),
+    "invariant: a lone row's gradient rescaled": Mutant(TORCH, 'if spec.batch_invariant and spec.reduction == "none":', "if False:", ("batch_invariant",)),
+    "invariant: few long rows are split": Mutant(HOST, "if tile.lanes and not spec.batch_invariant else 1", "if tile.lanes else 1"),
+    "invariant: vectors count from the boundary before a row": Mutant(ROWS, "        if rows.invariant is None:\n", "        if True:\n"),
+    "invariant: unaligned rows taken for aligned": Mutant(LAUNCH, "1 if unaligned else None", "None"),
     "patch: no lock": Mutant(PATCHING, "lock = threading.Lock()", "import contextlib\nlock = contextlib.nullcontext()"),
     "a part of the benchmark that fails ends the others": Mutant("bench/parts.py", 'error = f"{type(problem).__name__}: {problem}"', "raise", ("bench_gpu",)),
     "a forward pass's tiles swept for its backward pass": Mutant("bench/sweep.py", "found.clear()", "pass", ("bench_gpu",)),
