@@ -80,8 +80,9 @@ def online_softmax_update(m, s, z, others, INVARIANT: tl.constexpr = False):
     m starts at the lowest finite number: a block of -inf needs no test, exp(-inf - m) is 0.
     """
     m_new = tl.maximum(m, lane_reduce(z, tl.max))
-    e = exponential(others - broadcast_lanes(m_new, others))
-    s = s * exponential(m - m_new) + lane_reduce(e, tl.sum, INVARIANT)
+    s = s * exponential(m - m_new) + lane_reduce(
+        exponential(others - broadcast_lanes(m_new, others)), tl.sum, INVARIANT
+    )  # fmt: skip
     return m_new, s
 
 

@@ -126,8 +126,9 @@ def update_row_state(
             others = tl.where(c == broadcast_rows(loss_context[0], z), float("-inf"), x)
         y = others - broadcast_lanes(m_new, others)
         e = exponential(y)
-        product = tl.where(e == 0.0, 0.0, e * y)
-        u = shift_dot(u, s, m - m_new) * exponential(m - m_new) + lane_reduce(product, tl.sum, INVARIANT)
+        u = shift_dot(u, s, m - m_new) * exponential(m - m_new) + lane_reduce(
+            tl.where(e == 0.0, 0.0, e * y), tl.sum, INVARIANT
+        )  # fmt: skip
     if PREDICTION:
         x = tl.where(x == x, x, float("inf"))
         top = lane_reduce(x, tl.max)
