@@ -418,7 +418,7 @@ def test_the_operator_is_what_it_says(place: Place, outputs: str) -> None:
     needs = [outputs != "prediction"] * 2 + [False]
     if outputs == "prediction":
         x, w = x.detach(), w.detach()
-    options = (outputs, needs, "none", -100, 0.1, 0.5, 2.0, torch.float32, [11], 3, torch.float32, place.backend)
+    options = (outputs, needs, "none", -100, 0.1, 0.5, 2.0, torch.float32, [11], 3, torch.float32, place.backend, True)
     operator = torch.ops.softmax_fused.linear_cross_entropy_rows.default
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     if outputs == ",".join(OUTPUTS):  # else the empty ones would be differentiated by opcheck

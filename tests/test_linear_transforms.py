@@ -175,7 +175,8 @@ def test_compiled_it_goes_in_chunks_too(wanted: int, reduction: str, monkeypatch
 def test_the_operator_is_what_it_says(reduction: str, softcap: float | None) -> None:
     x, w, _ = make_layer((7,), (11,), 5, torch.float32, CPU)
     target = make_indices((7, 11), "cpu")
-    options = ([True, True, False], reduction, -100, 0.1, 0.5, softcap, torch.float32, [11], 3, torch.float32, "torch")
+    transform = (-100, 0.1, 0.5, softcap)
+    options = ([True, True, False], reduction, *transform, torch.float32, [11], 3, torch.float32, "torch", False)
     torch.library.opcheck(torch.ops.softmax_fused.linear_cross_entropy.default, (x, w, None, target, None, *options))
 
 
@@ -281,7 +282,8 @@ def test_the_arguments_are_torchs() -> None:
         (LinearCrossEntropyLoss, torch.nn.LinearCrossEntropyLoss, ["logit_scale", "softcap", "loss_dtype"]),
     ):
         expected = [name for name in inspect.signature(theirs).parameters if name != "options"]
-        assert list(inspect.signature(ours).parameters) == [*expected, *ours_alone, "chunk_rows", "backend"]
+        last = ["chunk_rows", "backend", "batch_invariant"]
+        assert list(inspect.signature(ours).parameters) == [*expected, *ours_alone, *last]
 
 
 def module_pair() -> tuple[LinearCrossEntropyLoss, torch.nn.Module]:

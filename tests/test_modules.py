@@ -18,7 +18,7 @@ Z, X, Y = torch.randn(8, 6), torch.randn(8, 4), torch.arange(8) % 6
 def test_signatures_are_torchs_and_keywords() -> None:
     for ours, theirs in ((CrossEntropyLoss, nn.CrossEntropyLoss), (cross_entropy, torch.nn.functional.cross_entropy)):
         mine, torchs = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
-        keywords = ["dtype", "backend", "grad_in_forward", "inplace_backward"]
+        keywords = ["dtype", "backend", "grad_in_forward", "inplace_backward", "batch_invariant"]
         assert list(mine) == [*torchs, *keywords]
         assert all((mine[name].kind, mine[name].default) == (p.kind, p.default) for name, p in torchs.items())
         assert all(mine[name].kind is inspect.Parameter.KEYWORD_ONLY for name in keywords)

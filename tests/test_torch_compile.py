@@ -169,7 +169,7 @@ def test_operators_pass_opcheck(place: Place) -> None:
     for target in (make_indices((8, 10), place.device), make_probabilities((8, 10), torch.float32, place.device)):
         for reduction in ("mean", "sum", "none"):
             logits = make_logits((8, 10), torch.float32, place.device)
-            options = (None, reduction, -100, 0.1, torch.float32, place.backend, operators.LAYOUT)
+            options = (None, reduction, -100, 0.1, torch.float32, False, place.backend, operators.LAYOUT)
             torch.library.opcheck(operators.cross_entropy, (logits, target, *options))
             loss, *saved = operators.cross_entropy(logits, target, *options)
             upstream = torch.randn_like(loss)
