@@ -17,6 +17,7 @@ from softmax_fused import (
     linear_cross_entropy,
     linear_cross_entropy_rows,
     log_prob,
+    sparse_target,
 )
 from softmax_fused._dispatch import SMALL_CPU_NUMEL
 from softmax_fused.backends.torch.targets import make_spec
@@ -364,3 +365,25 @@ def test_a_graph_has_our_operator(linear: bool) -> None:
     upstream = torch.rand(6)
     (grad,), (expected_grad,) = (torch.autograd.grad(it, logits, upstream) for it in (loss, expected))
     assert same_bits(grad, expected_grad)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_sparse_targets(place: Place, label_smoothing: float) -> None:
+    logits = make_logits((64, 1000), torch.float32, place.device).detach()
+    upstream = torch.rand(64, device=place.device)
+    classes, p = torch.randint(1000, (64, 7), device=place.device), torch.rand(64, 7, device=place.device)
+
+    def compute(rows: slice) -> list[Tensor]:
+        target = sparse_target(classes[rows], p[rows])
+        options: dict[str, Any] = {"label_smoothing": label_smoothing, "backend": place.backend}
+
+        def call(z: Tensor) -> tuple[Tensor, ...]:
+            loss = cross_entropy(z, target, reduction="none", batch_invariant=True, **options)
+            found = cross_entropy_rows(z, target, outputs=("loss", "entropy"), batch_invariant=True, **options)
+            return loss, found.loss, found.entropy
+
+        return with_gradient(logits[rows], upstream[rows], call)
+
+    every = compute(slice(None))
+    for rows in (slice(0, 1), slice(3, 5), slice(7, 40)):
+        assert all(same_bits(few, all_[rows]) for few, all_ in zip(compute(rows), every, strict=True))
