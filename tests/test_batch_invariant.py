@@ -369,9 +369,9 @@ def test_a_graph_has_our_operator(linear: bool) -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_sparse_targets(place: Place, label_smoothing: float) -> None:
-    logits = make_logits((64, 1000), torch.float32, place.device).detach()
-    upstream = torch.rand(64, device=place.device)
-    classes, p = torch.randint(1000, (64, 7), device=place.device), torch.rand(64, 7, device=place.device)
+    logits = make_logits((24, 300), torch.float32, place.device).detach()
+    upstream = torch.rand(24, device=place.device)
+    classes, p = torch.randint(300, (24, 7), device=place.device), torch.rand(24, 7, device=place.device)
 
     def compute(rows: slice) -> list[Tensor]:
         target = sparse_target(classes[rows], p[rows])
@@ -385,5 +385,5 @@ def test_sparse_targets(place: Place, label_smoothing: float) -> None:
         return with_gradient(logits[rows], upstream[rows], call)
 
     every = compute(slice(None))
-    for rows in (slice(0, 1), slice(3, 5), slice(7, 40)):
+    for rows in (slice(0, 1), slice(3, 5), slice(7, 20)):
         assert all(same_bits(few, all_[rows]) for few, all_ in zip(compute(rows), every, strict=True))
