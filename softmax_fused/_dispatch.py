@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from softmax_fused._spec import Backend, CrossEntropyOperations, RowOutputsOperations, Spec, VocabParallelOperations
+    from softmax_fused._spec import (
+        Backend,
+        CrossEntropyOperations,
+        RowOutputsOperations,
+        SliceRowsOperations,
+        Spec,
+        VocabParallelOperations,
+    )
 
 SMALL_CPU_NUMEL = 2**20
 """On the CPU, fewer logits than this go to torch's own operator. Below this size malloc reuses pages and chunking gains
@@ -98,6 +105,11 @@ def row_operations(backend: Backend, spec: Spec) -> RowOutputsOperations:
 def slice_operations(backend: Backend) -> VocabParallelOperations:
     """Return a backend's operations for slices of the classes, or those it falls back on."""
     return backend.vocab_parallel or TORCH.vocab_parallel
+
+
+def slice_row_operations(backend: Backend) -> SliceRowsOperations:
+    """Return a backend's operations for outputs of rows of slices of the classes, or those it falls back on."""
+    return backend.slice_rows or TORCH.slice_rows
 
 
 # Transforms and types

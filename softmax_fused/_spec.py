@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -105,6 +106,66 @@ class RowSpec(NamedTuple):
                 for name, output in OUTPUTS.items()
             )  # type: ignore[arg-type]  # None where the caller named no such output
         )
+
+
+class RowStatistics(NamedTuple):
+    """What a slice of the classes knows of each row of effective logits x; rows are numbered flat.
+
+    A row without classes, or whose logits are all -inf, has log s = -inf; its H, log p and loss mean nothing.
+    """
+
+    numbers: Tensor
+    """(7, rows). The first five are m = max x, log s with s = sum exp(x - m), the sum A of the slice of the target, the
+    entropy H, and log p of the label where the slice has it. Then come the loss by the slice, -<a, log p>, and the
+    largest logit. A and the loss are there where the target is dense. What is not asked for means nothing."""
+
+    prediction: Tensor | None
+    """The slice's class of the largest logit, NaN being the largest; None where it is not asked for."""
+
+    @property
+    def m(self) -> Tensor:
+        """The largest logit, or the least finite number where that is -inf."""
+        return self.numbers[0]
+
+    @property
+    def log_s(self) -> Tensor:
+        """The logarithm of s, from log1p where one class is all there is."""
+        return self.numbers[1]
+
+    @property
+    def target_sum(self) -> Tensor:
+        """A of the slice of the target, if it is dense."""
+        return self.numbers[2]
+
+    @property
+    def entropy(self) -> Tensor:
+        """H of the slice's softmax."""
+        return self.numbers[3]
+
+    @property
+    def log_prob(self) -> Tensor:
+        """Log p of the label by the slice's softmax."""
+        return self.numbers[4]
+
+    @property
+    def dense_loss(self) -> Tensor:
+        """The loss by the slice's softmax, if the target is dense."""
+        return self.numbers[5]
+
+    @property
+    def top(self) -> Tensor:
+        """The logit of the prediction, computed alike on every rank."""
+        return self.numbers[6]
+
+    @staticmethod
+    def allocate(logits: Tensor, options: RowSpec) -> RowStatistics:
+        """Return the statistics of rows of which nothing is known: those of a slice without classes."""
+        rows = math.prod(row_shape(logits.shape))
+        numbers = logits.new_zeros((7, rows), dtype=options.spec.acc)
+        for place in (0, 1, 6):
+            numbers[place] = -torch.inf
+        prediction = logits.new_zeros(rows, dtype=torch.int64) if "prediction" in options.outputs else None
+        return RowStatistics(numbers, prediction)
 
 
 class CrossEntropyOperations(Protocol):
@@ -234,11 +295,36 @@ class VocabParallelOperations(Protocol):
         """Fill `grad` with the gradient of the slice."""
 
 
+class SliceRowsOperations(Protocol):
+    """The outputs of rows where the logits are a slice of the classes; the options' `spec` says which."""
+
+    def prepare(self, logits: Tensor, target: Tensor, spec: Spec) -> Tensor:
+        """Return the target in the form that the others take."""
+
+    def statistics(self, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowSpec) -> RowStatistics:
+        """Return what the slice knows of each row."""
+
+    def gradient(
+        self,
+        upstream: Upstream,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        stats: Tensor,
+        options: RowSpec,
+        grad: Tensor,
+    ) -> object:
+        """Fill `grad` with the gradient of the slice from those of the differentiable outputs.
+
+        `stats` are (5, rows), of all slices together: m, log s, A, H, and log p of the label. `grad` may be the logits.
+        """
+
+
 class Backend(Protocol):
     """What computes. A family of operations is offered as a whole, or is None and computed as its line says.
 
     The functions that users call are `cross_entropy` (also chunk by chunk, for a linear layer), `row_outputs`,
-    `softmax` (with its logarithm) and `vocab_parallel`.
+    `softmax` (with its logarithm), `vocab_parallel` and `slice_rows` (also chunk by chunk).
     """
 
     name: str
@@ -246,6 +332,7 @@ class Backend(Protocol):
     row_outputs: RowOutputsOperations | None = None  # None: the torch backend's
     softmax: SoftmaxOperations | None = None  # None: torch's own functions
     vocab_parallel: VocabParallelOperations | None = None  # None: the torch backend's
+    slice_rows: SliceRowsOperations | None = None  # None: the torch backend's
     gradient_with_loss: Collection[str] = ()
     """Types of the devices on which the gradient of a mean or sum is best computed with the loss, also unasked."""
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softmax_fused._spec import Backend
-from softmax_fused.backends.torch import cross_entropy, row_outputs, vocab_parallel
+from softmax_fused.backends.torch import cross_entropy, row_outputs, slice_rows, vocab_parallel
 
 if TYPE_CHECKING:
     import torch
 
-    from softmax_fused._spec import CrossEntropyOperations, RowOutputsOperations, VocabParallelOperations
+    from softmax_fused._spec import (
+        CrossEntropyOperations,
+        RowOutputsOperations,
+        SliceRowsOperations,
+        VocabParallelOperations,
+    )
 
 
 class TorchBackend(Backend):
@@ -20,6 +25,7 @@ class TorchBackend(Backend):
     cross_entropy: CrossEntropyOperations = cross_entropy
     row_outputs: RowOutputsOperations = row_outputs
     vocab_parallel: VocabParallelOperations = vocab_parallel
+    slice_rows: SliceRowsOperations = slice_rows
     gradient_with_loss = ("cpu",)  # scaling the gradient costs less there than the softmax's exponentials once more
 
 

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from softmax_fused import _errors
 from softmax_fused._spec import Backend
-from softmax_fused.backends.triton import cross_entropy, launch, row_outputs, softmax, vocab_parallel
+from softmax_fused.backends.triton import cross_entropy, launch, row_outputs, slice_rows, softmax, vocab_parallel
 
 if TYPE_CHECKING:
     from softmax_fused._spec import (
         CrossEntropyOperations,
         RowOutputsOperations,
+        SliceRowsOperations,
         SoftmaxOperations,
         VocabParallelOperations,
     )
@@ -25,6 +26,7 @@ class TritonBackend(Backend):
     row_outputs: RowOutputsOperations = row_outputs
     softmax: SoftmaxOperations = softmax
     vocab_parallel: VocabParallelOperations = vocab_parallel
+    slice_rows: SliceRowsOperations = slice_rows
 
     def refusal(self, device_type: str) -> str | None:
         """Say what CPU tensors need."""

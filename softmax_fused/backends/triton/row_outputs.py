@@ -9,7 +9,17 @@ import torch
 from softmax_fused._row_outputs import DIFFERENTIABLE
 from softmax_fused._spec import class_dim
 from softmax_fused.backends.triton import tiles
-from softmax_fused.backends.triton.launch import NO_TENSOR, accumulator, as_first, choose, load_of, row_layout, split
+from softmax_fused.backends.triton.launch import (
+    NO_TENSOR,
+    accumulator,
+    as_first,
+    choose,
+    ignored,
+    load_of,
+    row_layout,
+    smoothing,
+    split,
+)
 from softmax_fused.backends.triton.layout import Strides, like, rows_of
 from softmax_fused.backends.triton.plan import Launch, planned
 from softmax_fused.kernels.row_outputs import (
@@ -72,11 +82,11 @@ def plan_rows(
     tile, programs = choose(rows, dtype.itemsize, tiles.tables.one_pass, rows.strides[0], **load)
     launch = Launch(
         row_outputs_forward, programs, tile.warps, device, ((RowPointers,), TENSORS),
-        row_layout(rows, 1, tile, options.spec), options.spec.ignore_index, options.spec.reader,
+        row_layout(rows, 1, tile, options.spec), ignored(options.spec), options.spec.reader,
         accumulator(options.spec.acc), *tile.constants(),
     )  # fmt: skip
     target = as_first(rows.strides[0], rows.strides[1], tile)
-    numbers = split(options.spec.label_smoothing), *transform(options)
+    numbers = smoothing(options.spec), *transform(options)
     return RowsPlan(launch, rows.strides[0], target, numbers, rows.strides[2] if scale else None)
 
 
@@ -124,7 +134,7 @@ def plan_rows_gradient(
     launch = Launch(
         row_outputs_backward, programs, tile.warps, device,
         (None, (RowUpstream, (Strided,), (Strided,), (Strided,), (Strided,)), TENSORS),
-        row_layout(rows, 1, tile, options.spec), options.spec.ignore_index, options.spec.reader,
+        row_layout(rows, 1, tile, options.spec), ignored(options.spec), options.spec.reader,
         accumulator(options.spec.acc), *tile.constants(),
     )  # fmt: skip
     merged = iter(some)
@@ -132,7 +142,7 @@ def plan_rows_gradient(
         launch,
         first,
         as_first(first, target, tile),
-        (split(options.spec.label_smoothing), *transform(options)),
+        (smoothing(options.spec), *transform(options)),
         None if scale_strides is None else some[-1],
         as_first(first, grad, tile),
         tuple(None if it is None else next(merged) for it in upstream_strides),
