@@ -322,7 +322,7 @@ def module_smoothing(label_smoothing: float) -> RuntimeError:
 AGREED = {
     "rows": "the logits' shape beside the classes",
     "dtypes": "dtypes and whether there is a weight",
-    "options": "ignore_index, reduction and label_smoothing",
+    "options": "ignore_index, reduction, label_smoothing and the other options",
     "target": "the class indices",
 }
 """What must be the same on every rank, by its name in `distributed.exchange.CallSummary`."""
@@ -371,6 +371,32 @@ def no_classes() -> RuntimeError:
 def no_second_derivative() -> RuntimeError:
     """The derivative of the gradient would need the other ranks."""
     return RuntimeError("create_graph=True is not supported where logits are divided among ranks")
+
+
+def unknown_outputs_of_slices(names: Iterable[str], known: Iterable[str]) -> ValueError:
+    """An output is not computed of logits that are divided among ranks."""
+    return ValueError(
+        f"outputs of logits divided among ranks must name some of {', '.join(known)}; got {listed(names)}, which would "
+        "need the label's logit before the others are counted"
+    )
+
+
+def unsupported_slice_of_layer(input: Tensor, local_weight: Tensor, local_bias: Tensor | None) -> RuntimeError:
+    """The tensors of a linear layer whose classes are divided among ranks do not go together."""
+    return RuntimeError(
+        "input, local_weight and local_bias must be floating point tensors of one type on one CPU or GPU; got "
+        f"{describe(input)}, {describe(local_weight)} and bias {describe(local_bias)}"
+    )
+
+
+def divided_weight(linear_weight: Any) -> RuntimeError:
+    """A weight is divided among ranks, and the input is a plain tensor: an FSDP2 weight that has not been gathered."""
+    return RuntimeError(
+        f"linear_weight is a DTensor placed as {tuple(linear_weight.placements)} beside a plain input, as a weight "
+        "under fully_shard is where it has not been gathered: compute the loss in the module's forward, where it is, "
+        "or call module.unshard() before, or pass linear_weight.full_tensor(). For a vocabulary that is divided among "
+        "ranks, pass linear_weight.to_local() to softmax_fused.distributed.linear_cross_entropy, or a DTensor as input"
+    )
 
 
 def plain_target(placements: Sequence[Any]) -> ValueError:

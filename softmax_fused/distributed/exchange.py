@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from softmax_fused import _errors
-from softmax_fused._dispatch import supports_fused
+from softmax_fused._dispatch import layer_dtype, supports_fused, supports_logits
 from softmax_fused._errors import AGREED, REFUSALS
 from softmax_fused._fallback import torch_cross_entropy
 from softmax_fused._spec import class_dim
@@ -31,6 +31,8 @@ class Arguments(NamedTuple):
     ignore_index: int
     reduction: str
     label_smoothing: float
+    dtype: torch.dtype | None = None  # asked of the result
+    others: tuple[Any, ...] = ()  # what else must be the same on every rank
 
 
 class CallSummary(NamedTuple):
@@ -58,13 +60,24 @@ def validation_error(it: Arguments) -> Exception | None:
     logits, target, weight = (nonempty(value) for value in it[:3])
     if isinstance(target, torch.Tensor) and isinstance(logits, torch.Tensor) and target.ndim < logits.ndim:
         target = torch.zeros_like(target)  # labels name classes of all slices: they are checked later
-    if supports_fused(logits, target, weight, it.ignore_index, it.reduction, it.label_smoothing):
+    if supports_fused(logits, target, weight, it.ignore_index, it.reduction, it.label_smoothing, it.dtype):
         return None
     try:
         torch_cross_entropy(logits, target, weight, it.ignore_index, it.reduction, it.label_smoothing)
     except REFUSALS as error:
         return error
     return _errors.unsupported_slice(it.logits, it.target, it.weight)
+
+
+def layer_fits(input: Tensor, local_weight: Tensor, local_bias: Tensor | None) -> bool:
+    """Whether the tensors of a linear layer, or of a slice of it, go together: ordinary, of one device and type."""
+    tensors = [tensor for tensor in (input, local_weight, local_bias) if tensor is not None]
+    return all(
+        supports_logits(nonempty(tensor))
+        and tensor.device == input.device
+        and layer_dtype(tensor) == layer_dtype(input)
+        for tensor in tensors
+    )
 
 
 def digest(*values: Any) -> int:
@@ -94,7 +107,7 @@ def summarize(it: Arguments) -> CallSummary:
         int(high),
         digest(tuple(it.logits.shape[:dim]), tuple(it.logits.shape[dim + 1 :])),
         digest(it.logits.dtype, it.target.dtype, has_labels, it.weight is None),
-        digest(it.ignore_index, it.reduction, float(it.label_smoothing)),
+        digest(it.ignore_index, it.reduction, float(it.label_smoothing), it.dtype, *it.others),
         int(checksum),
     )
 

@@ -107,18 +107,29 @@ def compute(it: Arguments, group: dist.ProcessGroup | None, sizes: Sequence[int]
     """Check that the ranks' arguments agree, and compute the loss."""
     ranks, rank = members(group)
     problem = validation_error(it) or backend_error(it.logits, backend)
-    if sizes is None:
-        sizes = exchange(it, problem, ranks)
-    elif problem is not None:
-        raise problem
-    else:
-        check_sizes(sizes, it.logits, dist.get_world_size(ranks), rank)
+    sizes = agreed_sizes(it, problem, sizes, ranks, rank)
     dtype = loss_dtype(it.logits, it.target)
     spec = make_spec(it.logits, it.target, it.reduction, it.ignore_index, it.label_smoothing, dtype)
     spec = spec._replace(classes=sum(sizes), first=sum(sizes[:rank]))
     others = ranks if len(sizes) > 1 else None
     operations = slice_operations(get_backend(backend, it.logits.device.type))
     return slice_cross_entropy(it.logits, it.target, it.weight, spec, others, operations)
+
+
+def agreed_sizes(
+    it: Arguments, problem: Exception | None, sizes: Sequence[int] | None, ranks: Any, rank: int
+) -> Sequence[int]:
+    """Return the number of classes on every rank: those given, or what an all-gather says.
+
+    Raises:
+        Exception: If the arguments are wrong; without sizes given, on every rank, also where they differ.
+    """
+    if sizes is None:
+        return exchange(it, problem, ranks)
+    if problem is not None:
+        raise problem
+    check_sizes(sizes, it.logits, dist.get_world_size(ranks), rank)
+    return sizes
 
 
 def members(group: dist.ProcessGroup | None) -> tuple[Any, int]:
