@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import dtensors_on_ranks, mesh_on_ranks, slices_on_ranks
+from tests import dtensors_on_ranks, mesh_on_ranks, rows_on_ranks, slices_on_ranks
 from tests.lab import real_data
 from tests.ranks import run, several
 
@@ -13,10 +13,10 @@ from tests.ranks import run, several
 def test_ranks(world: int, tmp_path: Path) -> None:
     """One start of the ranks for all of it: that is what takes the time."""
     extra = {
-        2: (slices_on_ranks.under_compile,),
+        2: (slices_on_ranks.under_compile, rows_on_ranks.rows_under_compile),
         4: (slices_on_ranks.subgroups, mesh_on_ranks.guide, mesh_on_ranks.softmax_model_on_a_mesh),
     }
-    run(tmp_path, world, several, slices_on_ranks.ALL + dtensors_on_ranks.ALL + extra[world])
+    run(tmp_path, world, several, slices_on_ranks.ALL + dtensors_on_ranks.ALL + rows_on_ranks.ALL + extra[world])
 
 
 @pytest.mark.slow

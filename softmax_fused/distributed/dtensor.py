@@ -93,18 +93,18 @@ def chunk_sizes(size: int, ranks: int) -> list[int]:
     return [max(0, min(step, size - rank * step)) for rank in range(ranks)]
 
 
-def class_slice(input: DTensor, local: Tensor, divides: list[bool]) -> tuple[int, Any]:
-    """Return the first class that this rank holds, and the group that holds all; None if this rank does.
+def class_slice(mesh: DeviceMesh, classes: int, held: int, divides: list[bool]) -> tuple[int, Any]:
+    """Return the first of the `held` classes of this rank, and the group that holds all; None if this rank does.
 
     Raises:
         RuntimeError: If the mesh divides the classes otherwise than Shard does.
     """
     if not any(divides):
         return 0, None
-    mesh, mesh_dim, class_dim = input.device_mesh, divides.index(True), class_dim_of(input.ndim)
-    sizes, rank = chunk_sizes(input.shape[class_dim], mesh.size(mesh_dim)), mesh.get_local_rank(mesh_dim)
-    if local.shape[class_dim] != sizes[rank]:
-        raise _errors.uneven_shards(sizes, rank, local.shape[class_dim])
+    mesh_dim = divides.index(True)
+    sizes, rank = chunk_sizes(classes, mesh.size(mesh_dim)), mesh.get_local_rank(mesh_dim)
+    if held != sizes[rank]:
+        raise _errors.uneven_shards(sizes, rank, held)
     return sum(sizes[:rank]), mesh.get_group(mesh_dim)
 
 
@@ -137,7 +137,7 @@ def cross_entropy(
     mean_of_parts = rows_divided and reduction == "mean"
     local_reduction = "sum" if mean_of_parts else reduction
     spec = targets.make_spec(local, target, local_reduction, ignore_index, label_smoothing, dtype)
-    first, group = class_slice(input, local, divides)
+    first, group = class_slice(mesh, input.shape[class_dim], local.shape[class_dim], divides)
     spec = spec._replace(classes=input.shape[class_dim], first=first, dtype=spec.acc)
     operations = slice_operations(get_backend(backend, local.device.type))
     loss = slice_cross_entropy(local, target, local_weight, spec, group, operations)

@@ -16,10 +16,12 @@ from softmax_fused._dispatch import (
     Path,
     check_backend,
     has_subclass,
+    is_dtensor,
     layer_dtype,
     loss_dtype,
     route,
     supports_fused,
+    under_transform,
 )
 from softmax_fused._fallback import validate
 from softmax_fused._spec import RowSpec
@@ -146,6 +148,12 @@ def linear_cross_entropy(
     call = LayerCall(input, linear_weight, linear_bias, shape, chunk_rows, loss_arguments, dtype)
     path, call = choose_path(call, backend, batch_invariant)
     if path in ("small", "torch"):
+        if takes_local_parts(linear_weight):
+            from softmax_fused.distributed import dtensor_linear
+
+            of_parts = dtensor_linear.loss(call, logit_scale, softcap, backend)
+            if of_parts is not None:
+                return of_parts
         return unchunked(*tensors, *options, dtype, shape, backend, batch_invariant)
     layer, options_of_plan = prepare(call, logit_scale, softcap, backend, batch_invariant)
     if path == "operator":
@@ -195,6 +203,11 @@ def prepare(
         batch_invariant,
     )
     return layer, options
+
+
+def takes_local_parts(linear_weight: Tensor) -> bool:
+    """Whether the weight is a DTensor, of whose local parts the outputs may be computed."""
+    return is_dtensor(linear_weight) and not is_compiling() and not under_transform()
 
 
 def check_chunk(chunk_rows: Any) -> None:

@@ -13,7 +13,15 @@ from softmax_fused._row_outputs import OUTPUTS, RowOutputs
 from softmax_fused.functional import linear_row_operators
 from softmax_fused.functional.chunked_linear import Layer, Plan, make_plan
 from softmax_fused.functional.chunked_linear_rows import LinearCrossEntropyRows, forward
-from softmax_fused.functional.linear import all_logits, check_chunk, choose_path, logits_shape, needs_grad, prepare
+from softmax_fused.functional.linear import (
+    all_logits,
+    check_chunk,
+    choose_path,
+    logits_shape,
+    needs_grad,
+    prepare,
+    takes_local_parts,
+)
 from softmax_fused.functional.rows import check_options, check_target_class, cross_entropy_rows, known_options
 
 if TYPE_CHECKING:
@@ -126,6 +134,13 @@ def linear_cross_entropy_rows(
     call = LayerCall(input, linear_weight, linear_bias, shape, chunk_rows, loss_arguments, dtype)
     path, call = choose_path(call, backend, batch_invariant)
     if path in ("small", "torch"):
+        if takes_local_parts(linear_weight) and isinstance(target, torch.Tensor) and "rank" not in wanted:
+            from softmax_fused.distributed import dtensor_linear
+
+            check_target_class(wanted, target.ndim < len(shape), target)
+            of_parts = dtensor_linear.rows(call, logit_scale, softcap, wanted, backend)
+            if of_parts is not None:
+                return of_parts
         logits = all_logits(input, linear_weight, linear_bias, shape)
         return cross_entropy_rows(
             logits, target, weight, ignore_index, label_smoothing, logit_scale=logit_scale, softcap=softcap,
