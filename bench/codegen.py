@@ -33,7 +33,7 @@ from bench.record import write_json
 from softmax_fused._row_outputs import DIFFERENTIABLE, OUTPUTS
 from softmax_fused._spec import RowSpec
 from softmax_fused.backends.torch.targets import make_spec
-from softmax_fused.backends.triton import cross_entropy, launch, plan, row_outputs, softmax, vocab_parallel
+from softmax_fused.backends.triton import cross_entropy, launch, plan, row_outputs, slice_rows, softmax, vocab_parallel
 from softmax_fused.backends.triton.tiles import VECTOR_BYTES
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class NamedDriver:
         return torch.device("cpu")
 
 
-SLICES = ("slice of classes", "slice of classes, smoothing")
+SLICES = ("slice of classes", "slice of classes, smoothing", "slice of classes, outputs of rows")
 ROW_OUTPUTS = (
     "loss, prediction",
     "loss, logsumexp, prediction, entropy",
@@ -137,6 +137,9 @@ def make_calls(case: Case, dtype: torch.dtype, device: str = "meta") -> None:
     if case.kind in ROW_OUTPUTS:
         make_row_calls(case, logits, dtype)
         return
+    if case.kind == SLICES[2]:
+        make_row_slice_calls(logits, dtype)
+        return
     if case.kind in SLICES:
         make_slice_calls(case, logits, dtype)
         return
@@ -177,6 +180,17 @@ def make_slice_calls(case: Case, logits: Tensor, dtype: torch.dtype) -> None:
     sums = vocab_parallel.terms(parts, parts[0], logits, target, None, spec)
     loss, saved = vocab_parallel.finalize(sums, parts[0], logits, target, None, spec)
     vocab_parallel.gradient(loss, logits, target, None, saved, spec, logits)
+
+
+def make_row_slice_calls(logits: Tensor, dtype: torch.dtype) -> None:
+    """Do what a rank does with its eighth of the classes for outputs of rows."""
+    target = class_indices(logits)
+    spec = make_spec(logits, target, "none", -100, 0.1, dtype)
+    spec = spec._replace(classes=8 * logits.shape[1], first=3 * logits.shape[1])
+    options = RowSpec(spec, 1.0, None, ("loss", "prediction", "entropy"))
+    local = slice_rows.statistics(logits, target, None, options)
+    upstream = (local.m, None, local.m, None)
+    slice_rows.gradient(upstream, logits, target, None, local.numbers[:5], options, logits)
 
 
 def name_of(kernel: Any, arguments: dict[str, Any]) -> str:

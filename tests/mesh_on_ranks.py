@@ -137,9 +137,9 @@ def trained_on_mesh(data: ImageData, config: TrainConfig, tolerance: float = 1e-
 
 
 def guide(rank: int, world: int) -> None:
-    """The two blocks of the guide, as they stand there."""
+    """The blocks of the guide, as they stand there."""
     text = GUIDE.read_text()
-    slices, both = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    slices, layer, recipes, both = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     x, y = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6)
     names: dict[str, Any] = {"torch": torch, "features": 8, "local_classes": rank + 1, "x": x, "target": y}
     with mock.patch.object(dist, "init_process_group"):  # done
@@ -148,6 +148,21 @@ def guide(rank: int, world: int) -> None:
     dist.all_gather_object(logits, names["head"](x).detach())
     expected = F.cross_entropy(torch.cat(logits, 1), y, label_smoothing=0.1)
     torch.testing.assert_close(names["loss"].detach(), expected)
+    exec(layer, names)
+    expected = F.cross_entropy(torch.cat(logits, 1), y)
+    torch.testing.assert_close(names["loss"].detach(), expected)
+    names |= {"target": torch.where(y % 3 == 1, -100, y), "token_weight": torch.arange(6)}
+    exec(recipes, names)
+    p, kept = torch.cat(logits, 1).softmax(1), y % 3 != 1
+    losses, of_label = F.cross_entropy(torch.cat(logits, 1), y, reduction="none") * kept, p[torch.arange(6), y]
+    expected_losses = {
+        "z_loss": (losses + 1e-4 * kept * torch.cat(logits, 1).logsumexp(1).square()).sum() / kept.sum(),
+        "weighted": (torch.arange(6) * losses).sum() / 15,
+        "fine_tuned": (of_label * losses).sum() / kept.sum(),
+        "with_entropy": (losses + 0.01 * kept * (p * p.log()).sum(1)).sum() / kept.sum(),
+    }
+    for name, value in expected_losses.items():
+        torch.testing.assert_close(names[name].detach(), value)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(8, 10))
     alone = copy.deepcopy(model)

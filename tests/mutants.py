@@ -70,6 +70,10 @@ SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR = (
     "softmax_fused/distributed/exchange.py",
     "softmax_fused/distributed/dtensor.py",
 )
+MERGE, ROW_SLICES, DTENSOR_LAYER = (
+    f"softmax_fused/distributed/{name}.py" for name in ("merge", "row_autograd", "dtensor_linear")
+)
+TORCH_ROW_SLICES = "softmax_fused/backends/torch/slice_rows.py"
 PLAN = "softmax_fused/backends/triton/plan.py"
 SPARSE = "softmax_fused/backends/sparse.py"
 AUTOGRAD = "softmax_fused/functional/autograd.py"
@@ -99,6 +103,8 @@ OWN = {
     TORCH_OUTPUTS: ("row_outputs",),
     OUTPUT_TABLE: ("row_outputs",),
     **dict.fromkeys((SLICE_KERNELS, SLICES, TORCH_SLICES, EXCHANGE, DTENSOR), ("distributed_loss",)),
+    **dict.fromkeys((MERGE, ROW_SLICES, TORCH_ROW_SLICES), ("slice_rows",)),
+    DTENSOR_LAYER: ("distributed_loss",),
     **dict.fromkeys((RANKS, SHARDS, LOOP, EVALUATION, FOLDER), ("training_parallel",)),
 }
 MUTANTS = {
@@ -281,6 +287,16 @@ MUTANTS = {
     "slices: smoothing over the slice's classes": Mutant(TARGETS, "smoothing_per_class = spec.label_smoothing / spec.classes", "smoothing_per_class = spec.label_smoothing / z.shape[1]", ("slices",)),
     "slices: another's bad arguments go unnoticed": Mutant(EXCHANGE, "if bad:", "if False:"),
     "slices: ranks may differ in their targets": Mutant(EXCHANGE, "for name in AGREED:", "for name in list(AGREED)[:-1]:"),
+    "slices: options of the outputs may differ": Mutant(EXCHANGE, "it.dtype, *it.others)", "it.dtype)"),
+    "rows of slices: the label's class is summed twice": Mutant(MERGE, "torch.where(labels.own, others, e)", "e"),
+    "rows of slices: confident rows lose their digits": Mutant(MERGE, "-e * local.log_prob.expm1()", "e * (1 - local.log_prob.exp())"),
+    "rows of slices: entropies without that of the shares": Mutant(MERGE, "e * (local.entropy - log_e)", "e * local.entropy"),
+    "rows of slices: the prediction within its slice": Mutant(MERGE, "local.prediction + spec.first + order", "local.prediction + order"),
+    "rows of slices: NaN is not the largest": Mutant(MERGE, "torch.where(local.top.isnan(), 0,", "torch.where(local.top.isnan(), 2,"),
+    "rows of slices: a slice wholly -inf has an entropy": Mutant(MERGE, "torch.where(e == 0, 0, e * (local.entropy", "torch.where(e < 0, 0, e * (local.entropy"),
+    "rows of slices: the input's gradient is of one slice": Mutant(ROW_SLICES, "if grads[0] is not None:", "if False:"),
+    "rows of slices: the entropy's gradient by the slice": Mutant(TORCH_ROW_SLICES, "(finite_log(log_p) + entropy)", "finite_log(log_p)"),
+    "dtensor: a layer's gradient of the rank's rows": Mutant(DTENSOR_LAYER, "Partial() if isinstance(by_row, Shard) else by_class", "by_class"),
     "dtensor: mean of the ranks' means": Mutant(DTENSOR, 'local_reduction = "sum" if mean_of_parts else reduction', "local_reduction, mean_of_parts = reduction, False"),
     "ranks: uneven shards weigh the same": Mutant(LOOP, "loss * shard.factor", "loss"),
     "ranks: an empty shard stays empty": Mutant(RANKS, "return part if len(part) else rows[:1]", "return part"),

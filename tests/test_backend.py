@@ -24,7 +24,7 @@ from softmax_fused import (
 from softmax_fused._dispatch import SMALL_CPU_BYTES
 from softmax_fused._spec import Backend
 from softmax_fused.backends import REGISTRY
-from softmax_fused.backends.torch import TorchBackend, row_outputs, vocab_parallel
+from softmax_fused.backends.torch import TorchBackend, row_outputs, slice_rows, vocab_parallel
 from softmax_fused.backends.torch import cross_entropy as torch_loss
 from softmax_fused.functional.autograd import differentiable_softmax_gradient
 from tests.conftest import HAS_GPU, installed
@@ -258,7 +258,7 @@ class Third(Backend):
         self.cross_entropy = Recorder(torch_loss)
         if everything:
             self.row_outputs, self.softmax = Recorder(row_outputs), Recorder(TorchSoftmax())
-            self.vocab_parallel = Recorder(vocab_parallel)
+            self.vocab_parallel, self.slice_rows = Recorder(vocab_parallel), Recorder(slice_rows)
 
     def suits(self, device: torch.device) -> tuple[bool, str]:
         return device.type == "meta", "made for meta tensors"
@@ -299,6 +299,10 @@ def losses_and_gradients(**options: object) -> dict[str, tuple[torch.Tensor, tor
         "softmax": lambda: softmax(z, 1, **options),
         "log_softmax": lambda: log_softmax(z, 1, **options),
         "distributed": lambda: distributed.cross_entropy(z, target, **options),
+        "distributed rows": lambda: sum(
+            it.float() for it in distributed.cross_entropy_rows(z, target, **options) if it is not None
+        ),
+        "distributed layer": lambda: distributed.linear_cross_entropy(z, w, target, **options),
     }
     found = {}
     for name, call in calls.items():
@@ -322,6 +326,7 @@ def test_every_operation_reaches_a_third_backend(monkeypatch: pytest.MonkeyPatch
     assert third.row_outputs.called() == {"saved_shape", "forward", "gradient"}
     assert third.softmax.called() == {"forward", "backward"}
     assert third.vocab_parallel.called() == {"prepare", "statistics", "terms", "finalize", "gradient"}
+    assert third.slice_rows.called() == {"prepare", "statistics", "gradient"}
     torch.testing.assert_close(found, losses_and_gradients())
     monkeypatch.setattr(Third, "gradient_with_loss", ("cpu",))
     cross_entropy(torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1]), backend="third")
@@ -334,13 +339,15 @@ def test_every_operation_reaches_a_third_backend(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("one_rank")
 def test_what_a_third_backend_does_not_offer_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     third = register(monkeypatch, everything=False)
-    rows, slices = Recorder(row_outputs), Recorder(vocab_parallel)
+    rows, slices, rows_of_slices = Recorder(row_outputs), Recorder(vocab_parallel), Recorder(slice_rows)
     monkeypatch.setattr(TorchBackend, "row_outputs", rows)
     monkeypatch.setattr(TorchBackend, "vocab_parallel", slices)
+    monkeypatch.setattr(TorchBackend, "slice_rows", rows_of_slices)
     found = losses_and_gradients(backend="third")
     assert third.cross_entropy.called() == {"loss", "gradient", "loss_and_gradient", "rescale_gradient"}
     assert rows.called() == {"saved_shape", "forward", "gradient"}
     assert slices.called() >= {"statistics", "finalize", "gradient"}
+    assert rows_of_slices.called() == {"prepare", "statistics", "gradient"}
     torch.testing.assert_close(found, losses_and_gradients())
     z = torch.zeros(2, 3, requires_grad=True)
     assert softmax(z, 1, backend="third").grad_fn.name() == "SoftmaxBackward0"

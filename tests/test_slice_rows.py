@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softmax_fused import RowOutputs, distributed
+from softmax_fused import RowOutputs, distributed, linear_cross_entropy_rows
 from softmax_fused._row_outputs import DEFAULT, DIFFERENTIABLE, OUTPUTS
 from softmax_fused.distributed.merge import KNOWN
 from tests import reference, test_row_outputs
@@ -84,6 +84,16 @@ def reductions(outputs: tuple[str, ...]) -> list[str]:
     return ["MAX", "SUM"] + ["MIN"] * ("prediction" in outputs)
 
 
+def numbers(weight: Tensor | None, soft: bool, outputs: tuple[str, ...], smoothing: float) -> list[int]:
+    """How many numbers a row the all-reduces of forward have, as the documentation says."""
+    of_loss = 1 if soft else 2
+    if "loss" in outputs:
+        weighted = weight is not None
+        of_loss = 3 if soft else 2 + weighted + (smoothing > 0) * (1 + weighted)
+    prediction = "prediction" in outputs
+    return [1 + prediction, of_loss + ("entropy" in outputs)] + [1] * prediction
+
+
 def assert_right(
     ranks: Ranks, place: Place, z: Tensor, target: Tensor, weight: Tensor | None, sizes: list[int],
     outputs: tuple[str, ...], dtype: torch.dtype | None = None, **options: Any,
@@ -107,6 +117,11 @@ def assert_right(
 
     found = ranks.run(len(sizes), work)
     assert ranks.operations == (reductions(outputs) if len(sizes) > 1 else [])
+    if len(sizes) > 1:
+        smoothing = options.get("label_smoothing", 0.0)
+        row_count = z.numel() // z.shape[dim]
+        of_rows = [it.result.numel() / row_count for it in ranks.done]
+        assert of_rows == numbers(weight, soft, outputs, smoothing)
     for rows, _ in found:
         assert_outputs(rows, truth, outputs, dtype or z.dtype)
         assert all(map(torch.equal, bits(rows), bits(found[0][0])))
@@ -271,6 +286,29 @@ def test_hard_rows(ranks: Ranks, place: Place, kind: str, dtype: torch.dtype, si
         assert_outputs(ours, formula, outputs, dtype)
         assert_near(grad[row], exact[row], dtype)
     assert all(all(map(torch.equal, bits(rows), bits(found[0][0]))) for rows, _ in found)
+
+
+def test_confident_rows(ranks: Ranks, place: Place) -> None:
+    """p = 1 - 1e-9 of the label: loss, log p and their gradients keep their digits in float32."""
+    sizes = [4, 0, 4, 4]
+    z = torch.full((4, 12), -21.0, device=place.device)
+    target = torch.tensor([0, 5, 11, 3], device=place.device)
+    z[torch.arange(4), target] = 0.0
+
+    def work(rank: int) -> tuple[RowOutputs, Tensor]:
+        own = part_of(z, sizes, rank, 1).detach().requires_grad_()
+        rows = distributed.cross_entropy_rows(
+            own, target, outputs=("loss", "log_prob"), sizes=sizes, backend=place.backend
+        )
+        return rows, torch.autograd.grad(rows.loss.sum() - 2 * rows.log_prob.sum(), own)[0]
+
+    found = ranks.run(len(sizes), work)
+    truth = reference.cross_entropy(z, target, reduction="none")
+    for rows, _ in found:
+        torch.testing.assert_close(rows.loss.detach().double(), truth.loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(-rows.log_prob.detach().double(), truth.loss, rtol=1e-5, atol=0)
+    grad = torch.cat([it for _, it in found], 1)
+    torch.testing.assert_close(grad.double(), 3 * truth.grad, rtol=1e-5, atol=0)
 
 
 def layer(shape: tuple[int, ...], features: int, dtype: torch.dtype, place: Place) -> list[Tensor]:
@@ -449,3 +487,31 @@ def test_infinite_weights_do_what_they_do_in_torch(ranks: Ranks, place: Place, s
         for loss, _ in found:
             torch.testing.assert_close(loss, truth.detach())
         torch.testing.assert_close(torch.cat([grad for _, grad in found], 1), exact, equal_nan=True)
+
+
+def test_layer_under_autocast(ranks: Ranks, place: Place) -> None:
+    """The products are of autocast's type, the outputs of float32, as those of the whole layer."""
+    x, w, b = layer((9, 23), 4, torch.float32, place)
+    target = ignoring(make_indices((9, 23), place.device), -100)
+    sizes = [2, 0, 20, 1]
+
+    def work(rank: int) -> tuple[RowOutputs, list[Tensor]]:
+        own = part_of_layer([x, w, b], sizes, rank, (True, True, True))
+        with torch.autocast(place.device, dtype=torch.bfloat16):
+            rows = distributed.linear_cross_entropy_rows(
+                *own[:2], target, local_bias=own[2], sizes=sizes, backend=place.backend
+            )
+        return rows, list(torch.autograd.grad(rows.loss.sum(), own))
+
+    found = ranks.run(len(sizes), work)
+    leaves = [it.clone().requires_grad_() for it in (x, w, b)]
+    with torch.autocast(place.device, dtype=torch.bfloat16):
+        whole = linear_cross_entropy_rows(
+            *leaves[:2], target, linear_bias=leaves[2], chunk_rows=4, backend=place.backend
+        )
+    exact = torch.autograd.grad(whole.loss.sum(), leaves)
+    assert found[0][0].loss.dtype is torch.float32
+    assert_near(found[0][0].loss.detach(), whole.loss.detach().double(), torch.float32)
+    assert_near(found[0][1][0], exact[0].double(), torch.bfloat16)
+    for place_of in (1, 2):
+        assert_near(torch.cat([grads[place_of] for _, grads in found]), exact[place_of].double(), torch.float32)

@@ -20,6 +20,7 @@ from softmax_fused.backends.torch import targets
 from softmax_fused.distributed.dtensor import Local, check_labels, class_slice, redistribute_local, reduced
 from softmax_fused.distributed.exchange import Arguments, layer_fits, validation_error
 from softmax_fused.distributed.row_autograd import mean_over, slice_of_layer
+from softmax_fused.functional.rows import check_target_class
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +109,7 @@ def local_rows(
     if weight is not None and not (isinstance(weight, torch.Tensor) and weight.shape == (classes,)):
         return None
     mesh, has_labels = layout.mesh, target.ndim < len(call.shape)
+    check_target_class(outputs, has_labels, target)
     of_target = layout.rows if has_labels else layout.of_logits(len(call.shape))
     target = redistribute_local(target, mesh, of_target, "target")
     weight = None if weight is None else redistribute_local(weight, mesh, layout.classes, "weight")

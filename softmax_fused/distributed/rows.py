@@ -52,12 +52,11 @@ def cross_entropy_rows(
     and so is what is differentiable; the gradient is that of the rank's slice. Ranks hold slices as in
     :func:`cross_entropy`, and all of them must call it.
 
-    Communication for N rows, in numbers of float32 (float64 for float64): forward two all-reduces. One of N row maxima,
-    N more with the prediction; one of N sums and, where asked for or given, N for class indices, N for the entropy,
-    N for weights, N for label smoothing or class probabilities, N for the latter with weights, and for class
-    probabilities. With the prediction a third all-reduce of N int64: of ties, the first class. Backward none. All
-    independent of C. Before them, unless `sizes` is given, one all-gather of 64 bytes a rank, as in
-    :func:`cross_entropy`.
+    Communication for N rows, in numbers of float32 (float64 for float64), all of it independent of C: forward an
+    all-reduce of N row maxima and one of packed sums, 2 N for class indices, N more with weights, N more with label
+    smoothing, 2 N more with both, 3 N for class probabilities, N more for the entropy. The prediction takes N more
+    of the first and a third all-reduce, of N int64: of ties it is the first class. Backward none. Before them, unless
+    `sizes` is given, one all-gather of 64 bytes a rank, as in :func:`cross_entropy`.
 
     Args:
         local_logits: This rank's slice of the logits, (C_r,), (N, C_r) or (N, C_r, d1, ..., dk); any strides.

@@ -137,7 +137,6 @@ def linear_cross_entropy_rows(
         if takes_local_parts(linear_weight) and isinstance(target, torch.Tensor) and "rank" not in wanted:
             from softmax_fused.distributed import dtensor_linear
 
-            check_target_class(wanted, target.ndim < len(shape), target)
             of_parts = dtensor_linear.rows(call, logit_scale, softcap, wanted, backend)
             if of_parts is not None:
                 return of_parts
