@@ -100,7 +100,8 @@ def linear_cross_entropy(
 
     All logits at once, through `torch.nn.functional.linear` and `cross_entropy`: under torch.func, forward-mode AD and
     tracing, for derivatives of higher order, tensor subclasses and gradients of class weights or probabilities, and,
-    unless `chunk_rows` is given, for fewer than 2**20 logits on the CPU.
+    unless `chunk_rows` is given, for fewer than 2**20 logits on the CPU. DTensors of a weight (C, D) that a mesh
+    divides by class along one dimension, with rows divided along others alone, are computed from their local parts.
 
     Returns:
         A scalar, or with reduction "none" a tensor of the target's shape as class indices; of `dtype` or, where that is
@@ -110,7 +111,8 @@ def linear_cross_entropy(
         IndexError: A class index lies outside [0, C), on the CPU; on a GPU the row's loss is NaN, and so are gradients.
         ValueError: Unknown reduction or backend, batch sizes that differ, chunk_rows below 1, a scale that is not
             finite or a cap that is not positive.
-        RuntimeError: Shapes or dtypes that do not fit, label_smoothing above 1, kernels asked for where none can run.
+        RuntimeError: Shapes or dtypes that do not fit, label_smoothing above 1, kernels asked for where none can run, a
+            divided DTensor weight beside a plain input.
         TypeError: An argument of the wrong type.
 
     Example:

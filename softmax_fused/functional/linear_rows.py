@@ -89,7 +89,8 @@ def linear_cross_entropy_rows(
 
     All logits at once, through `torch.nn.functional.linear` and `cross_entropy_rows`, as in `linear_cross_entropy`:
     under torch.func, forward-mode AD and tracing, for derivatives of higher order, tensor subclasses and gradients of
-    class weights or probabilities, and, unless `chunk_rows` is given, for fewer than 2**20 logits on the CPU.
+    class weights or probabilities, and, unless `chunk_rows` is given, for fewer than 2**20 logits on the CPU. DTensors
+    that `linear_cross_entropy` computes from their local parts are so here, unless the rank is asked for.
 
     Returns:
         A :class:`RowOutputs` of tensors of the target's shape as class indices, None for what `outputs` does not name.
@@ -99,7 +100,8 @@ def linear_cross_entropy_rows(
             gradient are NaN, its rank is -1.
         ValueError: Unknown output or backend, a cap that is not positive, batch sizes that differ, chunk_rows below 1,
             an output that needs a target class where there are class probabilities.
-        RuntimeError: Shapes or dtypes that do not fit, label_smoothing above 1, kernels asked for where none can run.
+        RuntimeError: Shapes or dtypes that do not fit, label_smoothing above 1, kernels asked for where none can run, a
+            divided DTensor weight beside a plain input.
         TypeError: An argument of the wrong type.
 
     Example:
