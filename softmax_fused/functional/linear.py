@@ -179,7 +179,7 @@ def choose_path(call: LayerCall, backend: str, batch_invariant: bool) -> tuple[P
 
 
 def prepare(
-    call: LayerCall, logit_scale: float, softcap: float | None, backend: str, batch_invariant: bool
+    call: LayerCall, logit_scale: float, softcap: float | None, backend: str, batch_invariant: bool = False
 ) -> tuple[Layer, tuple[Any, ...]]:
     """Return the tensors of a call as rows and matrices, and the options of `make_plan`."""
     x, w, b = call.input, call.linear_weight, call.linear_bias
