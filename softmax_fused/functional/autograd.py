@@ -18,14 +18,12 @@ if TYPE_CHECKING:
 
     from softmax_fused._spec import CrossEntropyOperations, RowOutputsOperations, RowSpec, SoftmaxOperations, Spec
 
-BATCHED = sum(
-    torch._C.DispatchKeySet(torch._C._dispatch_key_parse(name)).raw_repr() for name in ("Batched", "FuncTorchBatched")
-)
+is_batched, is_batched_by_autograd = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 
 
 def batched(tensor: Tensor) -> bool:
     """Whether vmap is at work: torch.func.vmap, or torch.autograd.grad(..., is_grads_batched=True)."""
-    return bool(torch._C._dispatch_keys(tensor).raw_repr() & BATCHED)
+    return bool(is_batched(tensor) or is_batched_by_autograd(tensor))
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -60,7 +58,7 @@ class CrossEntropy(torch.autograd.Function):
         """Compute the gradient of the logits; in torch operations where it is to be differentiated or batched."""
         logits, target, weight, *saved = ctx.saved_tensors
         spec, operations, gradient_mode, precomputed = ctx.call
-        if torch.is_grad_enabled() or torch._C._dispatch_keys(upstream).raw_repr() & BATCHED:
+        if torch.is_grad_enabled() or is_batched(upstream) or is_batched_by_autograd(upstream):
             grad = torch_loss.differentiable_gradient(upstream, logits, target, weight, spec)
         elif gradient_mode == "in place":
             grad = operations.gradient(upstream, logits, target, weight, saved, spec, logits.detach())
