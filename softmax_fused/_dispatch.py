@@ -19,6 +19,7 @@ from softmax_fused._spec import FLOATS, class_dim
 from softmax_fused.backends import REGISTRY
 from softmax_fused.backends.sparse import SparseRows
 from softmax_fused.backends.torch import BACKEND as TORCH
+from softmax_fused.backends.torch import SMALL_CPU_NUMEL
 from softmax_fused.backends.torch.targets import kind_of, make_spec
 
 if TYPE_CHECKING:
@@ -34,16 +35,6 @@ if TYPE_CHECKING:
         Spec,
         VocabParallelOperations,
     )
-
-SMALL_CPU_NUMEL = 2**20
-"""On the CPU, fewer logits than this go to torch's own operator. Below this size malloc reuses pages and chunking gains
-nothing: (60000, 10) took 1.0 to 1.5 times as long on the chunked path."""
-
-SMALL_CPU_BYTES = 2**25
-"""The same in bytes of logits, for the loss alone, as torch allocates one buffer of that size: (4096, 1000) took 1.2
-times as long in float32, (512, 32000) in bfloat16. From 32 MiB on, glibc returns a freed buffer to the system. With the
-gradient, too, for 16-bit logits: converting chunks to float32 and back takes what one buffer instead of three saves."""
-
 
 # Backends
 
@@ -146,7 +137,7 @@ def is_dtensor(value: Any) -> bool:
 def loss_dtype(input: Tensor, target: Tensor) -> torch.dtype:
     """Return the type of torch's loss: promoted with that of class probabilities, at least float32 under autocast."""
     dtype = torch.promote_types(input.dtype, target.dtype) if target.ndim == input.ndim else input.dtype
-    if dtype is not torch.float64 and torch.is_autocast_enabled(input.device.type):
+    if dtype is not torch.float64 and torch.is_autocast_enabled("cpu" if input.is_cpu else input.device.type):
         return torch.float32
     return dtype
 
@@ -190,7 +181,7 @@ def supports_logits(input: Any) -> bool:
     return (
         type(input) in TENSORS
         and input.layout is torch.strided
-        and input.device.type in ("cuda", "cpu")
+        and (input.is_cpu or input.is_cuda)
         and input.dtype in FLOATS
         and input.ndim > 0
         and input.numel() > 0
@@ -201,7 +192,7 @@ def supports_target(input: Tensor, target: Any, ignore_index: Any) -> bool:
     """Whether `target` is an ordinary tensor beside `input`, and its kind takes it."""
     return (
         type(target) in TENSORS
-        and target.device == input.device
+        and ((target.is_cpu and input.is_cpu) or target.device == input.device)
         and type(ignore_index) is int
         and kind_of(input, target).supports(input, target, ignore_index)
     )
@@ -263,16 +254,16 @@ def never(*_: Any) -> bool:
     return False
 
 
+def wants_gradient(input: Tensor) -> bool:
+    """Whether autograd records what is computed from `input`, and will ask for its gradient."""
+    return input.requires_grad and torch.is_grad_enabled()
+
+
 def is_small(input: Tensor, *_: Any) -> bool:
-    """Whether the logits are on the CPU and so few that torch's own operator is faster than the chunked path."""
-    if type(input) is not torch.Tensor or not input.is_cpu or automatic("cpu") != "torch":
+    """Whether the backend that "auto" stands for leaves the loss of such CPU logits to torch's operator, as faster."""
+    if type(input) is not torch.Tensor or not input.is_cpu:
         return False
-    numel = input.numel()
-    if numel < SMALL_CPU_NUMEL:
-        return True
-    if numel * input.itemsize >= SMALL_CPU_BYTES:
-        return False
-    return input.itemsize == 2 or not (input.requires_grad and torch.is_grad_enabled())
+    return get_backend("auto", "cpu").leaves_to_torch(input, input.requires_grad and torch.is_grad_enabled())
 
 
 def are_few_of_another_type(input: Tensor, *_: Any) -> bool:
@@ -282,20 +273,30 @@ def are_few_of_another_type(input: Tensor, *_: Any) -> bool:
 
 def is_small_in_place(input: Tensor, *_: Any) -> bool:
     """Whether the same holds where the gradient, if there is one, is written over the logits: chunks then save more."""
-    if not is_small(input):
-        return False
-    return input.numel() < SMALL_CPU_NUMEL or not (input.requires_grad and torch.is_grad_enabled())
+    return is_small(input) and (input.numel() < SMALL_CPU_NUMEL or not wants_gradient(input))
 
 
 def are_small_rows(input: Tensor, target: Any, *_: Any) -> bool:
     """Whether the same holds for several outputs of each row, of which the loss is one."""
-    return type(target) is torch.Tensor and is_small_in_place(input)
+    if type(input) is not torch.Tensor or not input.is_cpu or type(target) is not torch.Tensor:
+        return False
+    chosen = get_backend("auto", "cpu")
+    gradient = wants_gradient(input)
+    by = chosen if chosen.row_outputs else TORCH
+    return by.leaves_to_torch(input, gradient) and (input.numel() < SMALL_CPU_NUMEL or not gradient)
 
 
 def is_small_layer(call: LayerCall) -> bool:
     """Whether the logits are on the CPU and so few that chunks save neither time nor much memory."""
-    by_torch = is_compiling() or automatic("cpu") == "torch"  # torch.compile warns of caches, and need not ask
-    return call.chunk_rows is None and call.input.is_cpu and by_torch and math.prod(call.shape) < SMALL_CPU_NUMEL
+    for_tests = not is_compiling() and automatic("cpu") == "triton"  # torch.compile warns of caches, and need not ask
+    return call.chunk_rows is None and call.input.is_cpu and not for_tests and math.prod(call.shape) < SMALL_CPU_NUMEL
+
+
+def is_small_softmax(input: Any, dim: Any, dtype: Any) -> bool:
+    """Whether the backend that "auto" stands for leaves the softmax of such CPU tensors to torch's, as faster."""
+    if not (isinstance(input, torch.Tensor) and input.is_cpu and supports_softmax(input, dim, dtype)):
+        return False
+    return get_backend("auto", "cpu").leaves_softmax_to_torch(input, dim)
 
 
 def inductor_is_better(input: Tensor, target: Tensor, weight: Tensor | None, *_: Any) -> bool:
@@ -350,8 +351,8 @@ def known_call(
 ) -> Call | None:
     """Return the decision for a call, kept from an earlier call of the same signature or made now.
 
-    None where the signature does not decide: tensor subclasses, transforms, gradients of the target or the weights, and
-    CPU tensors under backend="auto". Must not be called while torch.compile traces.
+    None where the signature does not decide: tensor subclasses, transforms, gradients of the target or the weights. It
+    must not be called while torch.compile traces, nor for logits that are small.
     """
     if (
         type(input) not in TENSORS
@@ -359,7 +360,6 @@ def known_call(
         or type(reduction) is not str
         or type(ignore_index) is not int
         or type(label_smoothing) is not float  # 0 and False are equal to it, and not the same
-        or (backend == "auto" and input.is_cpu)  # whether a gradient is wanted decides, too
         or target.requires_grad
         or (weight is not None and (type(weight) not in TENSORS or weight.requires_grad))
         or under_transform()
@@ -401,7 +401,7 @@ LOSS_IN_PLACE = LOSS._replace(small=is_small_in_place)
 LOSS_OF_ANOTHER_TYPE = LOSS._replace(small=are_few_of_another_type)
 ROWS = Operation(supports_fused, are_small_rows)
 ROWS_WITHOUT_LOSS = Operation(supports_fused, never)
-SOFTMAX = Operation(supports_softmax, never)
+SOFTMAX = Operation(supports_softmax, is_small_softmax)
 LAYER = Operation(supports_layer, is_small_layer, is_small_layer)
 
 

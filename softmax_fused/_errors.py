@@ -50,6 +50,14 @@ def unavailable_backend(name: str, problem: str) -> RuntimeError:
 
 NO_TRITON = "Triton is not installed: pip install triton (Linux; on Windows triton-windows)"
 
+NO_NUMBA = "Numba is not installed: pip install 'softmax-fused[cpu]'"
+
+NUMBA_IS_OFF = "SOFTMAX_FUSED_NUMBA=0 has Numba compile nothing unasked"
+
+NUMBA_IS_UNTRIED = "SOFTMAX_FUSED_NUMBA=1 has Numba compile for this CPU, which is tried on 64-bit Linux on x86 alone"
+
+OTHER_TENSORS_FOR_NUMBA = "backend='numba' needs CPU tensors. Move them with .to('cpu'), or use backend='auto'"
+
 CPU_TENSORS_FOR_KERNELS = (
     "backend='triton' needs tensors on a GPU; got CPU tensors. Move them with .to('cuda'), use backend='auto', "
     "or set TRITON_INTERPRET=1 before the first call to run the kernels in Triton's interpreter"

@@ -28,7 +28,9 @@ def class_dim(ndim: int) -> int:
 
 def row_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the shape of logits (C,) or (N, C, d1..dk) without the classes."""
-    return (shape[0], *shape[2:]) if len(shape) > 1 else ()
+    if len(shape) == 2:
+        return (shape[0],)
+    return (shape[0], *shape[2:]) if shape[1:] else ()
 
 
 class TargetKind:
@@ -339,6 +341,14 @@ class Backend(Protocol):
     def refusal(self, device_type: str) -> str | None:  # noqa: ARG002 - a default
         """Say why it cannot serve tensors on such a device, None if it can."""
         return None
+
+    def leaves_to_torch(self, logits: Tensor, with_gradient: bool) -> bool:  # noqa: ARG002 - a default
+        """Whether torch's own operator is faster for the loss of such logits on the CPU, under backend="auto"."""
+        return False
+
+    def leaves_softmax_to_torch(self, input: Tensor, dim: int) -> bool:  # noqa: ARG002 - a default
+        """Whether the same holds for its softmax along `dim`."""
+        return False
 
 
 class Registration(Protocol):

@@ -34,7 +34,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         reduction: "mean", "sum" or "none".
         label_smoothing: Share of the target spread evenly over the classes, at most 1.
         dtype: Type of the loss; None for torch's. A scripted module has torch's.
-        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        backend: "triton" for the kernels, "numba" for CPU code compiled by Numba, "torch" for pure torch operations,
+            "auto" for what suits the device.
         grad_in_forward: Compute the gradient with the loss, in one launch.
         inplace_backward: Write the gradient over the logits.
         batch_invariant: Give a row the same bits in every batch.
@@ -135,7 +136,8 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         softcap: Bound of the logits after scaling, by tanh; None for none.
         loss_dtype: Type of the loss; None for torch's. A scripted module has torch's.
         chunk_rows: Rows of input whose logits exist at a time, at most.
-        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        backend: "triton" for the kernels, "numba" for CPU code compiled by Numba, "torch" for pure torch operations,
+            "auto" for what suits the device.
         batch_invariant: Give a row of logits the same bits of loss and gradient in every batch.
 
     Raises:

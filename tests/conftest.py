@@ -19,6 +19,9 @@ from softmax_fused.backends.triton import tiles
 
 HAS_GPU = torch.cuda.is_available()
 
+# Numba compiles where a test asks for it by name, and nothing else, wherever it is installed.
+os.environ["SOFTMAX_FUSED_NUMBA"] = "0"
+
 # The interpreter is chosen when the kernels are imported, and asked for again while they run (see `interpreted`). In
 # between the variable is unset, so that backend="auto" and child processes do what they do for users.
 if not HAS_GPU:
@@ -102,6 +105,7 @@ class Place(NamedTuple):
 
 
 CPU = Place("cpu", "torch")
+COMPILED = Place("cpu", "numba")
 INTERPRETER = Place("cpu", "triton")
 GPU = Place("cuda", "triton")
 GPU_TORCH = Place("cuda", "torch")
@@ -157,6 +161,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="needs Numba: pip install 'softmax-fused[cpu]'")
+
+
 def resolve(request: pytest.FixtureRequest) -> Place:
     if request.param == INTERPRETER:
         request.getfixturevalue("interpreted")
@@ -166,6 +173,7 @@ def resolve(request: pytest.FixtureRequest) -> Place:
 @pytest.fixture(
     params=[
         pytest.param(CPU, id="cpu"),
+        pytest.param(COMPILED, id="compiled", marks=needs_numba),
         pytest.param(INTERPRETER, id="interpreter"),
         *on_gpu(("gpu", GPU), ("gpu-torch", GPU_TORCH)),
     ]

@@ -36,7 +36,15 @@ LAYER = {f"softmax_fused.{name}".removesuffix(".__init__"): i for i, names in en
 LAB = ("softmax_fused.cli", "softmax_fused.__main__")  # they use all the others
 
 # What `import softmax_fused` must not load. A module that imports one of these may be imported inside a function.
-HEAVY = ("triton", "torch._dynamo", "torch.distributed.tensor", "softmax_fused.distributed.untraced")
+HEAVY = (
+    "triton",
+    "numba",
+    "llvmlite",
+    "softmax_fused.backends.numba.backend",
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "softmax_fused.distributed.untraced",
+)
 # What the lab must not load before a command needs it.
 EXTRA = (
     "matplotlib",
@@ -101,6 +109,16 @@ def test_the_triton_backend_alone_imports_kernels_and_triton(module: str) -> Non
     if not module.startswith(("softmax_fused.backends.triton", "softmax_fused.kernels")):
         names = set(imported(module, MODULES[module]))
         assert not {name for name in names if name.startswith(("triton", "softmax_fused.kernels"))}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_numba_backend_alone_imports_numba_and_its_kernels_alone_at_the_top(module: str) -> None:
+    if not module.startswith("softmax_fused.backends.numba.kernels"):
+        assert not {name for name in at_the_top(module) if name.partition(".")[0] == "numba"}
+    if not module.startswith("softmax_fused.backends.numba"):
+        assert not {
+            name for name in imported(module, MODULES[module]) if name.partition(".")[0] in ("numba", "llvmlite")
+        }
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:

@@ -21,10 +21,9 @@ from softmax_fused import (
     log_softmax,
     softmax,
 )
-from softmax_fused._dispatch import SMALL_CPU_BYTES
 from softmax_fused._spec import Backend
 from softmax_fused.backends import REGISTRY
-from softmax_fused.backends.torch import TorchBackend, row_outputs, slice_rows, vocab_parallel
+from softmax_fused.backends.torch import SMALL_CPU_BYTES, TorchBackend, row_outputs, slice_rows, vocab_parallel
 from softmax_fused.backends.torch import cross_entropy as torch_loss
 from softmax_fused.functional.autograd import differentiable_softmax_gradient
 from tests.conftest import HAS_GPU, installed
@@ -55,6 +54,8 @@ def test_import_needs_torch_alone() -> None:
     loaded = run("import sys, softmax_fused; print(*sys.modules)").split()
     for name in (
         "triton",
+        "numba",
+        "llvmlite",
         "torch._dynamo",
         "torchvision",
         "matplotlib",
@@ -100,6 +101,26 @@ def test_without_triton_asking_for_kernels_says_how_to_get_them() -> None:
         "except RuntimeError as error:\n    print(error)"
     )
     assert run(program).startswith("backend='triton' is not available. Triton is not installed: pip install triton")
+
+
+NUMBA_ON_THE_CPU = """
+print(*functional.explain_backend(torch.device("cpu")))
+print(CrossEntropyLoss()(torch.zeros(3, 4), torch.arange(3)).item())
+try:
+    CrossEntropyLoss(backend="numba")(torch.zeros(3, 4), torch.arange(3))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("switch", ["", "1"])
+def test_without_numba_torch_serves_and_says_how_to_get_it(switch: str) -> None:
+    program = WITHOUT_TRITON.replace("triton", "numba") + NUMBA_ON_THE_CPU
+    explained, loss, refused = run(program, SOFTMAX_FUSED_NUMBA=switch).splitlines()
+    assert explained.startswith("torch ")
+    assert "Numba is not installed: pip install 'softmax-fused[cpu]'" in explained
+    assert float(loss) == pytest.approx(1.3862944)
+    assert refused == "backend='numba' is not available. Numba is not installed: pip install 'softmax-fused[cpu]'"
 
 
 KERNELS_ON_THE_CPU = """
@@ -191,7 +212,9 @@ def test_auto_takes_the_better_limit_at_every_size() -> None:
 @pytest.mark.skipif(HAS_GPU, reason="asks for the answer without a GPU")
 def test_explanations() -> None:
     assert functional.explain_backend(torch.device("cuda"))[0] in ("triton", "torch")
-    assert functional.explain_backend(torch.device("cpu"))[0] == "torch"
+    chosen, reason = functional.explain_backend(torch.device("cpu"))
+    assert chosen == "torch"
+    assert "SOFTMAX_FUSED_NUMBA=0 has Numba compile nothing unasked" in reason
     assert "meta" in functional.explain_backend(torch.device("meta"))[1]
 
 
@@ -356,7 +379,7 @@ def test_what_a_third_backend_does_not_offer_falls_back(monkeypatch: pytest.Monk
 def test_the_registry_names_chooses_and_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, everything=False)
     z, target = torch.zeros(2, 3), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="backend must be 'auto', 'triton', 'torch' or 'third'; got 'fourth'"):
+    with pytest.raises(ValueError, match="backend must be 'auto', 'triton', 'numba', 'torch' or 'third'; got 'fourth'"):
         cross_entropy(z, target, backend="fourth")
     with pytest.raises(RuntimeError, match="the third backend has no GPU"):
         _dispatch.get_backend("third", "cuda")

@@ -317,7 +317,7 @@ def test_launches_do_not_depend_on_the_number_of_rows(classes: int, dtype: torch
 
 def test_a_decision_is_not_kept_for_calls_without_the_option(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    operations = "softmax_fused.backends." + ("torch" if place.backend == "torch" else "triton") + ".cross_entropy.loss"
+    operations = f"softmax_fused.backends.{place.backend}.cross_entropy.loss"
     module = __import__(operations.rsplit(".", 1)[0], fromlist=["loss"])
     real = module.loss
     monkeypatch.setattr(module, "loss", lambda *a, **k: (seen.append(a[3].batch_invariant), real(*a, **k))[1])

@@ -135,7 +135,7 @@ def test_explaining_an_error_of_dtensors_never_raises_another(mesh: DeviceMesh, 
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend must be 'auto', 'triton' or 'torch'; got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be 'auto', 'triton', 'numba' or 'torch'; got 'cuda'"):
         cross_entropy(Z, Y, backend="cuda")
 
 

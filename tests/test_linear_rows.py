@@ -467,7 +467,7 @@ def test_subclasses_and_modes() -> None:
         ({"logit_scale": "2"}, TypeError, "logit_scale must be a number; got str '2'"),
         ({"logit_scale": float("nan")}, ValueError, "logit_scale must be finite; got nan"),
         ({"chunk_rows": 0}, ValueError, "chunk_rows must be a positive integer or None; got 0"),
-        ({"backend": "cuda"}, ValueError, "backend must be 'auto', 'triton' or 'torch'; got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be 'auto', 'triton', 'numba' or 'torch'; got 'cuda'"),
         ({"target": torch.arange(9)}, ValueError, r"target must have shape \(8,\) .*\(8, 10\).*got .*\(9,\)"),
         ({"target": torch.full((8,), 10)}, IndexError, "class indices from 0 to 9.*got 10"),
         ({"weight": torch.ones(9)}, RuntimeError, r"weight must be a float32 tensor of shape \(10,\)"),

@@ -269,7 +269,7 @@ def test_other_refusals() -> None:
     for rows in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="chunk_rows must be a positive integer or None; got"):
             linear_cross_entropy(X, W, Y, chunk_rows=rows)
-    with pytest.raises(ValueError, match="backend must be 'auto', 'triton' or 'torch'; got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be 'auto', 'triton', 'numba' or 'torch'; got 'cuda'"):
         linear_cross_entropy(X, W, Y, backend="cuda")
     with pytest.raises(TypeError, match="linear_weight must be a tensor; got list"):
         linear_cross_entropy(X, [1.0], Y)

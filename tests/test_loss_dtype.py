@@ -138,6 +138,7 @@ def test_linear(place: Place, kind: str, transform: tuple[float, float | None], 
             return linear_cross_entropy_rows(x, head, target, **options).loss
         return linear_cross_entropy(x, head, target, **options, reduction="none")
 
+    torch.compiler.reset()  # else one place after the other would reach the limit of recompilations
     found = (
         torch.compile(compute, fullgraph=True, backend="aot_eager")(x, head) if way == "compiled" else compute(x, head)
     )

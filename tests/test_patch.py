@@ -112,7 +112,7 @@ def test_nested_undone_in_any_order(calls: Calls, order: tuple[int, ...]) -> Non
 
 
 def test_options_are_checked_at_once() -> None:
-    with pytest.raises(ValueError, match="backend must be 'auto', 'triton' or 'torch'; got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be 'auto', 'triton', 'numba' or 'torch'; got 'cuda'"):
         patch(backend="cuda")
     with pytest.raises(TypeError, match="inplace_backward"):
         patch(inplace_backward=True)

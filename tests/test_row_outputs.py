@@ -527,7 +527,7 @@ def test_masked_classes_change_no_derivative(place: Place, derivative: Callable[
             "logit_scale must not require a gradient: pass",
         ),
         ({"dtype": torch.int64}, ValueError, "dtype must be a floating point type or None; got torch.int64"),
-        ({"backend": "cuda"}, ValueError, "backend must be 'auto', 'triton' or 'torch'; got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be 'auto', 'triton', 'numba' or 'torch'; got 'cuda'"),
         ({"label_smoothing": 2.0}, RuntimeError, "label_smoothing must be a number of at most 1; got 2.0"),
     ],
     ids=str,

@@ -215,7 +215,7 @@ def test_what_torch_takes_beyond(name: str) -> None:
     z = torch.randn(2, 3)
     with pytest.warns(UserWarning, match="Implicit dimension choice"):
         assert torch.equal(ours(z), torch.softmax(z, 1) if name == "softmax" else torch.log_softmax(z, 1))
-    with pytest.raises(ValueError, match="backend must be 'auto', 'triton' or 'torch'; got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be 'auto', 'triton', 'numba' or 'torch'; got 'cuda'"):
         ours(z, 1, backend="cuda")
 
     class Tagged(torch.Tensor):

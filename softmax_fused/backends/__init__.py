@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softmax_fused.backends import torch, triton
+from softmax_fused.backends import numba, torch, triton
 
 if TYPE_CHECKING:
     from softmax_fused._spec import Registration
 
 REGISTRY: dict[str, Registration] = {
     "triton": triton,
+    "numba": numba,
     "torch": torch,
 }
 """By the name that users pass as `backend`; "auto" takes the first that suits the device."""

@@ -95,7 +95,8 @@ def linear_cross_entropy_rows(
         chunk_rows: Rows of input whose logits exist at a time, at most; None as in `linear_cross_entropy`.
         group: The ranks; None for all.
         sizes: Number of classes on each rank, where known: no all-gather, and nothing waits for the device.
-        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        backend: "triton" for the kernels, "numba" for CPU code compiled by Numba, "torch" for pure torch operations,
+            "auto" for what suits the device.
 
     Returns:
         A :class:`softmax_fused.RowOutputs` of tensors of the target's shape as class indices, None for what `outputs`
@@ -185,7 +186,8 @@ def linear_cross_entropy(
         chunk_rows: Rows of input whose logits exist at a time, at most; None as in `linear_cross_entropy`.
         group: The ranks; None for all.
         sizes: Number of classes on each rank, where known: no all-gather, and nothing waits for the device.
-        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        backend: "triton" for the kernels, "numba" for CPU code compiled by Numba, "torch" for pure torch operations,
+            "auto" for what suits the device.
 
     Returns:
         A scalar, or with reduction "none" a tensor of the target's shape as class indices. Not differentiable twice.

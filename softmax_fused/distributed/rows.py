@@ -72,7 +72,8 @@ def cross_entropy_rows(
         dtype: Type of the outputs other than the prediction; None for that of `cross_entropy`.
         group: The ranks; None for all.
         sizes: Number of classes on each rank, where known: no all-gather, and nothing waits for the device.
-        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        backend: "triton" for the kernels, "numba" for CPU code compiled by Numba, "torch" for pure torch operations,
+            "auto" for what suits the device.
 
     Returns:
         A :class:`softmax_fused.RowOutputs` of tensors of the logits' shape without C_r; `prediction` holds indices

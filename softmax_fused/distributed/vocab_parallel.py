@@ -64,7 +64,8 @@ def cross_entropy(
         label_smoothing: Share e of the target spread evenly over all classes, at most 1.
         group: The ranks; None for all.
         sizes: Number of classes on each rank, where known: no all-gather, and nothing waits for the device.
-        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        backend: "triton" for the kernels, "numba" for CPU code compiled by Numba, "torch" for pure torch operations,
+            "auto" for what suits the device.
 
     Returns:
         A scalar, or with reduction "none" a tensor of the logits' shape without C_r; of the dtype that

@@ -49,15 +49,16 @@ def softmax(
         \mathrm{softmax}(z)_c = \frac{\exp(z_c - \max z)}{\sum_k \exp(z_k - \max z)}
 
     A drop-in for `torch.nn.functional.softmax`: one launch forward that reads the input once and writes the output
-    once, and one backward, from the output. CPU tensors, and what the kernels do not cover, are torch's; under
-    torch.compile Inductor fuses torch's with its neighbours.
+    once, and one backward, from the output. CPU tensors, except where Numba's compiled code is faster, and what no
+    kernel covers, are torch's; under torch.compile Inductor fuses torch's with its neighbours.
 
     Args:
         input: Logits of any shape and strides; float16, bfloat16, float32 or float64.
         dim: Dimension that sums to 1; None, as torch's, guesses with a warning.
         dtype: Type of the result, to which the input is cast first; None for the input's, or float32 under a GPU's
             autocast.
-        backend: "triton" for the kernels, "torch" for torch's own operator, "auto" for what suits the device.
+        backend: "triton" for the kernels, "numba" for CPU code compiled by Numba, "torch" for torch's own operator,
+            "auto" for what suits the device.
 
     Returns:
         A tensor of the input's shape. A row that is -inf throughout is NaN, as torch's.
@@ -94,7 +95,8 @@ def log_softmax(
         dim: Dimension along which the exponentials sum to 1; None, as torch's, guesses with a warning.
         dtype: Type of the result, to which the input is cast first; None for the input's, or float32 under a GPU's
             autocast.
-        backend: "triton" for the kernels, "torch" for torch's own operator, "auto" for what suits the device.
+        backend: "triton" for the kernels, "numba" for CPU code compiled by Numba, "torch" for torch's own operator,
+            "auto" for what suits the device.
 
     Returns:
         A tensor of the input's shape. A row that is -inf throughout is NaN, as torch's.

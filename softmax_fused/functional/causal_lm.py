@@ -57,7 +57,8 @@ def causal_lm_loss(
             of rows at a time, by :func:`linear_cross_entropy`.
         lm_head_weight: Weight of that layer (V, D).
         lm_head_bias: Bias of that layer (V,).
-        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        backend: "triton" for the kernels, "numba" for CPU code compiled by Numba, "torch" for pure torch operations,
+            "auto" for what suits the device.
         kwargs: Not read. A model hands its loss whatever it was called with.
 
     Returns:

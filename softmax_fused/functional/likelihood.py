@@ -62,7 +62,8 @@ def log_prob(
         softcap: Bound of the logits after scaling, by tanh; None for none.
         dtype: Type of the result; None for that of `cross_entropy`. float32 keeps the digits that 16-bit logits would
             cut off.
-        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        backend: "triton" for the kernels, "numba" for CPU code compiled by Numba, "torch" for pure torch operations,
+            "auto" for what suits the device.
         batch_invariant: A row's results and gradient are the same bits whatever other rows there are, as by
             `cross_entropy_rows`.
 

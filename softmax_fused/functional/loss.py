@@ -15,13 +15,13 @@ from softmax_fused._dispatch import (
     LOSS,
     LOSS_IN_PLACE,
     LOSS_OF_ANOTHER_TYPE,
-    SMALL_CPU_NUMEL,
-    automatic,
+    is_small,
     known_call,
     loss_dtype,
     make_call,
     route,
     under_transform,
+    wants_gradient,
 )
 from softmax_fused._fallback import torch_cross_entropy, torch_function
 from softmax_fused._spec import FLOATS
@@ -70,7 +70,8 @@ def cross_entropy(
         label_smoothing: Share e of the target spread evenly over the classes, at most 1.
         dtype: Type of the loss; None for torch's. float32 keeps the digits that 16-bit logits would cut off, as
             autocast does. The gradient has the logits' type, and the fused path copies no logits.
-        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        backend: "triton" for the kernels, "numba" for CPU code compiled by Numba, "torch" for pure torch operations,
+            "auto" for what suits the device.
         grad_in_forward: Compute the gradient with the loss, in one launch that reads the logits from memory once; right
             for every upstream gradient, fastest for 1. Holds a logits-sized buffer between forward and backward. On
             the CPU a mean or sum does so anyway.
@@ -134,24 +135,20 @@ def cross_entropy(
     if grad_in_forward and inplace_backward:
         raise _errors.both_gradient_options()
     compiling = is_compiling()
+    small = backend == "auto" and not compiling and not batch_invariant and is_small(input)
     if (
-        weight is None
+        small
+        and weight is None
         and dtype is None
-        and backend == "auto"
-        and type(input) is torch.Tensor
-        and input.is_cpu
-        and not compiling
-        and input.numel() < SMALL_CPU_NUMEL
+        and not inplace_backward
         and type(target) is torch.Tensor
         and target.ndim < input.ndim
-        and automatic("cpu") == "torch"
-        and not batch_invariant
     ):
         return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     if dtype is not None and dtype not in FLOATS:
         raise _errors.wrong_dtype(dtype)
     arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
-    call = None if compiling else known_call(*arguments, backend, dtype, batch_invariant)
+    call = None if compiling or small else known_call(*arguments, backend, dtype, batch_invariant)
     if call is None:
         if isinstance(target, sparse.SparseTarget):
             return sparse.cross_entropy(
@@ -178,7 +175,7 @@ def cross_entropy(
             return in_graph
         call = make_call(input, target, ignore_index, reduction, label_smoothing, backend, dtype, batch_invariant)
     spec, operations, with_loss = call
-    if not (input.requires_grad and torch.is_grad_enabled()):
+    if not wants_gradient(input):
         return operations.loss(input, target, weight, spec, save=False)[0]  # type: ignore[arg-type]  # it is a tensor
     if inplace_backward:
         check_writable(input)

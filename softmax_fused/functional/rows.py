@@ -123,7 +123,8 @@ def cross_entropy_rows(
             "log_prob" and "rank". By default the first four.
         dtype: Type of the outputs other than prediction and rank; None for that of `cross_entropy`. float32 keeps the
             digits that 16-bit logits would cut off.
-        backend: "triton" for the kernels, "torch" for pure torch operations, "auto" for what suits the device.
+        backend: "triton" for the kernels, "numba" for CPU code compiled by Numba, "torch" for pure torch operations,
+            "auto" for what suits the device.
         batch_invariant: A row's outputs and gradient are the same bits whatever other rows there are, as by
             `cross_entropy`; not under torch.compile, where they are torch's own operations.
 

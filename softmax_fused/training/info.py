@@ -3,6 +3,7 @@
 import torch
 
 from softmax_fused.backends import triton
+from softmax_fused.backends.numba import cache
 from softmax_fused.functional import explain_backend
 from softmax_fused.training.ranks.devices import device_name
 from softmax_fused.training.versions import versions
@@ -16,6 +17,8 @@ def describe_installation() -> list[str]:
     for device in (torch.device("cpu"), *gpus):
         backend, reason = explain_backend(device)
         table[str(device)] = f"{device_name(device)}; backend {backend}: {reason}"
+    if explain_backend(torch.device("cpu"))[0] == "numba":
+        table["compiled code"] = str(cache.folder())
     if not torch.cuda.is_available():
         table["cuda"] = "none that torch can use"
     if not triton.problem():

@@ -10,7 +10,7 @@ from softmax_fused import __version__
 
 def versions() -> dict[str, str | None]:
     """Return versions by name; None for what is not installed."""
-    packages = ("softmax-fused", "torch", "triton", "torchvision", "scikit-learn", "numpy")
+    packages = ("softmax-fused", "torch", "triton", "numba", "torchvision", "scikit-learn", "numpy")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from softmax_fused import _errors
-from softmax_fused._spec import FLOATS, Spec, TargetKind, class_dim
+from softmax_fused._spec import FLOATS, Spec, TargetKind, class_dim, row_shape
 from softmax_fused.backends.torch.chunks import sum_classes
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class ClassIndices(Target):
     def supports(input: Tensor, target: Tensor, ignore_index: int) -> bool:
         """Whether they are integers of a type that torch takes, one a row."""
         right_type = target.dtype is torch.int64 or (target.dtype is torch.uint8 and input.ndim <= 2)
-        rows = (*input.shape[:1], *input.shape[2:]) if input.ndim > 1 else ()
+        rows = row_shape(input.shape)
         return right_type and target.shape == rows and -(2**63) <= ignore_index < 2**63
 
     @staticmethod

@@ -122,7 +122,9 @@ def _write(folder: Path, record: dict[str, Any], reporter: Reporter) -> None:
 
 def explain_small_batches(losses: Collection[str], batch_size: int, classes: int) -> str:
     """Return why `fused` is not faster than `torch` on the CPU; empty where batches are large, and without both."""
-    if not {"fused", REFERENCE_LOSS} <= set(losses) or not is_small(torch.empty(batch_size, classes)):
+    if not {"fused", REFERENCE_LOSS} <= set(losses) or not is_small(
+        torch.empty(batch_size, classes, requires_grad=True)
+    ):
         return ""
     return (
         f"fused is not faster than torch here: on the CPU {batch_size} x {classes} logits go to torch's own operator, "

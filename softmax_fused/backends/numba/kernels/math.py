@@ -1,0 +1,104 @@
+"""exp and log1p in arithmetic alone, so that LLVM vectorises the loops around them; below 1.5 units in the last place.
+
+Both keep NaN. Multiplications and additions may be fused, which changes no value class ("contract"); no other liberty
+is taken. `functions` returns those of float32 or float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba.extending import intrinsic
+
+from softmax_fused.backends.numba.kernels.decorators import contracted
+from softmax_fused.backends.numba.kernels.memory import reinterpret
+
+LOG2_E = 1.4426950408889634
+
+
+class Constants(NamedTuple):
+    """What differs between float32 and float64."""
+
+    real: Any
+    integer: Any
+    mantissa: int  # bits of it
+    bias: int  # of the exponent
+    magic: float  # 1.5 * 2**mantissa: adding it rounds to an integer, which then stands in the lowest bits
+    smallest: float  # exp of less is no normal number
+    log_2: tuple[float, float]  # high part, of so few bits that its product with an exponent is exact, and the rest
+    exponential: tuple[float, ...]  # (exp(r) - 1 - r) / r^2, highest power first
+    logarithm: tuple[float, ...]  # (log((1 + s) / (1 - s)) - 2 s) / s^3, in powers of s^2, highest first
+
+
+SINGLE = Constants(
+    np.float32, np.int32, 23, 127, 1.5 * 2**23, -87.3365447,
+    (0.693359375, -2.12194440e-4),
+    (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1),
+    (0.24279078841, 0.28498786688, 0.40000972152, 0.66666662693),
+)  # fmt: skip
+DOUBLE = Constants(
+    np.float64, np.int64, 52, 1023, 1.5 * 2**52, -708.39641853226408,
+    (6.93147180369123816490e-01, 1.90821492927058770002e-10),
+    (
+        1 / 6227020800, 1 / 479001600, 1 / 39916800, 1 / 3628800, 1 / 362880, 1 / 40320, 1 / 5040, 1 / 720, 1 / 120,
+        1 / 24, 1 / 6, 1 / 2,
+    ),
+    (
+        1.479819860511658591e-01, 1.531383769920937332e-01, 1.818357216161805012e-01, 2.222219843214978396e-01,
+        2.857142874366239149e-01, 3.999999999940941908e-01, 6.666666666666735130e-01,
+    ),
+)  # fmt: skip
+"""Coefficients of the logarithm: FreeBSD's e_log.c and e_logf.c. Of exp: Cephes' expf; Taylor's for float64."""
+
+
+def polynomial(coefficients: tuple[float, ...]) -> Any:
+    """Return a function that evaluates a polynomial by Horner's scheme, without a loop."""
+
+    @intrinsic
+    def evaluate(typing_context, x):
+        def generate(context, builder, signature, arguments):
+            (x,) = arguments
+            y = x.type(coefficients[0])
+            for coefficient in coefficients[1:]:
+                y = builder.fmul(y, x, flags=("contract",))
+                y = builder.fadd(y, x.type(coefficient), flags=("contract",))
+            return y
+
+        return x(x), generate
+
+    return evaluate
+
+
+def functions(real: Any) -> tuple[Any, Any]:
+    """Return exp, for arguments up to 0, and log1p, for arguments from 0 on, in the type `real`."""
+    constants = SINGLE if real is np.float32 else DOUBLE
+    integer, mantissa, bias = constants.integer, constants.mantissa, constants.bias
+    magic, smallest, log2_e = real(constants.magic), real(constants.smallest), real(LOG2_E)
+    high, low = (real(part) for part in constants.log_2)
+    one, half, zero = real(1), real(0.5), real(0)
+    sqrt_half, mantissa_mask = integer(np.sqrt(real(0.5)).view(integer)), integer((1 << mantissa) - 1)
+    exp_rest, log_rest = polynomial(constants.exponential), polynomial(constants.logarithm)
+
+    @contracted
+    def exp(x):
+        shifted = x * log2_e + magic
+        n = shifted - magic
+        r = (x - n * high) - n * low
+        p = (r * r) * exp_rest(r) + r + one
+        scale = reinterpret(real, integer((reinterpret(integer, shifted) + bias) << mantissa))
+        return zero if x < smallest else p * scale
+
+    @contracted
+    def log1p(x):
+        u = one + x
+        lost = (x - (u - one)) if x < one else (one - (u - x))
+        offset = integer(reinterpret(integer, u) - sqrt_half)
+        exponent = real(offset >> mantissa)
+        f = reinterpret(real, integer((offset & mantissa_mask) + sqrt_half)) - one
+        s = f / (f + real(2))
+        z = s * s
+        square = half * f * f
+        return exponent * high - ((square - (s * (square + z * log_rest(z)) + (exponent * low + lost / u))) - f)
+
+    return exp, log1p
