@@ -76,6 +76,7 @@ MERGE, ROW_SLICES, DTENSOR_LAYER = (
 TORCH_ROW_SLICES = "softmax_fused/backends/torch/slice_rows.py"
 PLAN = "softmax_fused/backends/triton/plan.py"
 SPARSE = "softmax_fused/backends/sparse.py"
+NUMBA, NUMBA_ROWS = "softmax_fused/backends/numba", "softmax_fused/backends/numba/kernels/rows.py"
 AUTOGRAD = "softmax_fused/functional/autograd.py"
 HOST = "softmax_fused/backends/triton/cross_entropy.py"
 LAB = "softmax_fused/training"
@@ -222,7 +223,7 @@ MUTANTS = {
     "linear: kept gradients given away twice": Mutant(LINEAR, "grads, ctx.precomputed_grads = ctx.precomputed_grads, None", "grads = ctx.precomputed_grads"),
     "linear: second-order term dropped": Mutant(LINEAR, "if torch.is_grad_enabled() or batched(upstream):", "if batched(upstream):"),
     "upstream gradient of images not flattened": Mutant(TORCH, "g.reshape(rows)", "g.expand(rows)", ("derivatives",)),
-    "second-order term dropped": Mutant("softmax_fused/functional/autograd.py", "if torch.is_grad_enabled() or torch._C._dispatch_keys(upstream).raw_repr() & BATCHED:", "if torch._C._dispatch_keys(upstream).raw_repr() & BATCHED:"),
+    "second-order term dropped": Mutant("softmax_fused/functional/autograd.py", "if torch.is_grad_enabled() or is_batched(upstream) or is_batched_by_autograd(upstream):", "if is_batched(upstream) or is_batched_by_autograd(upstream):"),
     "softmax: maximum of one lane": Mutant(SOFTMAX, "row_max = tl.max(m, axis=0)", "row_max = tl.min(m, axis=0)"),
     "softmax: padding in the sum of gradients": Mutant(ROWS, '0.0 if KIND == "gradient" or KIND == "log gradient" else float("-inf")\n    segment = places[3]\n    if VECTOR > 0:\n        edge', 'float("-inf")\n    segment = places[3]\n    if VECTOR > 0:\n        edge'),
     "softmax: logarithm's gradient without the sum": Mutant(SOFTMAX, "grad = g - exponential(y) * product", "grad = g - exponential(y)"),
@@ -331,7 +332,7 @@ MUTANTS = {
     "hub: a layer's smoothing is lost": Mutant(HUB_LAYERS, "            label_smoothing=self.label_smoothing,  # type: ignore[arg-type]\n", ""),
     "invariant: torch chooses the order of a sum": Mutant(CHUNKS, "    if not spec.batch_invariant:\n        return x.sum(1, keepdim=True)", "    if True:\n        return x.sum(1, keepdim=True)", ("batch_invariant",)),
     "invariant: small batches by torch's operator": Mutant("softmax_fused/_dispatch.py", "and not batch_invariant and operation.small(*arguments)", "and operation.small(*arguments)", ("batch_invariant",)),
-    "invariant: small batches by torch's operator at once": Mutant("softmax_fused/functional/loss.py", "        and not batch_invariant\n", "", ("batch_invariant",)),
+    "invariant: small batches by torch's operator at once": Mutant("softmax_fused/functional/loss.py", "not compiling and not batch_invariant and is_small(input)", "not compiling and is_small(input)", ("batch_invariant",)),
     "invariant: torch's operations in a graph": Mutant("softmax_fused/_dispatch.py", "and not batch_invariant and operation.small_in_graph(*arguments)", "and operation.small_in_graph(*arguments)", ("batch_invariant",)),
     "invariant: a decision kept for calls without it": Mutant("softmax_fused/_dispatch.py", "        batch_invariant,\n    )  # fmt: skip", "    )  # fmt: skip", ("batch_invariant",)),
     "invariant: a lone row's gradient rescaled": Mutant(TORCH, 'if spec.batch_invariant and spec.reduction == "none":', "if False:", ("batch_invariant",)),
@@ -341,6 +342,19 @@ MUTANTS = {
     "patch: no lock": Mutant(PATCHING, "lock = threading.Lock()", "import contextlib\nlock = contextlib.nullcontext()"),
     "a part of the benchmark that fails ends the others": Mutant("bench/parts.py", 'error = f"{type(problem).__name__}: {problem}"', "raise", ("bench_gpu",)),
     "a forward pass's tiles swept for its backward pass": Mutant("bench/sweep.py", "found.clear()", "pass", ("bench_gpu",)),
+    "numba: the label counted twice": Mutant(NUMBA_ROWS, "                store(real, x, label, minus_infinity)\n", "", ("numba",)),
+    "numba: padding of the last block counts": Mutant(NUMBA_ROWS, "            store(real, x, c, minus_infinity)\n", "            store(real, x, c, zero)\n", ("numba",)),
+    "numba: a full last block is forgotten": Mutant(NUMBA_ROWS, "special + BLOCK, whole)\n        return s", "special + BLOCK, whole - BLOCK)\n        return s", ("numba",)),
+    "numba: exp of -inf is no 0": Mutant(f"{NUMBA}/kernels/math.py", "zero if x < smallest else p * scale", "p * scale", ("numba",)),
+    "numba: ignored rows count in the mean": Mutant(f"{NUMBA}/kernels/stages.py", "valid += counts", "valid += 1", ("numba",)),
+    "numba: ignored rows keep what memory held": Mutant(f"{NUMBA}/kernels/labels.py", "                    store(logits_type, grad, c, zero)\n", "                    pass\n", ("numba",)),
+    "numba: 0 * inf is NaN": Mutant(f"{NUMBA}/kernels/losses.py", "loss = zero if a == zero and nll == infinity else a * nll", "loss = a * nll", ("numerics", "loss")),
+    "numba: bfloat16 is cut off, not rounded": Mutant(f"{NUMBA}/kernels/memory.py", "builder.add(odd, INT32(0x7FFF))", "INT32(0)", ("numba",)),
+    "numba: half a file of the cache is code": Mutant(f"{NUMBA}/cache.py", "if hashlib.sha256(content[32:]).digest() == content[:32]:", "if True:", ("numba",)),
+    "numba: code of another CPU": Mutant(f"{NUMBA}/compilation.py", '"\\0".join(versions + machine)', '"\\0".join(versions)', ("numba",)),
+    "numba: a fork waits for its parent's lock": Mutant(f"{NUMBA}/compilation.py", "    global LOCK\n", "", ("numba",)),
+    "numba: small calls are not left to torch": Mutant(f"{NUMBA}/backend.py", "return logits.numel() < LEAST_NUMEL[with_gradient, few_classes]", "return False", ("numba",)),
+    "numba: any kind of target is class indices": Mutant(f"{NUMBA}/cross_entropy.py", "if spec.target.reader not in READERS or", "if", ("numba",)),
 }  # fmt: skip
 
 
@@ -369,7 +383,13 @@ def fails(mutant: Mutant, tree: Path, marks: str) -> bool:
     }
     place = "not interpreter" if on_cpu else "interpreter or launch"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", marks, "-k", place, *tests]
-    run = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True)
+    run = subprocess.run(
+        command,
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": str(tree), "NUMBA_CACHE_DIR": str(tree)},
+        capture_output=True,
+        text=True,
+    )
     if run.returncode in (0, 5):  # passed, or there are no such tests
         return False
     if run.returncode == 1 or run.returncode < 0:  # failed, or writing out of bounds ended the process
