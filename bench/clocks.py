@@ -147,3 +147,9 @@ def copy_bandwidth(clock: Clock, size: int) -> float:
     target.copy_(source)
     times = [clock.microseconds(lambda: target.copy_(source)) for _ in range(10)]
     return 2 * size / statistics.median(times) / 1e3
+
+
+def first_write_bandwidth(size: int) -> float:
+    """GB/s of the CPU's first write to memory that the system has just given, and clears page by page."""
+    times = [CpuClock().microseconds(lambda: torch.ones(size, dtype=torch.int8)) for _ in range(5)]
+    return size / statistics.median(times) / 1e3

@@ -16,7 +16,7 @@ from bench.cases import Case, Inputs, both_job
 from bench.providers import PROVIDERS
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ("ours", "ours, grad_in_forward", "ours, inplace_backward", "torch")
+MEASURED = ("ours", "ours, grad_in_forward", "ours, inplace_backward", "ours, backend torch", "torch")
 
 
 def resident_peak() -> int:

@@ -64,6 +64,8 @@ def provenance(record: dict[str, Any]) -> str:
     where += [f"beside {machine['busy']} busy {plural('process', machine['busy'])}"] if machine.get("busy") else []
     where += [f"driver {machine['driver']}"] if machine.get("driver") else []
     where += [f"copy {record['copy_gb_per_s']:,.0f} GB/s"] if record["copy_gb_per_s"] else []
+    if "first_write_gb_per_s" in record:
+        where.append(f"first write to fresh memory {record['first_write_gb_per_s']:.1f} GB/s")
     versions = [f"{name} {version}" for name, version in record["versions"].items() if version]
     remarks = [record["note"]] if record.get("note") else []
     remarks += [] if record["complete"] else ["The run was stopped: cases are missing."]

@@ -21,6 +21,7 @@ from torch import Tensor
 import softmax_fused
 from bench.cases import Case, Loss
 from bench.formulas import BASE, OURS
+from softmax_fused.functional import explain_backend
 
 
 class Unavailable(Exception):  # noqa: N818 (a reason to skip, not an error)
@@ -38,6 +39,13 @@ class Provider(NamedTuple):
 def of_logits(softmax: Callable[..., Tensor]) -> Loss:
     """A softmax along the classes in the place of a loss: it looks at no target."""
     return lambda logits, _: softmax(logits, 1)
+
+
+def pure_torch(case: Case, device: str) -> Loss:
+    """Ours without Numba, where that computes otherwise."""
+    if device != "cpu" or explain_backend(torch.device(device))[0] != "numba" or case.operation != "loss":
+        raise Unavailable("ours is not computed by Numba here")
+    return functools.partial(softmax_fused.cross_entropy, backend="torch")
 
 
 def ours(case: Case, device: str, *, option: str | None = None) -> Loss:  # noqa: ARG001
@@ -112,6 +120,7 @@ PROVIDERS = {
     "ours, inplace_backward": Provider(
         functools.partial(ours, option="inplace_backward"), modes=("both", "step"), overwrites=True
     ),
+    "ours, backend torch": Provider(pure_torch),
     BASE: Provider(torch_eager),
     COMPILED: Provider(torch_compiled),
     "Liger": Provider(liger, overwrites=True),

@@ -28,11 +28,13 @@ import torch
 from bench.cases import Case
 from bench.clocks import Clock, CudaClock, copy_bandwidth
 from bench.measure import Result, attempt, measure_case
+from softmax_fused.functional import explain_backend
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = {
     "torch": "torch",
     "triton": "triton",
+    "numba": "numba",
     "Liger": "liger_kernel",
     "flash-attn": "flash_attn",
     "QuACK": "quack",
@@ -168,7 +170,8 @@ def main(module: str, cases: Sequence[Case], make_clock: Callable[[], Clock], mi
     parser.add_argument("--busy", action="store_true", help="beside one busy process a core")
     options = parser.parse_args()
     clock = make_clock()
-    name = "cpu" if clock.device == "cpu" else slug(torch.cuda.get_device_name())
+    compiled = explain_backend(torch.device("cpu"))[0] == "numba"
+    name = f"cpu{'-numba' if compiled else ''}" if clock.device == "cpu" else slug(torch.cuda.get_device_name())
     busy = (os.cpu_count() or 1) if options.busy else 0
     path = options.json or RESULTS / f"{name}{'-busy' if busy else ''}.json"
     command = " ".join([f"python -m {module}", *sys.argv[1:]])
