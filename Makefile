@@ -9,7 +9,7 @@ CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 VENV := .venv$(if $(TORCH),-$(TORCH))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-EXTRAS := train test bench docs dev integrations
+EXTRAS := train test cpu bench docs dev integrations
 STAMPS := $(EXTRAS:%=$(VENV)/.%)
 QUIET := $(if $(CI),--quiet) # elsewhere pip shows the downloads' progress
 SPHINX := $(BIN)/python -m sphinx -W --keep-going -q docs build/docs
@@ -37,7 +37,7 @@ bring that folder here and run PIP_NO_INDEX=1 PIP_FIND_LINKS=WHEELS make $(MAKEC
 endef
 export UNFINISHED
 
-.PHONY: help train test test-slow test-all test-integrations hub check docs mutants \
+.PHONY: help train test test-slow test-all test-cpu test-integrations hub check docs mutants \
     bench bench-cpu bench-gpu bench-host bench-plot clean
 .DELETE_ON_ERROR:
 
@@ -69,6 +69,9 @@ test-slow: $(VENV)/.test ## the other tests: more cases, compilation for four GP
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-slow ## every test
+
+test-cpu: $(VENV)/.test $(VENV)/.cpu ## the compiled CPU backend, for which it installs Numba: four minutes at first, three later
+	$(PYTEST) -k "compiled or numba" $(ARGS)
 
 test-integrations: $(VENV)/.test $(VENV)/.integrations ## docs/integrations.md with every library that it names: two minutes
 	$(PYTEST) tests/test_integrations.py tests/test_recipes.py tests/test_hub.py tests/test_causal_lm.py $(ARGS)
