@@ -41,6 +41,7 @@ torch.set_num_threads(1)
 
 # On a machine with a GPU the kernels are tested without what the lab needs.
 LAB = ("jinja2", "matplotlib", "rich", "sklearn", "tensorboard", "torchvision", "typer")
+HAS_NUMBA = find_spec("numba") is not None
 MISSING = [name for name in LAB if find_spec(name) is None]
 if MISSING:
     collect_ignore_glob = [
@@ -81,6 +82,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> list[str]:
     """Say what is left out, and whether warnings are errors."""
     lines = [f"without the tests of the lab and of ranks: {', '.join(MISSING)} missing"] if MISSING else []
+    if not HAS_NUMBA:
+        lines += ["without the compiled CPU backend: `make test-cpu` installs Numba, and tests it"]
     others = unpinned()
     return [*lines, f"warnings are reported: {', '.join(others)} not as pinned" if others else "warnings are errors"]
 
@@ -161,9 +164,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="needs Numba: pip install 'softmax-fused[cpu]'")
-
-
 def resolve(request: pytest.FixtureRequest) -> Place:
     if request.param == INTERPRETER:
         request.getfixturevalue("interpreted")
@@ -173,7 +173,7 @@ def resolve(request: pytest.FixtureRequest) -> Place:
 @pytest.fixture(
     params=[
         pytest.param(CPU, id="cpu"),
-        pytest.param(COMPILED, id="compiled", marks=needs_numba),
+        *([pytest.param(COMPILED, id="compiled")] if HAS_NUMBA else []),
         pytest.param(INTERPRETER, id="interpreter"),
         *on_gpu(("gpu", GPU), ("gpu-torch", GPU_TORCH)),
     ]

@@ -17,9 +17,9 @@ from softmax_fused import cross_entropy, log_softmax, softmax
 from softmax_fused._dispatch import get_backend
 from tests import reference
 from tests.cases import assert_right, crossed, make_indices, make_logits, make_probabilities
-from tests.conftest import COMPILED, needs_numba
+from tests.conftest import COMPILED, HAS_NUMBA
 
-pytestmark = needs_numba
+pytestmark = pytest.mark.skipif(not HAS_NUMBA, reason="needs Numba: pip install 'softmax-fused[cpu]'")
 
 SHAPES = [(2000, 40), (150, 700), (3, 7, 40, 50), (40, 9, 3)]
 

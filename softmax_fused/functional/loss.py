@@ -135,7 +135,14 @@ def cross_entropy(
     if grad_in_forward and inplace_backward:
         raise _errors.both_gradient_options()
     compiling = is_compiling()
-    small = backend == "auto" and not compiling and not batch_invariant and is_small(input)
+    small = (
+        backend == "auto"
+        and type(input) is torch.Tensor
+        and input.is_cpu
+        and not compiling
+        and not batch_invariant
+        and is_small(input)
+    )
     if (
         small
         and weight is None
