@@ -1,6 +1,7 @@
 """The layers of the package: a module imports from its own layer or below, without circles, at the top of its file."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -131,6 +132,7 @@ def test_imports_inside_functions_keep_the_import_of_the_package_light(module: s
     assert not {name for name in inside_functions(module) if not is_heavy(name)}
 
 
+@functools.cache
 def is_heavy(module: str) -> bool:
     """Whether to import a module imports one of HEAVY."""
     return module.startswith((*HEAVY, *EXTRA)) or (module in MODULES and any(map(is_heavy, at_the_top(module))))
