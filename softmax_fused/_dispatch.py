@@ -87,6 +87,12 @@ def get_backend(name: str, device_type: str) -> Backend:
     return backend
 
 
+@functools.cache
+def least_numel() -> int:
+    """Return how many logits on the CPU are at least not all left to torch's own operator under backend="auto"."""
+    return get_backend("auto", "cpu").least_numel
+
+
 def row_operations(backend: Backend, spec: Spec) -> RowOutputsOperations:
     """Return a backend's operations for outputs of rows, or those it falls back on, for the spec's kind of target."""
     operations = backend.row_outputs or TORCH.row_outputs

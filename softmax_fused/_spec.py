@@ -342,6 +342,9 @@ class Backend(Protocol):
         """Say why it cannot serve tensors on such a device, None if it can."""
         return None
 
+    least_numel: int = 0
+    """Fewer logits than this on the CPU it always leaves to torch's own operator, under backend="auto"."""
+
     def leaves_to_torch(self, logits: Tensor, with_gradient: bool) -> bool:  # noqa: ARG002 - a default
         """Whether torch's own operator is faster for the loss of such logits on the CPU, under backend="auto"."""
         return False

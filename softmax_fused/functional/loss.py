@@ -17,6 +17,7 @@ from softmax_fused._dispatch import (
     LOSS_OF_ANOTHER_TYPE,
     is_small,
     known_call,
+    least_numel,
     loss_dtype,
     make_call,
     route,
@@ -141,7 +142,7 @@ def cross_entropy(
         and input.is_cpu
         and not compiling
         and not batch_invariant
-        and is_small(input)
+        and (input.numel() < least_numel() or is_small(input))
     )
     if (
         small

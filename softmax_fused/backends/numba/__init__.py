@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 @functools.cache
 def installed() -> bool:
-    """Whether Numba is on this machine."""
-    return importlib.util.find_spec("numba") is not None
+    """Whether Numba is on this machine; a folder of that name without code is not Numba."""
+    spec = importlib.util.find_spec("numba")
+    return spec is not None and spec.origin is not None
 
 
 def tried() -> bool:

@@ -42,6 +42,8 @@ class NumbaBackend(Backend):
         """Say what other tensors need."""
         return None if device_type == "cpu" else _errors.OTHER_TENSORS_FOR_NUMBA
 
+    least_numel = min(LEAST_NUMEL.values())
+
     def leaves_to_torch(self, logits: Tensor, with_gradient: bool) -> bool:
         """Whether there are so few logits that torch's operator is faster: a call takes less time there, a row more."""
         if FAILED:

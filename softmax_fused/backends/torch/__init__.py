@@ -38,6 +38,8 @@ class TorchBackend(Backend):
     slice_rows: SliceRowsOperations = slice_rows
     gradient_with_loss = ("cpu",)  # scaling the gradient costs less there than the softmax's exponentials once more
 
+    least_numel = SMALL_CPU_NUMEL
+
     def leaves_to_torch(self, logits: Tensor, with_gradient: bool) -> bool:
         """Whether the logits are so few that torch's own operator is faster than the chunked path."""
         numel = logits.numel()
