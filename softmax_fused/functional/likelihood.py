@@ -110,14 +110,15 @@ def log_prob(
     none = label.new_full((), -100).expand(row_shape(logits.shape))  # every class of a row is one of the others
     result = dtype or loss_dtype(logits, none)
     spec = make_spec(logits, none, "none", -100, 0.0, torch.promote_types(result, torch.float32), batch_invariant)
-    spec = spec._replace(dtype=torch.float64)  # of the log-sum-exp, for the digits of what is near it
-    options = RowSpec(spec, float(scale), None if softcap is None else float(softcap), ("logsumexp",))
+    transform = float(scale), None if softcap is None else float(softcap)
     path = route(ROWS_WITHOUT_LOSS, backend, (logits, none, None, -100, "none", 0.0))
     if path == "backend" and (row_scale is None or type(row_scale) in TENSORS):
+        spec = spec._replace(dtype=torch.float64)  # of the log-sum-exp, for the digits of what is near it
+        options = RowSpec(spec, *transform, ("logsumexp",))
         operations = row_operations(get_backend(backend, logits.device.type), spec)
         found: Tensor = LogProb.apply(logits, label, valid, none, row_scale, options, operations)
     else:
-        x, _ = effective(logits, options, along_classes(row_scale, logits))
+        x, _ = effective(logits, RowSpec(spec, *transform, ("logsumexp",)), along_classes(row_scale, logits))
         found = torch.log_softmax(x, dim).gather(dim, label).masked_fill(~valid, 0)
     wrong = valid & (label != classes)
     return found.masked_fill(wrong, torch.nan).to(result)

@@ -167,15 +167,21 @@ def linear_cross_entropy(
 
 def choose_path(call: LayerCall, backend: str, batch_invariant: bool) -> tuple[Path, LayerCall]:
     """Return who computes a call, and the call with its target as backends take it."""
-    target, *options = call.loss
+    target = call.loss[0]
     if not isinstance(target, sparse.SparseTarget):
         return route(LAYER, backend, (call,), batch_invariant), call
-    call = call._replace(dtype=call.dtype or loss_dtype(call.logits(), target.probabilities))
-    routed = call._replace(loss=(sparse.stand_in(call.logits(), target), *options))
+    dtype = call.dtype or loss_dtype(call.logits(), target.probabilities)
+    routed = with_target(call, sparse.stand_in(call.logits(), target), dtype)
     path = route(LAYER, backend, (routed,), batch_invariant)
     if path in ("operator", "backend") and not sparse.can_pack(target):
-        return "torch", call
-    return path, call if path in ("small", "torch") else call._replace(loss=(sparse.pack(target), *options))
+        path = "torch"
+    return path, with_target(call, target if path in ("small", "torch") else sparse.pack(target), dtype)
+
+
+def with_target(call: LayerCall, target: Any, dtype: torch.dtype) -> LayerCall:
+    """Return a call with another target and the type of its loss; torch 2.7 does not compile a tuple's `_replace`."""
+    loss = (target, *call.loss[1:])
+    return LayerCall(call.input, call.linear_weight, call.linear_bias, call.shape, call.chunk_rows, loss, dtype)
 
 
 def prepare(
