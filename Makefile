@@ -60,8 +60,8 @@ train: $(VENV)/.train ## train softmax regression on Fashion-MNIST with the fuse
 	@echo "Next: $(BIN)/softmax-fused compare        (this loss, torch's and the textbook's side by side)"
 	@echo "      $(BIN)/softmax-fused                (all commands, with an example of each)"
 
-test: $(VENV)/.test ## the tests of everything essential on the CPU, kernels in Triton's interpreter: four minutes
-	@echo "Running the tests, the kernels in Triton's interpreter: about 4 minutes on two cores."
+test: $(VENV)/.test ## the tests of everything essential on the CPU, kernels in Triton's interpreter: five minutes
+	@echo "Running the tests, the kernels in Triton's interpreter: about 5 minutes on two cores."
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.test ## the other tests: more cases, compilation for four GPUs, several processes: six minutes

@@ -1,4 +1,4 @@
-"""A linear layer and its loss in one, against one after the other: python -m bench.linear [--json FILE] [--rounds R].
+"""A linear layer and its loss in one, against one after the other: python -m bench.linear [--operation loss|rows].
 
 Time and peak memory of loss and gradients of input and weight; in the cases of rows, of each row's loss and entropy
 with the gradients of both together, and of each row's prediction. Providers take turns within each round, A B C, C B A;
@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="default: bench/results/linear-MACHINE.json")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--operation", choices=("loss", "rows"), help="default: both")
     parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
@@ -219,6 +220,7 @@ def main() -> None:
     record = header(clock, 0, " ".join(["python -m bench.linear", *sys.argv[1:]]), 0) | {"rows": [], "skipped": []}
     del record["copy_gb_per_s"]  # products bound the time, not copies
     sizes = [*ON_GPU, *ROWS_ON_GPU] if options.gpu else CASES
+    sizes = [case for case in sizes if options.operation in (None, case.operation)]
     shown: set[str] = set()
     for case in sizes:
         measure(case, clock, options.rounds, Result(record["rows"], record["skipped"]), seconds=60)

@@ -26,7 +26,7 @@ from softmax_fused.backends.triton import row_outputs as triton_row_outputs
 from softmax_fused.backends.triton.plan import Launch
 from softmax_fused.functional.rows import RowSpec
 from tests.cases import assert_right, crossed, make_indices, make_logits, make_probabilities
-from tests.conftest import CPU, GPU_TORCH, INTERPRETER, Place
+from tests.conftest import CPU, GPU, GPU_TORCH, INTERPRETER, Place, on_gpu, resolve
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -118,6 +118,18 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(
+    params=[
+        pytest.param(CPU, id="cpu"),
+        pytest.param(INTERPRETER, id="interpreter", marks=pytest.mark.slow),  # a second or two each
+        *on_gpu(("gpu", GPU), ("gpu-torch", GPU_TORCH)),
+    ]
+)
+def everywhere(request: pytest.FixtureRequest) -> Place:
+    """Every device and backend; the interpreter's turn is a slow test."""
+    return resolve(request)
+
+
 TARGETS = ["indices", "weights and smoothing", "probabilities"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -135,12 +147,12 @@ def test_number_of_rows_and_place_in_the_batch(place: Place, classes: int, dtype
 
 
 @crossed(classes=[3, 301], dtype=[torch.float32, torch.bfloat16], target=TARGETS)
-def test_layouts(place: Place, classes: int, dtype: torch.dtype, target: str) -> None:
-    batch = Batch(place, (3, classes), dtype, target)
+def test_layouts(everywhere: Place, classes: int, dtype: torch.dtype, target: str) -> None:
+    batch = Batch(everywhere, (3, classes), dtype, target)
     whole = batch.compute(batch.logits, slice(None))
-    wide = torch.zeros(3, 2 * classes // 16 * 16 + 16, dtype=dtype, device=place.device)
-    odd = torch.zeros(3, classes + 3, dtype=dtype, device=place.device)
-    places = ((wide, 1), (odd, 2)) if place == INTERPRETER else ((wide, 0), (wide, 1), (odd, 2))
+    wide = torch.zeros(3, 2 * classes // 16 * 16 + 16, dtype=dtype, device=everywhere.device)
+    odd = torch.zeros(3, classes + 3, dtype=dtype, device=everywhere.device)
+    places = ((wide, 1), (odd, 2)) if everywhere == INTERPRETER else ((wide, 0), (wide, 1), (odd, 2))
     for memory, first in places:  # rows that begin at multiples of 16 bytes, and others
         logits = memory[:, first : first + classes].copy_(batch.logits)
         assert_same(batch.compute(logits, slice(None)), whole, slice(None), (memory.shape, first))
@@ -149,12 +161,12 @@ def test_layouts(place: Place, classes: int, dtype: torch.dtype, target: str) ->
 
 
 @crossed(classes=[3, 19], dtype=DTYPES, target=TARGETS)
-def test_classes_that_lie_apart(place: Place, classes: int, dtype: torch.dtype, target: str) -> None:
-    batch = Batch(place, (120, classes), dtype, target)
+def test_classes_that_lie_apart(everywhere: Place, classes: int, dtype: torch.dtype, target: str) -> None:
+    batch = Batch(everywhere, (120, classes), dtype, target)
     found = None
     for images, pixels in ((2, 60), (9, 1), (1, 49), (3, 16)):
         rows = slice(images * pixels)
-        memory = torch.zeros(images, classes, pixels + 1, dtype=dtype, device=place.device)
+        memory = torch.zeros(images, classes, pixels + 1, dtype=dtype, device=everywhere.device)
         logits = memory[..., :pixels]  # classes are apart also where there is one pixel
         logits.copy_(batch.logits[rows].view(images, pixels, classes).movedim(2, 1))
 
