@@ -122,6 +122,11 @@ def under_transform() -> bool:
     )
 
 
+def can_read(tensor: Any) -> bool:
+    """Whether its values can be looked at, without waiting for a device."""
+    return type(tensor) in TENSORS and tensor.is_cpu and not is_compiling() and not under_transform()
+
+
 def exporting() -> bool:
     """Whether torch.export is tracing this call."""
     from softmax_fused import _tracing
@@ -241,15 +246,19 @@ class LayerCall(NamedTuple):
         return self.input.new_empty(1, dtype=layer_dtype(self.input)).expand(self.shape)
 
 
+def tensors_fit(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether the tensors of a linear layer go together: ordinary, of one device and type."""
+    return all(
+        supports_logits(tensor) and tensor.device == input.device and layer_dtype(tensor) == layer_dtype(input)
+        for tensor in (input, *others)
+        if tensor is not None
+    )
+
+
 def supports_layer(call: LayerCall) -> bool:
     """Whether the chunked path covers a linear layer and its loss."""
-    tensors = [tensor for tensor in (call.input, call.linear_weight, call.linear_bias) if tensor is not None]
-    return all(
-        supports_logits(tensor)
-        and tensor.device == call.input.device
-        and layer_dtype(tensor) == layer_dtype(call.input)
-        for tensor in tensors
-    ) and supports_fused(*(call.logits(), *call.loss, call.dtype))
+    fit = tensors_fit(call.input, call.linear_weight, call.linear_bias)
+    return fit and supports_fused(*(call.logits(), *call.loss, call.dtype))
 
 
 # For which arguments torch's own operators do better
@@ -269,7 +278,7 @@ def is_small(input: Tensor, *_: Any) -> bool:
     """Whether the backend that "auto" stands for leaves the loss of such CPU logits to torch's operator, as faster."""
     if type(input) is not torch.Tensor or not input.is_cpu:
         return False
-    return get_backend("auto", "cpu").leaves_to_torch(input, input.requires_grad and torch.is_grad_enabled())
+    return get_backend("auto", "cpu").leaves_to_torch(input, wants_gradient(input))
 
 
 def are_few_of_another_type(input: Tensor, *_: Any) -> bool:
@@ -294,8 +303,8 @@ def are_small_rows(input: Tensor, target: Any, *_: Any) -> bool:
 
 def is_small_layer(call: LayerCall) -> bool:
     """Whether the logits are on the CPU and so few that chunks save neither time nor much memory."""
-    for_tests = not is_compiling() and automatic("cpu") == "triton"  # torch.compile warns of caches, and need not ask
-    return call.chunk_rows is None and call.input.is_cpu and not for_tests and math.prod(call.shape) < SMALL_CPU_NUMEL
+    leaves = is_compiling() or least_numel() > 0  # torch.compile warns of caches, and need not ask
+    return call.chunk_rows is None and call.input.is_cpu and leaves and math.prod(call.shape) < SMALL_CPU_NUMEL
 
 
 def is_small_softmax(input: Any, dim: Any, dtype: Any) -> bool:

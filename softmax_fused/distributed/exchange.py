@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from softmax_fused import _errors
-from softmax_fused._dispatch import layer_dtype, supports_fused, supports_logits
+from softmax_fused._dispatch import supports_fused, tensors_fit
 from softmax_fused._errors import AGREED, REFUSALS
 from softmax_fused._fallback import torch_cross_entropy
 from softmax_fused._spec import class_dim
@@ -70,14 +70,8 @@ def validation_error(it: Arguments) -> Exception | None:
 
 
 def layer_fits(input: Tensor, local_weight: Tensor, local_bias: Tensor | None) -> bool:
-    """Whether the tensors of a linear layer, or of a slice of it, go together: ordinary, of one device and type."""
-    tensors = [tensor for tensor in (input, local_weight, local_bias) if tensor is not None]
-    return all(
-        supports_logits(nonempty(tensor))
-        and tensor.device == input.device
-        and layer_dtype(tensor) == layer_dtype(input)
-        for tensor in tensors
-    )
+    """Whether the tensors of a slice of a linear layer go together; it may have no classes."""
+    return tensors_fit(nonempty(input), nonempty(local_weight), nonempty(local_bias))
 
 
 def digest(*values: Any) -> int:

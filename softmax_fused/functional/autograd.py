@@ -8,10 +8,9 @@ import torch
 
 from softmax_fused._row_outputs import DIFFERENTIABLE, OUTPUTS
 from softmax_fused._spec import class_dim
-from softmax_fused.backends.sparse import log_probs, sum_of_same_class, write_chosen
+from softmax_fused.backends.sparse import log_probs, sum_named, sum_of_same_class, write_chosen
 from softmax_fused.backends.torch import cross_entropy as torch_loss
 from softmax_fused.backends.torch import row_outputs as torch_rows
-from softmax_fused.backends.torch.chunks import sum_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,7 +148,7 @@ class LogProb(torch.autograd.Function):
             x, slope = torch_rows.effective(logits, options, scale)
             grad = torch.zeros_like(x).scatter_add(dim, label, g) - torch.softmax(x, dim) * total
             return (grad * slope).to(logits.dtype), *[None] * 6
-        total = sum_classes(g if dim else g.unsqueeze(0), options.spec).view_as(logsumexp)
+        total = sum_named(g, dim, options.spec).unsqueeze(dim)
         by_logsumexp = [-total.squeeze(dim) if name == "logsumexp" else None for name in DIFFERENTIABLE]
         grad = operations.gradient(by_logsumexp, logits, target, None, stats, options, row_scale)
         log_p = log_probs(logits, label, logsumexp, options, scale)

@@ -5,23 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from softmax_fused import _errors
 from softmax_fused._dispatch import (
     ROWS_WITHOUT_LOSS,
+    can_read,
     check_backend,
     get_backend,
     loss_dtype,
     route,
     row_operations,
-    under_transform,
 )
 from softmax_fused._errors import TENSORS
 from softmax_fused._spec import RowSpec, class_dim, row_shape
 from softmax_fused.backends.torch.row_outputs import along_classes, effective
-from softmax_fused.backends.torch.targets import make_spec
+from softmax_fused.backends.torch.targets import make_spec, named_classes
 from softmax_fused.functional.autograd import LogProb
 from softmax_fused.functional.rows import check_options, cross_entropy_rows, expand_scale
 
@@ -105,8 +104,7 @@ def log_prob(
     check_options(scale, softcap, ("logsumexp",), dtype)
     row_scale = None if scales is None else expand_scale(scales, logits)
     check_backend(backend)
-    valid = classes != ignore_index
-    label = known_classes(classes, valid, logits.shape[dim], ignore_index)
+    label, valid, wrong = named_classes(classes, logits.shape[dim], ignore_index, can_read(classes))
     none = label.new_full((), -100).expand(row_shape(logits.shape))  # every class of a row is one of the others
     result = dtype or loss_dtype(logits, none)
     spec = make_spec(logits, none, "none", -100, 0.0, torch.promote_types(result, torch.float32), batch_invariant)
@@ -120,7 +118,6 @@ def log_prob(
     else:
         x, _ = effective(logits, RowSpec(spec, *transform, ("logsumexp",)), along_classes(row_scale, logits))
         found = torch.log_softmax(x, dim).gather(dim, label).masked_fill(~valid, 0)
-    wrong = valid & (label != classes)
     return found.masked_fill(wrong, torch.nan).to(result)
 
 
@@ -136,17 +133,3 @@ def check_classes(logits: Tensor, classes: Tensor) -> None:
     rows = classes.shape if classes.ndim < logits.ndim else (*classes.shape[:dim], *classes.shape[dim + 1 :])
     if classes.dtype is not torch.int64 or tuple(rows) != row_shape(logits.shape):
         raise _errors.wrong_classes(logits, classes)
-
-
-def known_classes(classes: Tensor, valid: Tensor, count: int, ignore_index: int) -> Tensor:
-    """Return the class indices with 0 for those that are not valid or do not exist.
-
-    Raises:
-        IndexError: If valid ones do not exist, where that can be seen without waiting for a device.
-    """
-    known = (classes >= 0) & (classes < count)
-    if type(classes) in TENSORS and classes.is_cpu and not is_compiling() and not under_transform():
-        wrong = classes[valid & ~known]
-        if wrong.numel():
-            raise _errors.out_of_range(count, ignore_index, int(wrong[0]))
-    return classes.masked_fill(~(valid & known), 0)

@@ -262,8 +262,9 @@ def overridden(
     if _dispatch.has_subclass(tensors):
         dtype = options["dtype"]
         if isinstance(target, sparse.SparseTarget):
+            of_path = options["backend"], options["batch_invariant"]
             return sparse.cross_entropy(
-                input, target, weight, ignore_index, reduction, label_smoothing, dtype, options["backend"], False
+                input, target, weight, ignore_index, reduction, label_smoothing, dtype, *of_path
             )  # fmt: skip
         logits, labels, weights = in_type(tensors, dtype)
         loss = F.cross_entropy(logits, labels, weights, size_average, ignore_index, reduce, reduction, label_smoothing)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.compiler import is_compiling
 
 from softmax_fused import _errors
-from softmax_fused._dispatch import ROWS, get_backend, loss_dtype, route, row_operations, supports_fused
+from softmax_fused._dispatch import ROWS, can_read, get_backend, loss_dtype, route, row_operations, supports_fused
 from softmax_fused._errors import TENSORS
 from softmax_fused._fallback import validate
 from softmax_fused._spec import FLOATS, RowSpec, class_dim, row_shape
-from softmax_fused.backends.torch.targets import make_spec, product
+from softmax_fused.backends.torch.targets import make_spec, named_classes, product, shares
 from softmax_fused.functional.autograd import CrossEntropyRows
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from softmax_fused._spec import Spec
 
 LOSS = ("loss",)
 
@@ -129,7 +130,7 @@ def cross_entropy(
     options_of_spec = ("none", ignore_index, label_smoothing, acc, batch_invariant)
     spec = make_spec(input, labels, *options_of_spec)
     if path != "backend" or not can_pack(target):
-        losses, valid = composed_losses(input, target, weight, ignore_index, spec.label_smoothing, spec.acc)
+        losses, valid = composed_losses(input, target, weight, spec)
     else:
         packed = pack(target)
         options = RowSpec(make_spec(input, packed, *options_of_spec), 1.0, None, LOSS)
@@ -144,31 +145,17 @@ def cross_entropy(
     return (losses.sum() if reduction == "sum" else losses.sum() / valid.sum()).to(dtype)
 
 
-def composed_losses(
-    input: Tensor,
-    target: SparseTarget,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    acc: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def composed_losses(input: Tensor, target: SparseTarget, weight: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor]:
     """Return the losses and which rows are not ignored, in torch operations that transforms and torch.compile know."""
-    dim, classes = class_dim(input.ndim), target.classes
+    dim, classes, acc = class_dim(input.ndim), input.shape[class_dim(input.ndim)], spec.acc
     log_p = torch.log_softmax(input, dim, dtype=acc)
-    valid = classes != ignore_index
-    wrong = valid & ((classes < 0) | (classes >= input.shape[dim]))
-    if _errors.is_readable(classes) and not is_compiling() and bool(wrong.any()):
-        raise _errors.out_of_range(input.shape[dim], ignore_index, int(classes[wrong][0]))
-    label = classes.masked_fill(wrong | ~valid, 0)
-    share = target.probabilities.to(acc) * (1 - label_smoothing)
-    if weight is not None:
-        share = share * weight.to(acc)[label]
-    share = share.masked_fill(~valid, 0).masked_fill(wrong, torch.nan)
+    label, valid, wrong = named_classes(target.classes, classes, spec.ignore_index, can_read(target.classes))
+    share = shares(target.probabilities, label, valid, wrong, weight, spec)
     found = log_p.gather(dim, label)
     losses = -(share * found.masked_fill((share == 0) & found.isneginf(), 0)).sum(dim)
-    if label_smoothing:
+    if spec.label_smoothing:
         of_class: Any = torch.ones((), dtype=acc, device=input.device) if weight is None else weight.to(acc)
         of_class = of_class if weight is None else of_class.view(-1, *[1] * (input.ndim - dim - 1))
-        losses = losses - label_smoothing / input.shape[dim] * product(of_class.expand_as(log_p), log_p).sum(dim)
+        losses = losses - spec.label_smoothing / classes * product(of_class.expand_as(log_p), log_p).sum(dim)
     used = valid.any(dim)
     return losses.masked_fill(~used, 0), used

@@ -16,7 +16,7 @@ from softmax_fused._spec import RowStatistics, row_shape
 from softmax_fused.backends.torch import chunks
 from softmax_fused.backends.torch.chunks import with_classes
 from softmax_fused.backends.torch.cross_entropy import canonicalize
-from softmax_fused.backends.torch.row_outputs import effective, named, plain
+from softmax_fused.backends.torch.row_outputs import coefficients, effective, named, plain
 from softmax_fused.backends.torch.targets import accumulated, kind, product
 from softmax_fused.backends.torch.vocab_parallel import IGNORED, by_label
 from softmax_fused.backends.torch.vocab_parallel import prepare as prepare
@@ -110,14 +110,12 @@ def by_softmax(log_p: Tensor, g: dict[str, Tensor], entropy: Tensor, label: Tens
 
     Rows that ask for neither have none, also where their logits are not finite, if they are ignored.
     """
-    of_entropy = g.get("entropy")
-    factor = g.get("logsumexp", 0)
-    if of_entropy is not None:
-        factor = factor - of_entropy * (finite_log(log_p) + entropy)
-    by_x = log_p.exp() * factor
+    given = {name: it for name, it in g.items() if name in ("logsumexp", "entropy")}
+    c, d = coefficients(given, entropy)
+    by_x: Tensor = log_p.exp() * (c + d * finite_log(log_p) if isinstance(d, torch.Tensor) else c)
     if label is not None:
         unused = label == IGNORED
-        for values in (it for name, it in g.items() if name in ("logsumexp", "entropy")):
+        for values in given.values():
             unused = unused & (values == 0)
         by_x.masked_fill_(unused, 0)
     return by_x

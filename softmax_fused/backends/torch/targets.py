@@ -309,6 +309,29 @@ class ClassProbabilities(Target):
         return self.smoothed_target(self.t, p, self.w, self.spec)
 
 
+def named_classes(classes: Tensor, count: int, ignore_index: int, readable: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return class indices that can be gathered, which of them are not ignored, and which of those do not exist.
+
+    Raises:
+        IndexError: If there are some that do not exist, and the values are `readable`.
+    """
+    valid = classes != ignore_index
+    wrong = valid & ((classes < 0) | (classes >= count))
+    if readable and bool(wrong.any()):
+        raise _errors.out_of_range(count, ignore_index, int(classes[wrong][0]))
+    return classes.masked_fill(wrong | ~valid, 0), valid, wrong
+
+
+def shares(t: Tensor, label: Tensor, valid: Tensor, wrong: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
+    """Return (1 - e) w t of named classes, 0 for ignored ones and NaN for those that do not exist."""
+    share = t.to(spec.acc)
+    if spec.label_smoothing:
+        share = share * (1 - spec.label_smoothing)
+    if weight is not None:
+        share = share * weight.to(spec.acc)[label]
+    return share.masked_fill(~valid, 0).masked_fill(wrong, torch.nan)
+
+
 class SparseProbabilities(Target):
     """Probabilities of K classes a row, packed as (N, 2, K, d1..dk) in float64: the classes, then the probabilities.
 
@@ -340,18 +363,8 @@ class SparseProbabilities(Target):
             IndexError: For a CPU tensor, if a class that is not ignored does not exist.
         """
         found, t = target.unbind(dim)
-        label = found.long()
-        valid = label != spec.ignore_index
-        wrong = valid & ((label < 0) | (label >= classes))
-        if label.is_cpu and bool(wrong.any()):
-            raise _errors.out_of_range(classes, spec.ignore_index, int(label[wrong][0]))
-        label = label.masked_fill(wrong | ~valid, 0)
-        share = t.to(spec.acc)
-        if spec.label_smoothing:
-            share = share * (1 - spec.label_smoothing)
-        if weight is not None:
-            share = share * weight.to(spec.acc)[label]
-        return label, share.masked_fill(~valid, 0).masked_fill(wrong, torch.nan), valid
+        label, valid, wrong = named_classes(found.long(), classes, spec.ignore_index, found.is_cpu)
+        return label, shares(t, label, valid, wrong, weight, spec), valid
 
     @staticmethod
     def rows_used(target: Tensor, ignore_index: int) -> Tensor:
