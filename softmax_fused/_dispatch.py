@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Backend,
         CrossEntropyOperations,
         RowOutputsOperations,
+        RowsKind,
         SliceRowsOperations,
         Spec,
         VocabParallelOperations,
@@ -291,14 +292,17 @@ def is_small_in_place(input: Tensor, *_: Any) -> bool:
     return is_small(input) and (input.numel() < SMALL_CPU_NUMEL or not wants_gradient(input))
 
 
-def are_small_rows(input: Tensor, target: Any, *_: Any) -> bool:
-    """Whether the same holds for several outputs of each row, of which the loss is one."""
-    if type(input) is not torch.Tensor or not input.is_cpu or type(target) is not torch.Tensor:
-        return False
-    chosen = get_backend("auto", "cpu")
-    gradient = wants_gradient(input)
-    by = chosen if chosen.row_outputs else TORCH
-    return by.leaves_to_torch(input, gradient) and (input.numel() < SMALL_CPU_NUMEL or not gradient)
+def are_small_rows(kind: RowsKind) -> Callable[..., bool]:
+    """Return whether the same holds for outputs of rows of this kind."""
+
+    def are_small(input: Tensor, target: Any, *_: Any) -> bool:
+        if type(input) is not torch.Tensor or not input.is_cpu or type(target) is not torch.Tensor:
+            return False
+        chosen = get_backend("auto", "cpu")
+        by = chosen if chosen.row_outputs else TORCH
+        return by.leaves_rows_to_torch(input, wants_gradient(input), kind)
+
+    return are_small
 
 
 def is_small_layer(call: LayerCall) -> bool:
@@ -414,7 +418,9 @@ class Operation(NamedTuple):
 LOSS = Operation(supports_fused, is_small, inductor_is_better)
 LOSS_IN_PLACE = LOSS._replace(small=is_small_in_place)
 LOSS_OF_ANOTHER_TYPE = LOSS._replace(small=are_few_of_another_type)
-ROWS = Operation(supports_fused, are_small_rows)
+LOSS_OF_ROWS = Operation(supports_fused, are_small_rows("loss"))
+ROWS = Operation(supports_fused, are_small_rows("several"))
+SPARSE = Operation(supports_fused, are_small_rows("sparse"))
 ROWS_WITHOUT_LOSS = Operation(supports_fused, never)
 SOFTMAX = Operation(supports_softmax, is_small_softmax)
 LAYER = Operation(supports_layer, is_small_layer, is_small_layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -168,6 +168,11 @@ class RowStatistics(NamedTuple):
             numbers[place] = -torch.inf
         prediction = logits.new_zeros(rows, dtype=torch.int64) if "prediction" in options.outputs else None
         return RowStatistics(numbers, prediction)
+
+
+RowsKind = Literal["loss", "several", "sparse"]
+"""Outputs of rows of which the loss is one, by what torch's operators would take: no more than the loss and the
+prediction, a pass for each of several outputs, or a gather for a sparse target."""
 
 
 class CrossEntropyOperations(Protocol):
@@ -347,6 +352,10 @@ class Backend(Protocol):
 
     def leaves_to_torch(self, logits: Tensor, with_gradient: bool) -> bool:  # noqa: ARG002 - a default
         """Whether torch's own operator is faster for the loss of such logits on the CPU, under backend="auto"."""
+        return False
+
+    def leaves_rows_to_torch(self, logits: Tensor, with_gradient: bool, kind: RowsKind) -> bool:  # noqa: ARG002
+        """Whether the same holds for outputs of rows of this kind."""
         return False
 
     def leaves_softmax_to_torch(self, input: Tensor, dim: int) -> bool:  # noqa: ARG002 - a default

@@ -12,8 +12,11 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from softmax_fused import _errors
 from softmax_fused._dispatch import (
+    LOSS_OF_ROWS,
     ROWS,
     ROWS_WITHOUT_LOSS,
+    SPARSE,
+    Operation,
     check_backend,
     get_backend,
     has_subclass,
@@ -168,7 +171,7 @@ def cross_entropy_rows(
         return overridden
     given: Tensor = sparse.stand_in(input, target) if isinstance(target, sparse.SparseTarget) else target
     arguments = (input, given, weight, ignore_index, "none", label_smoothing)
-    path = route(ROWS if "loss" in wanted else ROWS_WITHOUT_LOSS, backend, (*arguments, dtype), batch_invariant)
+    path = route(operation_of(wanted, target), backend, (*arguments, dtype), batch_invariant)
     if path != "backend" and not supports_fused(*arguments, dtype):
         validate(*arguments, values=not is_compiling())
     row_scale = None if scales is None else expand_scale(scales, input)
@@ -188,6 +191,15 @@ def cross_entropy_rows(
     if input.requires_grad and torch.is_grad_enabled():
         return RowOutputs(*CrossEntropyRows.apply(input, given, weight, row_scale, options, operations))
     return operations.forward(input, given, weight, options, save=False, row_scale=row_scale)[0]
+
+
+def operation_of(wanted: tuple[str, ...], target: Any) -> Operation:
+    """Return as what the dispatcher is to look at these outputs."""
+    if "loss" not in wanted:
+        return ROWS_WITHOUT_LOSS
+    if isinstance(target, sparse.SparseTarget):
+        return SPARSE
+    return LOSS_OF_ROWS if wanted in (("loss",), ("loss", "prediction")) else ROWS
 
 
 def expand_scale(scale: Tensor, input: Tensor) -> Tensor:

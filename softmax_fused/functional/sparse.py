@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from softmax_fused import _errors
-from softmax_fused._dispatch import ROWS, can_read, get_backend, loss_dtype, route, row_operations, supports_fused
+from softmax_fused._dispatch import SPARSE, can_read, get_backend, loss_dtype, route, row_operations, supports_fused
 from softmax_fused._errors import TENSORS
 from softmax_fused._fallback import validate
 from softmax_fused._spec import FLOATS, RowSpec, class_dim, row_shape
@@ -122,7 +122,7 @@ def cross_entropy(
     """Return the loss for a sparse target."""
     labels = stand_in(input, target)
     arguments = (input, labels, weight, ignore_index, reduction, label_smoothing)
-    path = route(ROWS, backend, (*arguments, dtype), batch_invariant)
+    path = route(SPARSE, backend, (*arguments, dtype), batch_invariant)
     if path != "backend" and not supports_fused(*arguments, dtype):
         validate(*arguments, values=False)
     dtype = dtype or loss_dtype(input, target.probabilities)

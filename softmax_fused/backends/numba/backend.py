@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from softmax_fused import _errors
 from softmax_fused._spec import Backend
-from softmax_fused.backends.numba import cross_entropy, softmax
+from softmax_fused.backends.numba import cross_entropy, row_outputs, softmax
 from softmax_fused.backends.numba.compilation import FAILED
 from softmax_fused.backends.numba.pages import FRESH_BYTES
 from softmax_fused.backends.torch import BACKEND as TORCH
@@ -14,7 +14,7 @@ from softmax_fused.backends.torch import BACKEND as TORCH
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softmax_fused._spec import CrossEntropyOperations, SoftmaxOperations
+    from softmax_fused._spec import CrossEntropyOperations, RowOutputsOperations, RowsKind, SoftmaxOperations
 
 
 LEAST_SOFTMAX_BYTES = FRESH_BYTES
@@ -35,6 +35,7 @@ class NumbaBackend(Backend):
 
     name = "numba"
     cross_entropy: CrossEntropyOperations = cross_entropy
+    row_outputs: RowOutputsOperations = row_outputs
     softmax: SoftmaxOperations = softmax
     gradient_with_loss = ("cpu",)  # while a row is in the cache
 
@@ -50,6 +51,12 @@ class NumbaBackend(Backend):
             return TORCH.leaves_to_torch(logits, with_gradient)
         few_classes = logits.shape[1 if logits.ndim > 1 else 0] < VECTOR
         return logits.numel() < LEAST_NUMEL[with_gradient, few_classes]
+
+    def leaves_rows_to_torch(self, logits: Tensor, with_gradient: bool, kind: RowsKind) -> bool:
+        """Whether torch's operators are faster: several outputs take a pass each there, from the smallest batch on."""
+        if FAILED or kind == "sparse":
+            return TORCH.leaves_rows_to_torch(logits, with_gradient, kind)
+        return kind == "loss" and self.leaves_to_torch(logits, with_gradient)
 
     def leaves_softmax_to_torch(self, input: Tensor, dim: int) -> bool:
         """Whether the numbers are few, and the classes, if they lie side by side, are not: torch's is faster then."""

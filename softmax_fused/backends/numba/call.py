@@ -9,6 +9,13 @@ from __future__ import annotations
 from collections import namedtuple
 from typing import Any, NamedTuple
 
+LOSS = "loss"
+ROWS, GRADIENT_OF_ROWS = OF_ROWS = ("outputs of rows", "gradient of outputs of rows")
+SOFTMAX, LOG_SOFTMAX, GRADIENT_OF_SOFTMAX, GRADIENT_OF_LOG_SOFTMAX = OF_SOFTMAX = (
+    "softmax", "log softmax", "gradient of softmax", "gradient of log softmax",
+)  # fmt: skip
+"""What there are kernels for."""
+
 
 class Stages(NamedTuple):
     """What a kernel does when it is called."""
@@ -25,13 +32,16 @@ MEAN, SUM, NONE = 0, 1, 2
 REDUCTIONS = {"mean": MEAN, "sum": SUM, "none": NONE}
 
 LANES = 64
-"""Rows in a tile: those that are worked on side by side where classes are few, or do not lie side by side."""
+"""Rows in a tile: those that the loss and the softmax work on side by side where classes are few, or do not lie so."""
 
 BLOCK = 64
 """Classes of a row are worked on in whole blocks: four vectors of 16 float32, as many as LLVM has in flight."""
 
-LANE_VECTORS = 5
-"""Numbers that a tile keeps of each of its rows, behind its C x LANES exponentials."""
+LANE_VECTORS = 10
+"""Numbers that a tile keeps at most of each of its rows, behind its C x LANES exponentials."""
+
+ROW_COPIES = 4
+"""Of a row or tile, for outputs of rows: its logits, their exponentials, the target's shares, the cap's tanh."""
 
 
 class Signature(NamedTuple):
@@ -81,6 +91,31 @@ class Addresses(NamedTuple):
 
 WRITTEN_BY_KERNEL = (0,) * len(Addresses._field_defaults)
 
+
+class RowFields(NamedTuple):
+    """What a call for outputs of rows says after that: each address leads to one number a row, side by side."""
+
+    scale: int  # the bits of a float64
+    softcap: int  # the same; those of 0 where there is none
+    result_type: int  # of outputs that are no integers: a place in RESULT_TYPES
+    row_scale: int
+    loss: int  # outputs
+    logsumexp: int
+    prediction: int
+    entropy: int
+    log_prob: int
+    rank: int
+    by_loss: int  # upstream gradients, in the type of the arithmetic
+    by_logsumexp: int
+    by_entropy: int
+    by_log_prob: int
+
+
+RESULT_TYPES = ("float32", "float64", "float16", "uint16")
+"""As compilation.NAMES has them."""
+
 CALL = (*Signature._fields, *Addresses._fields)
 FIELDS: Any = namedtuple("Fields", CALL)(*range(len(CALL)))
 """Where in the array each field is."""
+
+ROW_FIELDS = RowFields(*range(len(CALL), len(CALL) + len(RowFields._fields)))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from softmax_fused.backends.numba import cache
+from softmax_fused.backends.numba.call import LOSS, OF_SOFTMAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,23 +36,21 @@ NAMES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "flo
 """What Numba calls the types of logits and class probabilities; kernels/memory.py says how it takes uint16."""
 
 
-SOFTMAX = ("softmax", "log softmax", "gradient of softmax", "gradient of log softmax")
-
-
 class Key(NamedTuple):
     """What a kernel is compiled for."""
 
     logits: torch.dtype
-    target: torch.dtype | None  # None: class indices
+    target: torch.dtype | None  # None: class indices; of the upstream gradient, or None, where it is a softmax's
     real: torch.dtype  # of the arithmetic
     tiled: bool
-    softmax: str = ""  # one of SOFTMAX, where it is none of the loss's; the target is then an upstream gradient
+    operation: str = LOSS
 
     def __str__(self) -> str:
-        if self.softmax:
-            return f"the {self.softmax} of {str(self.logits)[6:]} logits"
+        what = f"the {self.operation} of {str(self.logits)[6:]} logits"
+        if self.operation in OF_SOFTMAX:
+            return what
         target = "class indices" if self.target is None else f"{str(self.target)[6:]} class probabilities"
-        return f"{str(self.logits)[6:]} logits and {target}"
+        return f"{what} and {target}"
 
 
 class Kernel(NamedTuple):
@@ -94,15 +93,11 @@ def compile_object(key: Key) -> bytes:
     """Compile a kernel to an object file."""
     import numba
 
-    from softmax_fused.backends.numba.kernels.cross_entropy import make_kernel
     from softmax_fused.backends.numba.kernels.memory import types_called
-    from softmax_fused.backends.numba.kernels.softmax import make_softmax
+    from softmax_fused.backends.numba.kernels.operations import make_kernel
 
     types = types_called(*(NAMES[it] if it else None for it in (key.logits, key.target, key.real)))
-    if key.softmax:
-        kernel = make_softmax(types, key.tiled, "log" in key.softmax, "gradient" in key.softmax)
-    else:
-        kernel = make_kernel(types, key.tiled)
+    kernel = make_kernel(key.operation, types, key.tiled)
     callback = numba.cfunc(numba.void(numba.int64), error_model="numpy")(kernel)
     module = llvm().parse_assembly(callback.inspect_llvm())
     for function in module.functions:

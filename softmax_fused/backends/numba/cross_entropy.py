@@ -39,6 +39,11 @@ class NoKernelError(Exception):
     """There is no kernel for a call, or Numba cannot compile it and has said why: pure torch computes."""
 
 
+def covers(spec: Spec) -> bool:
+    """Whether there are kernels for such a call."""
+    return spec.target.reader in READERS and not spec.batch_invariant
+
+
 def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:
     """Return the shapes of what `loss` saves."""
     return torch_loss.saved_shapes(logits, weight, spec)
@@ -122,7 +127,7 @@ def compute(
         IndexError: If a class index that is not ignored lies outside [0, C).
         NoKernelError: If no kernel can be had.
     """
-    if spec.target.reader not in READERS or spec.batch_invariant:
+    if not covers(spec):
         raise NoKernelError
     if spec.target.has_labels and target.dtype is not torch.int64:
         target = target.long()
@@ -134,10 +139,7 @@ def compute(
         if plan is NO_KERNEL:
             raise NoKernelError
         return compute_copies(logits, target, weight, spec, grad, upstream, with_loss)
-    if weight is not None:
-        weight = weight.to(spec.acc).contiguous()
-    elif spec.has_dense_target:
-        weight = torch.ones(plan.call[FIELDS.classes], dtype=spec.acc)
+    weight = weights(weight, plan.call[FIELDS.classes], spec)
     scratch = SCRATCH.take(plan.scratch, spec.acc)
     result = torch.empty(plan.result, dtype=spec.acc) if with_loss else scratch
     memory = scratch.data_ptr()
@@ -150,13 +152,15 @@ def compute(
             *((memory, found) if plan.losses else (found, 0)), memory + plan.losses, *WRITTEN_BY_KERNEL,
         ),
     )  # fmt: skip
-    where, _ = call.buffer_info()
-    plan.kernel.run(where)
-    if call[WRONG_LABELS]:
-        raise _errors.out_of_range(plan.call[FIELDS.classes], spec.ignore_index, call[FIELDS.wrong_label])
-    if plan.team > 1:
-        share_rows(plan, call, where)
+    run_stages(plan, call)
     return result if spec.dtype is spec.acc else result.to(spec.dtype)
+
+
+def weights(weight: Tensor | None, classes: int, spec: Spec) -> Tensor | None:
+    """Return the weights of the classes in the type of the arithmetic, None where only the label's would be read."""
+    if weight is not None:
+        return weight.to(spec.acc).contiguous()
+    return torch.ones(classes, dtype=spec.acc) if spec.has_dense_target else None
 
 
 def compute_copies(
@@ -181,9 +185,18 @@ def compute_copies(
     return loss.view(row_shape(shape)) if with_loss and spec.reduction == "none" else loss
 
 
-def share_rows(plan: Plan, call: array[int], where: int) -> None:
-    """Run the stages that come after the first, which several threads share."""
-    call[FIELDS.stage] = Stage.rows
-    threads.run(plan.kernel, where, plan.team)
-    call[FIELDS.stage] = Stage.reduce
+def run_stages(plan: Plan, call: array[int]) -> None:
+    """Run a kernel that looks at the target first, then computes rows, which several threads share.
+
+    Raises:
+        IndexError: If a class index that is not ignored lies outside [0, C).
+    """
+    where, _ = call.buffer_info()
     plan.kernel.run(where)
+    if call[WRONG_LABELS]:
+        raise _errors.out_of_range(call[FIELDS.classes], call[FIELDS.ignore_index], call[FIELDS.wrong_label])
+    if plan.team > 1:
+        call[FIELDS.stage] = Stage.rows
+        threads.run(plan.kernel, where, plan.team)
+        call[FIELDS.stage] = Stage.reduce
+        plan.kernel.run(where)

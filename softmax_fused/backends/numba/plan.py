@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from softmax_fused._spec import row_shape
 from softmax_fused.backends.numba import compilation
-from softmax_fused.backends.numba.call import BLOCK, LANE_VECTORS, LANES, REDUCTIONS, Signature, Stage
+from softmax_fused.backends.numba.call import BLOCK, LANE_VECTORS, LANES, REDUCTIONS, ROW_COPIES, Signature, Stage
 from softmax_fused.backends.numba.compilation import Kernel, Key
 from softmax_fused.backends.numba.layout import (
     NOWHERE,
@@ -25,10 +25,13 @@ from softmax_fused.backends.numba.layout import (
 if TYPE_CHECKING:
     import torch
 
-    from softmax_fused._spec import Spec
+    from softmax_fused._spec import RowSpec, Spec
 
 TILE_CLASSES = 95
 """Up to this many classes rows go in tiles also where classes lie side by side."""
+
+MOST_TILE_CLASSES = 2**24
+"""A tile counts classes in float32."""
 
 FEW_LANES = 16
 """Where fewer rows of a tile lie at one stride, and the tile would be mostly empty, a copy of all rows costs less."""
@@ -57,13 +60,13 @@ def bits(number: float) -> int:
     return int(integer)
 
 
-def divide(rows: Rows, tiled: bool, threads: int, tiles: int = 1) -> tuple[int, int, int, int]:
-    """Return units, a thread's scratch, which holds so many tiles, how many units it takes at a time, and threads."""
+def divide(rows: Rows, tiled: bool, threads: int, copies: int = 1) -> tuple[int, int, int, int]:
+    """Return units, a thread's scratch, which holds so many of them, how many units it takes at a time, and threads."""
     if tiled:
-        units, scratch = rows.outer * -(-rows.inner // LANES), LANES * (tiles * rows.classes + LANE_VECTORS)
+        units, scratch = rows.outer * -(-rows.inner // LANES), LANES * (copies * rows.classes + LANE_VECTORS)
         chunk = max(1, CHUNK // (LANES * rows.classes))
     else:
-        units, scratch = rows.outer * rows.inner, -(-rows.classes // BLOCK) * BLOCK
+        units, scratch = rows.outer * rows.inner, copies * -(-rows.classes // BLOCK) * BLOCK
         chunk = max(1, CHUNK // rows.classes)
     many = rows.outer * rows.inner * rows.classes >= PARALLEL_NUMEL
     return units, scratch, chunk, min(threads, -(-units // chunk)) if many else 1
@@ -121,6 +124,45 @@ def make_plan(
 
 
 @functools.lru_cache(256)
+def make_rows_plan(
+    operation: str,
+    options: RowSpec,
+    shape: tuple[int, ...],
+    logits: tuple[int, ...],
+    target: tuple[int, ...],
+    grad: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    target_dtype: torch.dtype,
+    threads: int,
+) -> Plan | str:
+    """Return the plan of one of OF_ROWS, likewise."""
+    spec = options.spec
+    has_labels = spec.target.has_labels
+    given = [
+        class_strides(shape, logits),
+        (row_strides if has_labels else class_strides)(shape, target),
+        NOWHERE if grad is None else class_strides(shape, grad),
+    ]
+    known = [strides for strides in given if strides is not None]
+    if len(known) < len(given):
+        return NO_STRIDES
+    rows, strides = flatten(count_rows(shape), known)
+    side_by_side = strides[0][2] == 1 and (grad is None or strides[2][2] == 1)
+    tiled = rows.classes <= TILE_CLASSES or not side_by_side
+    if tiled and rows.classes > MOST_TILE_CLASSES:
+        return NO_KERNEL
+    kernel = compilation.load_kernel(Key(dtype, None if has_labels else target_dtype, spec.acc, tiled, operation))
+    if kernel is None:
+        return NO_KERNEL
+    units, scratch, chunk, team = divide(rows, tiled, threads, ROW_COPIES)
+    call = Signature(
+        *rows, *strides[0], *strides[1], *strides[2], 0, 0, scratch, units, chunk, REDUCTIONS["none"],
+        spec.ignore_index, bits(spec.label_smoothing), Stage.everything if team == 1 else Stage.prepare,
+    )  # fmt: skip
+    return Plan(kernel, array("q", call), team, 0, team * scratch, row_shape(shape))
+
+
+@functools.lru_cache(256)
 def make_softmax_plan(
     name: str,
     dim: int,
@@ -132,7 +174,7 @@ def make_softmax_plan(
     acc: torch.dtype,
     threads: int,
 ) -> Plan | str:
-    """Return the plan of one of SOFTMAX, likewise; `read`, `upstream` and `written` are strides."""
+    """Return the plan of one of OF_SOFTMAX, likewise; `read`, `upstream` and `written` are strides."""
     given = [
         strides_along(dim, shape, read),
         NOWHERE if upstream is None else strides_along(dim, shape, upstream),
@@ -148,7 +190,7 @@ def make_softmax_plan(
     kernel = compilation.load_kernel(Key(dtype, None if upstream is None else dtype, acc, tiled, name))
     if kernel is None:
         return NO_KERNEL
-    units, scratch, chunk, team = divide(rows, tiled, threads, tiles=1 if upstream is None else 2)
+    units, scratch, chunk, team = divide(rows, tiled, threads, copies=1 if upstream is None else 2)
     call = Signature(
         *rows, *strides[0], *strides[1], *strides[2], 0, 0, scratch, units, chunk, 0, 0, 0, Stage.everything
     )

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from softmax_fused.backends.numba import threads
-from softmax_fused.backends.numba.call import WRITTEN_BY_KERNEL
+from softmax_fused.backends.numba.call import (
+    GRADIENT_OF_LOG_SOFTMAX,
+    GRADIENT_OF_SOFTMAX,
+    LOG_SOFTMAX,
+    SOFTMAX,
+    WRITTEN_BY_KERNEL,
+)
 from softmax_fused.backends.numba.cross_entropy import SCRATCH
 from softmax_fused.backends.numba.pages import empty_like
 from softmax_fused.backends.numba.plan import NO_STRIDES, Plan, make_softmax_plan
@@ -19,7 +25,7 @@ if TYPE_CHECKING:
 
 def forward(input: Tensor, dim: int, dtype: torch.dtype, log: bool) -> Tensor:
     """Compute the softmax or, with `log`, its logarithm."""
-    out = compute("log softmax" if log else "softmax", input.to(dtype), None, dim)
+    out = compute(LOG_SOFTMAX if log else SOFTMAX, input.to(dtype), None, dim)
     return (torch.log_softmax if log else torch.softmax)(input, dim, dtype=dtype) if out is None else out
 
 
@@ -27,7 +33,7 @@ def backward(upstream: Tensor, out: Tensor, dim: int, dtype: torch.dtype, log: b
     """Compute the gradient of the input, of `dtype`, from the output."""
     if upstream.stride() != out.stride():
         upstream = torch.empty_like(out).copy_(upstream)
-    grad = compute("gradient of log softmax" if log else "gradient of softmax", out, upstream, dim)
+    grad = compute(GRADIENT_OF_LOG_SOFTMAX if log else GRADIENT_OF_SOFTMAX, out, upstream, dim)
     if grad is None:
         backward_of_torch = torch._log_softmax_backward_data if log else torch._softmax_backward_data
         grad = backward_of_torch(upstream, out, dim, out.dtype)
@@ -35,7 +41,7 @@ def backward(upstream: Tensor, out: Tensor, dim: int, dtype: torch.dtype, log: b
 
 
 def compute(name: str, read: Tensor, upstream: Tensor | None, dim: int) -> Tensor | None:
-    """Compute one of SOFTMAX from what is read and an upstream gradient of the same strides; None without a kernel."""
+    """Compute one of OF_SOFTMAX, the gradients from an upstream gradient of the same strides; None without a kernel."""
     acc = torch.float64 if read.dtype is torch.float64 else torch.float32
     written = empty_like(read)
     plan = make_softmax_plan(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from softmax_fused._spec import (
         CrossEntropyOperations,
         RowOutputsOperations,
+        RowsKind,
         SliceRowsOperations,
         VocabParallelOperations,
     )
@@ -46,6 +47,10 @@ class TorchBackend(Backend):
         if numel < SMALL_CPU_NUMEL:
             return True
         return numel * logits.itemsize < SMALL_CPU_BYTES and (logits.itemsize == 2 or not with_gradient)
+
+    def leaves_rows_to_torch(self, logits: Tensor, with_gradient: bool, kind: RowsKind) -> bool:  # noqa: ARG002
+        """Whether the same holds for several outputs of each row, of which the loss is one."""
+        return self.leaves_to_torch(logits, with_gradient) and (logits.numel() < SMALL_CPU_NUMEL or not with_gradient)
 
 
 BACKEND = TorchBackend()

@@ -34,12 +34,13 @@ def label_functions(real: Any, log1p: Any) -> tuple[Any, Any]:
     def label_gradient(others, x_label, g, confidence, label_weight, per_class, weight_sum):
         """Return what the exponentials are multiplied by, g * A / s, and the gradient at the label.
 
-        That is g * (A - a - A * (1 - p)), in which no digit cancels where the row is confident.
+        That is g * (A - a - A * (1 - p)), where A - a is the share of the other classes: no digit cancels where the row
+        is confident.
         """
         a = (confidence + per_class) * label_weight
         total = label_weight if per_class == zero else confidence * label_weight + per_class * weight_sum
         s = others + x_label
-        rest = zero if per_class == zero else total - a
+        rest = zero if per_class == zero else per_class * (weight_sum - label_weight)
         at_label = g * (rest - total * (others / s))
         if np.isinf(total) and per_class != zero:  # another class's weight: A - a and A * (1 - p) are both infinite
             at_label = g * (total * (x_label / s) - a)

@@ -1,7 +1,7 @@
-"""exp and log1p in arithmetic alone, so that LLVM vectorises the loops around them; below 1.5 units in the last place.
+"""exp, log1p and tanh in arithmetic alone, so that LLVM vectorises the loops around them.
 
-Both keep NaN. Multiplications and additions may be fused, which changes no value class ("contract"); no other liberty
-is taken. `functions` returns those of float32 or float64.
+Errors are below 1.5 units in the last place, tanh's below 2.5. All keep NaN. Multiplications and additions may be
+fused, which changes no value class ("contract"); no other liberty is taken. They are made for float32 or float64.
 """
 
 from __future__ import annotations
@@ -102,3 +102,32 @@ def functions(real: Any) -> tuple[Any, Any]:
         return exponent * high - ((square - (s * (square + z * log_rest(z)) + (exponent * low + lost / u))) - f)
 
     return exp, log1p
+
+
+def hyperbolic_tangent(real: Any) -> Any:
+    """Return tanh, in the type `real`, of w = exp(-2 |x|): (1 - w) / (1 + w) or, above 1/2, 1 - 2 w / (1 + w).
+
+    1 - w loses no digit near 0, as it comes from the polynomial; above 1/2 only the last subtraction rounds.
+    """
+    constants = SINGLE if real is np.float32 else DOUBLE
+    integer, mantissa, bias = constants.integer, constants.mantissa, constants.bias
+    magic, smallest, log2_e = real(constants.magic), real(constants.smallest), real(LOG2_E)
+    high, low = (real(part) for part in constants.log_2)
+    one, two, zero, exp_rest = real(1), real(2), real(0), polynomial(constants.exponential)
+    log_third = real(-np.log(3))
+
+    @contracted
+    def tanh(x):
+        y = -two * abs(x)
+        shifted = y * log2_e + magic
+        n = shifted - magic
+        r = (y - n * high) - n * low
+        p = (r * r) * exp_rest(r) + r
+        scale = reinterpret(real, integer((reinterpret(integer, shifted) + bias) << mantissa))
+        w = zero if y < smallest else p * scale + scale
+        above_half = y < log_third
+        quotient = (two * w if above_half else (one - scale) - p * scale) / (one + w)
+        t = one - quotient if above_half else quotient
+        return -t if x < zero else t
+
+    return tanh

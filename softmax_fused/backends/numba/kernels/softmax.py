@@ -16,22 +16,7 @@ from softmax_fused.backends.numba.kernels.decorators import contracted, exact, r
 from softmax_fused.backends.numba.kernels.math import functions
 from softmax_fused.backends.numba.kernels.memory import SIZES, Types, get, load, store
 from softmax_fused.backends.numba.kernels.rows import row_functions
-from softmax_fused.backends.numba.kernels.stages import work_on_units
 from softmax_fused.backends.numba.kernels.tiles import tile_functions
-
-
-def make_softmax(types: Types, tiled: bool, log: bool, gradient: bool) -> Any:
-    """Return the kernel, a function of a call's address."""
-    if gradient:
-        compute = (gradient_tile if tiled else gradient_row)(types, log)
-    else:
-        compute = (softmax_tile if tiled else softmax_row)(types, log)
-    work = work_on_units(compute, types.real)
-
-    def kernel(p):
-        work(p)
-
-    return kernel
 
 
 def addresses_of(size: int) -> Any:
