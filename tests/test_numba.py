@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softmax_fused import cross_entropy, log_softmax, softmax
+from softmax_fused import cross_entropy, cross_entropy_rows, log_softmax, softmax
 from softmax_fused._dispatch import get_backend
+from softmax_fused._row_outputs import DEFAULT, DIFFERENTIABLE, OUTPUTS
 from tests import reference
 from tests.cases import assert_right, crossed, make_indices, make_logits, make_probabilities
 from tests.conftest import COMPILED, HAS_NUMBA
@@ -67,7 +68,7 @@ def always_parallel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(plan, "PARALLEL_NUMEL", 1)
     monkeypatch.setattr(plan, "CHUNK", 256)
-    kept = (plan.make_plan, plan.make_softmax_plan)
+    kept = (plan.make_plan, plan.make_rows_plan, plan.make_softmax_plan)
     for function in kept:
         function.cache_clear()
     yield
@@ -103,6 +104,41 @@ def test_any_number_of_threads_gives_the_same_bits(
     for _ in range(3):
         together = loss_and_gradient(logits, target, **options)
         assert all(map(torch.equal, alone, together))
+
+
+def outputs_and_gradient(logits: Tensor, target: Tensor, **options: object) -> list[Tensor]:
+    """All outputs of rows that such a target has, then the gradient from an upstream gradient for each."""
+    names = DEFAULT if target.is_floating_point() else tuple(OUTPUTS)
+    found = cross_entropy_rows(logits, target, outputs=names, **options)
+    soft = [getattr(found, name) for name in DIFFERENTIABLE if name in names]
+    upstream = [torch.linspace(0.5 + i, 1.5, it.numel()).view(it.shape).to(it.dtype) for i, it in enumerate(soft)]
+    (grad,) = torch.autograd.grad(soft, logits, upstream)
+    return [*(it.detach() for it in found if it is not None), grad]
+
+
+@pytest.mark.usefixtures("always_parallel")
+@crossed(
+    shape=SHAPES,
+    dtype=[torch.float32, torch.bfloat16],
+    probabilities=[False, True],
+    softcap=[None, 3.0],
+    smoothing=[0.0, 0.1],
+)
+def test_outputs_of_rows_have_the_same_bits_with_any_number_of_threads(
+    request: pytest.FixtureRequest,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    probabilities: bool,
+    softcap: float | None,
+    smoothing: float,
+) -> None:
+    logits = make_logits(shape, dtype, "cpu")
+    target = make_probabilities(shape, dtype, "cpu") if probabilities else make_indices(shape, "cpu")
+    options = {"softcap": softcap, "label_smoothing": smoothing, "backend": "numba"}
+    alone = outputs_and_gradient(logits, target, **options)
+    request.getfixturevalue("three_threads")
+    for _ in range(3):
+        assert all(map(torch.equal, alone, outputs_and_gradient(logits, target, **options)))
 
 
 @pytest.mark.usefixtures("three_threads", "always_parallel")
@@ -415,6 +451,102 @@ def test_what_there_is_no_kernel_for_is_computed_by_pure_torch(unknown: str) -> 
     expected = torch_loss.loss_and_gradient(logits, target, None, spec)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[2], expected[2])
+
+
+def test_outputs_of_rows_in_no_batch_that_varies_are_pure_torchs() -> None:
+    logits, target = make_logits((70, 100), torch.float32, "cpu"), make_indices((70, 100), "cpu")
+    ours, torchs = (
+        outputs_and_gradient(logits, target, backend=name, batch_invariant=True) for name in ("numba", "torch")
+    )
+    assert all(map(torch.equal, ours, torchs))
+
+
+def test_where_the_gradient_of_rows_cannot_be_compiled_torch_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outputs' kernel has saved nothing, and torch's gradient needs their entropy."""
+    from softmax_fused.backends.numba import compilation, plan
+
+    logits, target = make_logits((70, 100), torch.float32, "cpu"), make_indices((70, 100), "cpu")
+    expected = outputs_and_gradient(logits, target, backend="torch")
+    load = compilation.load_kernel
+    monkeypatch.setattr(compilation, "load_kernel", lambda key: None if "gradient" in key.operation else load(key))
+    plan.make_rows_plan.cache_clear()
+    found = outputs_and_gradient(logits, target, backend="numba")
+    plan.make_rows_plan.cache_clear()
+    assert torch.equal(found[-1], expected[-1])
+    assert not torch.equal(found[0], expected[0])  # another order of its sums
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_outputs_of_rows_at_no_common_stride_are_those_of_a_copy(probabilities: bool) -> None:
+    logits = torch.randn(3, 4, 8, 20)[:, :, ::2].requires_grad_()
+    target = (
+        make_probabilities(logits.shape, torch.float32, "cpu") if probabilities else make_indices(logits.shape, "cpu")
+    )
+    copy = logits.detach().contiguous().requires_grad_()
+    ours, copys = (outputs_and_gradient(it, target, backend="numba") for it in (logits, copy))
+    assert all(map(torch.equal, ours, copys))
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (5, 300)], ids=str)
+def test_no_gradient_comes_from_rows_of_which_nothing_is_asked(shape: tuple[int, ...]) -> None:
+    logits, target = make_logits(shape, torch.float32, "cpu"), make_indices(shape, "cpu")
+    logits.data[1] = math.nan
+    target[1] = target[2] = -100
+    found = cross_entropy_rows(logits, target, outputs=("loss", "logsumexp"), backend="numba")
+    upstream = torch.tensor([1.0, 0, 1, 0, 1])
+    (grad,) = torch.autograd.grad([found.loss, found.logsumexp], logits, [torch.ones(5), upstream])
+    assert (grad[1] == 0).all()
+    torch.testing.assert_close(grad[2], logits[2].softmax(0))
+    assert (grad[3] != 0).all()
+
+
+@crossed(
+    shape=[(700, 10), (90, 300), (3, 19, 24, 24)],
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    probabilities=[False, True],
+    softcap=[None, 3.0],
+)
+def test_outputs_of_rows_are_no_less_accurate_than_torchs(
+    shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool, softcap: float | None
+) -> None:
+    logits = make_logits(shape, dtype, "cpu")
+    target = make_probabilities(shape, dtype, "cpu") if probabilities else make_indices(shape, "cpu")
+    wide, exact = logits.detach().double().requires_grad_(), target.double() if probabilities else target
+    options = {"softcap": softcap, "logit_scale": 0.7}
+    truth = outputs_and_gradient(wide, exact, backend="torch", **options)
+    ours, torchs = (outputs_and_gradient(logits, target, backend=name, **options) for name in ("numba", "torch"))
+    quarter = torch.finfo(dtype).eps / 4
+    for mine, theirs, right in zip(ours, torchs, truth, strict=True):
+        assert mine.dtype is theirs.dtype
+        if mine.is_floating_point():
+            errors = [(it.double() - right).abs().max() for it in (mine, theirs)]
+            assert errors[0] <= 1.5 * errors[1] + quarter * right.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("shape", "with_gradient", "kind", "left"),
+    [
+        ((4, 10), False, "several", False),
+        ((4, 10), True, "several", False),
+        ((256, 10), True, "loss", False),
+        ((200, 10), True, "loss", True),
+        ((1023, 1024), False, "loss", True),
+        ((1024, 1024), False, "loss", False),
+        ((1023, 1024), True, "sparse", True),
+        ((1024, 1024), True, "sparse", False),
+    ],
+)
+def test_outputs_of_rows_that_torch_computes_faster_are_left_to_it(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], with_gradient: bool, kind: str, left: bool
+) -> None:
+    from softmax_fused.backends.numba import backend
+
+    monkeypatch.setattr(backend, "FAILED", set())
+    logits = torch.empty(shape)
+    assert backend.BACKEND.leaves_rows_to_torch(logits, with_gradient, kind) is left
+    backend.FAILED.add(None)
+    torchs = get_backend("torch", "cpu").leaves_rows_to_torch
+    assert backend.BACKEND.leaves_rows_to_torch(logits, with_gradient, kind) is torchs(logits, with_gradient, kind)
 
 
 def test_other_devices_are_refused() -> None:
