@@ -9,7 +9,7 @@ CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 VENV := .venv$(if $(TORCH),-$(TORCH))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-EXTRAS := train test cpu bench docs dev integrations
+EXTRAS := train test bench docs dev integrations
 STAMPS := $(EXTRAS:%=$(VENV)/.%)
 QUIET := $(if $(CI),--quiet) # elsewhere pip shows the downloads' progress
 SPHINX := $(BIN)/python -m sphinx -W --keep-going -q docs build/docs
@@ -70,7 +70,7 @@ test-slow: $(VENV)/.test ## the other tests: more cases, compilation for four GP
 
 test-all: test test-slow ## every test
 
-test-cpu: $(VENV)/.test $(VENV)/.cpu ## the compiled CPU backend, for which it installs Numba: four minutes at first, three later
+test-cpu: $(VENV)/.test ## every test of the compiled CPU backend: four minutes at first, three later
 	$(PYTEST) -k "compiled or numba" $(ARGS)
 
 test-integrations: $(VENV)/.test $(VENV)/.integrations ## docs/integrations.md with every library that it names: two minutes

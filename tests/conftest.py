@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -83,16 +84,19 @@ def pytest_report_header() -> list[str]:
     """Say what is left out, and whether warnings are errors."""
     lines = [f"without the tests of the lab and of ranks: {', '.join(MISSING)} missing"] if MISSING else []
     if not HAS_NUMBA:
-        lines += ["without the compiled CPU backend: `make test-cpu` installs Numba, and tests it"]
+        lines += ["without the compiled CPU backend: Numba is missing"]
     others = unpinned()
     return [*lines, f"warnings are reported: {', '.join(others)} not as pinned" if others else "warnings are errors"]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out the tests of a GPU where there is none, rather than skip each."""
+    """Leave out the tests of a GPU where there is none, rather than skip each; compile little where time is short."""
     if not HAS_GPU:
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    for item in items:
+        if COMPILED in getattr(item, "callspec", NO_PARAMETERS).params.values():
+            item.add_marker(pytest.mark.slow)  # dozens of kernels, each of which takes seconds to compile
 
 
 settings.register_profile("default", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -112,6 +116,9 @@ COMPILED = Place("cpu", "numba")
 INTERPRETER = Place("cpu", "triton")
 GPU = Place("cuda", "triton")
 GPU_TORCH = Place("cuda", "torch")
+
+
+NO_PARAMETERS = SimpleNamespace(params={})
 
 
 def on_gpu(*places: tuple[str, Place]) -> list[Any]:

@@ -76,6 +76,7 @@ def always_parallel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         function.cache_clear()
 
 
+@pytest.mark.slow  # eight kernels are compiled
 @pytest.mark.usefixtures("always_parallel")
 @pytest.mark.parametrize("pool", ["openmp", "python"])
 @crossed(
@@ -116,6 +117,7 @@ def outputs_and_gradient(logits: Tensor, target: Tensor, **options: object) -> l
     return [*(it.detach() for it in found if it is not None), grad]
 
 
+@pytest.mark.slow  # sixteen kernels
 @pytest.mark.usefixtures("always_parallel")
 @crossed(
     shape=SHAPES,
@@ -187,6 +189,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow  # a process compiles
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_forked_process_has_threads_of_its_own() -> None:
     run(FORKED)
@@ -211,6 +214,7 @@ sys.exit("the child waits for a lock that nobody will release")
 """
 
 
+@pytest.mark.slow  # a process compiles
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_process_forked_while_another_thread_compiles_does_not_wait_for_it() -> None:
     run(FORKED_WHILE_COMPILING)
@@ -225,6 +229,7 @@ print(cross_entropy(torch.zeros(2, 200), torch.full((2, 200), 1 / 200), backend=
 LOSS = pytest.approx(math.log(200))
 
 
+@pytest.mark.slow  # two processes compile
 def test_a_process_finds_what_another_has_compiled(tmp_path: Path) -> None:
     first, second = (run(CALL, tmp_path).stdout.split() for _ in range(2))
     assert float(first[0]) == float(second[0]) == LOSS
@@ -247,6 +252,7 @@ def test_another_cpu_or_kernel_has_other_code(monkeypatch: pytest.MonkeyPatch) -
     compilation.environment.cache_clear()
 
 
+@pytest.mark.slow  # a process compiles
 def test_without_a_folder_to_write_to_every_process_compiles(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert run(CALL, tmp_path / "file").stdout.split()[1] == "True"
@@ -263,6 +269,7 @@ def test_several_processes_compile_at_once(tmp_path: Path) -> None:
     assert run(CALL, tmp_path).stdout.split()[1] == "False"
 
 
+@pytest.mark.slow  # a process compiles
 def test_long_compilation_says_what_is_going_on(tmp_path: Path) -> None:
     patient = "from softmax_fused.backends.numba import compilation\ncompilation.PATIENCE = 0.0\n"
     finished = run(patient + CALL, tmp_path)
@@ -398,6 +405,7 @@ def softmax_and_gradient(function: Callable[..., Tensor], numbers: Tensor, dim: 
     return [out, *torch.autograd.grad(out, numbers, upstream)]
 
 
+@pytest.mark.slow  # eight kernels
 @pytest.mark.usefixtures("always_parallel")
 @pytest.mark.parametrize("function", [softmax, log_softmax])
 @pytest.mark.parametrize(("shape", "dim"), [((2000, 40), 1), ((150, 700), 1), ((3, 7, 40, 50), 1), ((40, 9, 130), 0)])
@@ -411,6 +419,7 @@ def test_softmax_has_the_same_bits_with_any_number_of_threads(
         assert all(map(torch.equal, alone, softmax_and_gradient(function, numbers, dim, upstream)))
 
 
+@pytest.mark.slow  # four kernels
 @pytest.mark.parametrize("function", [softmax, log_softmax])
 def test_softmax_of_rows_at_no_common_stride_is_that_of_a_copy(function: Callable[..., Tensor]) -> None:
     rows = torch.randn(6, 5, 4, 130)[:, ::2, 1:3, ::2].requires_grad_()
@@ -461,6 +470,7 @@ def test_outputs_of_rows_in_no_batch_that_varies_are_pure_torchs() -> None:
     assert all(map(torch.equal, ours, torchs))
 
 
+@pytest.mark.slow  # two kernels
 def test_where_the_gradient_of_rows_cannot_be_compiled_torch_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The outputs' kernel has saved nothing, and torch's gradient needs their entropy."""
     from softmax_fused.backends.numba import compilation, plan
@@ -476,6 +486,7 @@ def test_where_the_gradient_of_rows_cannot_be_compiled_torch_computes_it(monkeyp
     assert not torch.equal(found[0], expected[0])  # another order of its sums
 
 
+@pytest.mark.slow  # four kernels
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_outputs_of_rows_at_no_common_stride_are_those_of_a_copy(probabilities: bool) -> None:
     logits = torch.randn(3, 4, 8, 20)[:, :, ::2].requires_grad_()
@@ -487,6 +498,7 @@ def test_outputs_of_rows_at_no_common_stride_are_those_of_a_copy(probabilities: 
     assert all(map(torch.equal, ours, copys))
 
 
+@pytest.mark.slow  # four kernels
 @pytest.mark.parametrize("shape", [(5, 40), (5, 300)], ids=str)
 def test_no_gradient_comes_from_rows_of_which_nothing_is_asked(shape: tuple[int, ...]) -> None:
     logits, target = make_logits(shape, torch.float32, "cpu"), make_indices(shape, "cpu")
@@ -500,6 +512,7 @@ def test_no_gradient_comes_from_rows_of_which_nothing_is_asked(shape: tuple[int,
     assert (grad[3] != 0).all()
 
 
+@pytest.mark.slow  # twenty-four kernels
 @crossed(
     shape=[(700, 10), (90, 300), (3, 19, 24, 24)],
     dtype=[torch.float32, torch.bfloat16, torch.float16],
@@ -561,6 +574,7 @@ def test_gradients_are_to_the_bit_those_of_the_loss() -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.slow  # sixteen kernels
 @crossed(
     shape=[(700, 10), (90, 300), (3, 19, 24, 24)],
     dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
