@@ -38,6 +38,7 @@ class Mutant(NamedTuple):
     right: str
     wrong: str
     tests: tuple[str, ...] = ()  # where not those of its file
+    kernels: bool = False  # whether these run in the interpreter
 
 
 LINEAR_TESTS = ("linear", "linear_transforms")
@@ -76,7 +77,10 @@ MERGE, ROW_SLICES, DTENSOR_LAYER = (
 TORCH_ROW_SLICES = "softmax_fused/backends/torch/slice_rows.py"
 PLAN = "softmax_fused/backends/triton/plan.py"
 SPARSE = "softmax_fused/backends/sparse.py"
-NUMBA, NUMBA_ROWS = "softmax_fused/backends/numba", "softmax_fused/backends/numba/kernels/rows.py"
+NUMBA = "softmax_fused/backends/numba"
+NUMBA_ROWS, NUMBA_OUTPUTS, NUMBA_SINGLE, NUMBA_TILES = (
+    f"{NUMBA}/kernels/{name}.py" for name in ("rows", "row_outputs", "single_rows", "row_tiles")
+)
 AUTOGRAD = "softmax_fused/functional/autograd.py"
 HOST = "softmax_fused/backends/triton/cross_entropy.py"
 LAB = "softmax_fused/training"
@@ -145,8 +149,8 @@ MUTANTS = {
     "plan: the first call's stream for all": Mutant(PLAN, "stream = active.get_current_stream(device)", "stream = 7"),
     "plan: tickets of all streams in one place": Mutant(PLAN, "place = index, active.get_current_stream(index)", "place = index, 0"),
     "plan: other tile sizes, old plans": Mutant("softmax_fused/backends/triton/tiles.py", "        cache.cache_clear()", "        pass"),
-    "autocast's decision kept without it": Mutant("softmax_fused/_dispatch.py", "backend, torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type),", "backend, False,", ("plan",)),
-    "a decision kept for other backends": Mutant("softmax_fused/_dispatch.py", "backend, torch._C._is_any", "torch._C._is_any", ("plan",)),
+    "autocast's decision kept without it": Mutant("softmax_fused/_dispatch.py", "backend, torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type),", "backend, False,", ("plan",), kernels=True),
+    "a decision kept for other backends": Mutant("softmax_fused/_dispatch.py", "backend, torch._C._is_any", "torch._C._is_any", ("plan",), kernels=True),
     "tickets are not given back": Mutant(REDUCE, "    if last:\n        tl.store(ticket_ptr, 0)\n", ""),
     "zero weight sum is not NaN": Mutant(REDUCE, 'weight = tl.where(weight == 0.0, float("nan"), weight)', "weight = weight"),
     "weight ignored for the target class": Mutant(KERNEL, "tl.where(has_label, confidence * class_weight(target, label, has_label, ACC), 0.0)", "tl.where(has_label, confidence, 0.0)"),
@@ -354,7 +358,22 @@ MUTANTS = {
     "numba: code of another CPU": Mutant(f"{NUMBA}/compilation.py", '"\\0".join(versions + machine)', '"\\0".join(versions)', ("numba",)),
     "numba: a fork waits for its parent's lock": Mutant(f"{NUMBA}/compilation.py", "    global LOCK\n", "", ("numba",)),
     "numba: small calls are not left to torch": Mutant(f"{NUMBA}/backend.py", "return logits.numel() < LEAST_NUMEL[with_gradient, few_classes]", "return False", ("numba",)),
-    "numba: any kind of target is class indices": Mutant(f"{NUMBA}/cross_entropy.py", "if spec.target.reader not in READERS or", "if", ("numba",)),
+    "numba: any kind of target is class indices": Mutant(f"{NUMBA}/cross_entropy.py", "return spec.target.reader in READERS and not", "return not", ("numba",)),
+    "numba: rows: NaN is not the largest": Mutant(NUMBA_SINGLE, "return np.int64(first_nan if first_nan < count else first)", "return np.int64(min(first, count - 1))", ("row_outputs",)),
+    "numba: rows: the largest logit counted twice": Mutant(NUMBA_SINGLE, "        store(real, x, top, minus_infinity)\n", "", ("row_outputs",)),
+    "numba: rows: the cap's slope forgotten": Mutant(NUMBA_SINGLE, "(scale * (one - tanh * tanh))", "scale", ("row_outputs",)),
+    "numba: rows: padding is a class": Mutant(NUMBA_SINGLE, "        for c in range(classes, count):\n            store(real, x, c, minus_infinity)\n", "", ("row_outputs",)),
+    "numba: rows: -inf in the entropy is NaN": Mutant(NUMBA_SINGLE, "u += value * (least if difference < least else difference)", "u += value * difference", ("row_outputs",)),
+    "numba: rows: a share is subtracted where none is asked for": Mutant(NUMBA_SINGLE, "if dense(p) and factors.of_share != zero:", "if dense(p):", ("row_outputs", "numba")),
+    "numba: tiles: ties go to the last class": Mutant(NUMBA_TILES, "better = (value > best)", "better = (value >= best)", ("row_outputs",)),
+    "numba: tiles: the largest logit counted twice": Mutant(NUMBA_TILES, "zero if load(real, top, lane) == real(c) else value", "value", ("row_outputs",)),
+    "numba: tiles: the cap's slope forgotten": Mutant(NUMBA_TILES, "            undo_cap(t, e, classes * LANES)\n", "            pass\n", ("row_outputs",)),
+    "numba: tiles: rows of which nothing is asked are NaN": Mutant(NUMBA_TILES, "zero if (factor == zero) & (by_difference == zero) else value", "value", ("numba",)),
+    "numba: tiles: ranks of capped logits": Mutant(NUMBA_TILES, "            rank(p, n, first, lanes, classes, scales, x, at_label, larger)\n        sweeps.read(p, n, first, lanes, classes, scales, x, e)\n", "            pass\n        sweeps.read(p, n, first, lanes, classes, scales, x, e)\n        if ranked:\n            for lane in range(lanes):\n                store(real, at_label, lane, load(real, x, max(sweeps.label(p, n, first + lane), 0) * LANES + lane))\n            count_larger(x, classes, at_label, larger)\n", ("row_outputs",)),
+    "numba: rows: log-sum-exp in float32": Mutant(NUMBA_OUTPUTS, "np.float64(row.m) + (np.float64(0) if np.isinf(row.m) else np.float64(log_s))", "np.float64(row.m + (real(0) if np.isinf(row.m) else log_s))", ("log_prob",)),
+    "numba: rows: ignored rows have a rank": Mutant(NUMBA_OUTPUTS, "store(np.int64, get(p, ROW_FIELDS.rank), number, -1)", "pass", ("row_outputs",)),
+    "numba: rows: the gradient of torch without its entropy": Mutant(f"{NUMBA}/row_outputs.py", "    if covers(spec):", "    if False:", ("numba",)),
+    "numba: tanh is cut off near 0": Mutant(f"{NUMBA}/kernels/math.py", "(one - scale) - p * scale) / (one + w)", "one - w) / (one + w)", ("row_outputs",)),
 }  # fmt: skip
 
 
@@ -374,7 +393,7 @@ def runs_of(folder: str) -> set[str]:
 def fails(mutant: Mutant, tree: Path, marks: str) -> bool:
     """Whether a test of those marks fails."""
     tests = [f"tests/test_{name}.py" for name in mutant.tests or OWN.get(mutant.file, TESTS)]
-    on_cpu = mutant.tests or mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {
+    on_cpu = (mutant.tests and not mutant.kernels) or mutant.file in {TORCH, TARGETS, CHUNKS, *OWN} - {
         SOFTMAX,
         SOFTMAX_HOST,
         OUTPUTS,

@@ -110,6 +110,7 @@ def curve_lines(out: str) -> list[str]:
     return re.findall(r"^epoch +(\d+)/", out, re.M)
 
 
+@pytest.mark.slow  # torchrun waits for its ranks
 @pytest.mark.skipif(not PROC.is_dir(), reason="finds the ranks through /proc")
 def test_a_job_restarts_after_a_killed_rank_and_stops_on_sigterm(tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -140,6 +141,7 @@ def test_a_job_restarts_after_a_killed_rank_and_stops_on_sigterm(tmp_path: Path)
     assert metrics_of(folder)["ranks"] == 1
 
 
+@pytest.mark.slow  # torchrun waits for its ranks
 @pytest.mark.skipif(not PROC.is_dir(), reason="finds the ranks through /proc")
 def test_a_job_that_may_not_restart_ends_when_a_rank_dies(tmp_path: Path) -> None:
     options = ["--dataset", "digits", "--loss", "torch", "--device", "cpu", "--epochs", 100_000]
