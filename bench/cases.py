@@ -14,12 +14,12 @@ PIXELS = 28 * 28
 
 
 class Case(NamedTuple):
-    """Logits of one shape and dtype, with class indices as targets; or their softmax, which has no target."""
+    """Logits of one shape and dtype, with class indices as targets: their loss, outputs of their rows, or a softmax."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     modes: tuple[str, ...] = LOSS_MODES
-    operation: str = "loss"  # or "softmax"
+    operation: str = "loss"  # or "rows" or "softmax"
 
     @property
     def logits(self) -> int:
@@ -43,7 +43,7 @@ class Inputs:
         self.case, self.device = case, device
         self.logits = torch.randn(case.shape, dtype=case.dtype, device=device).requires_grad_()
         self.target = torch.randint(0, case.shape[1], (case.shape[0], *case.shape[2:]), device=device)
-        self.upstream = None if case.operation == "loss" else torch.randn_like(self.logits)
+        self.upstream = torch.randn_like(self.logits) if case.operation == "softmax" else None
         self.scratch: Tensor | None = None
 
     def logits_to_overwrite(self) -> Tensor:

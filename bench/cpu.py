@@ -19,7 +19,8 @@ from bench.record import main, write_json
 LARGE = [(2048, 10_000), (512, 32_000), (256, 128_256)]
 SHAPES = [*LARGE, (60_000, 10), (4096, 1000), (256, 10), (16, 19, 128, 256), (1, 19, 512, 1024)]
 LARGE_CASES = [Case(shape, torch.bfloat16) for shape in LARGE]
-CASES = [Case(shape, torch.float32) for shape in SHAPES] + LARGE_CASES + [STEP]
+ROWS = [Case(shape, torch.float32, operation="rows") for shape in (LARGE[0], *SHAPES[3:7])]
+CASES = [Case(shape, torch.float32) for shape in SHAPES] + LARGE_CASES + ROWS + [STEP]
 LARGEST = Case((256, 128_256), torch.float32)
 
 if __name__ == "__main__":

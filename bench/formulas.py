@@ -8,10 +8,12 @@ OURS, BASE = "ours", "torch"
 
 PASSES = {
     "loss": {"forward": 1, "backward": 2, "both": 2},
+    "rows": {"forward": 1, "backward": 2, "both": 3},
     "softmax": {"forward": 2, "backward": 3, "both": 5},
 }
 """Logits-sized passes that cannot be avoided. Of the loss: read; read and write; and for both still one read and one
-write, which only a loss that computes its gradient in the forward pass gets down to. Of softmax: read and write; read
+write, which only a loss that computes its gradient in the forward pass gets down to; outputs of rows have an upstream
+gradient each, which is not known then. Of softmax: read and write; read
 output and upstream gradient, write. What is counted per row is left out."""
 
 

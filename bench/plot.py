@@ -113,7 +113,7 @@ def blocks(results: Path) -> dict[str, str]:
     codegen = results / "codegen.json"
     predicted = tables.predicted_table(json.loads(codegen.read_text())) if codegen.exists() else ""
     return {
-        "summary": summary(found.get("cpu")),
+        "summary": summary(found.get("cpu-numba") or found.get("cpu")),
         "cpu": "\n\n".join(by_device["cpu"]),
         "host": "\n\n".join(host_section(json.loads(path.read_text())) for path in sorted(results.glob("host-*.json"))),
         "gpu": "\n\n".join(by_device["cuda"]) or NOT_ON_A_GPU,

@@ -41,25 +41,42 @@ def of_logits(softmax: Callable[..., Tensor]) -> Loss:
     return lambda logits, _: softmax(logits, 1)
 
 
+def rows_of_ours(logits: Tensor, target: Tensor, backend: str = "auto") -> Tensor:
+    return summed(*softmax_fused.cross_entropy_rows(logits, target, backend=backend)[:4])
+
+
+def rows_of_torch(logits: Tensor, target: Tensor) -> Tensor:
+    """A pass over the logits, or several, for each output."""
+    entropy = torch.special.entr(F.softmax(logits, 1)).sum(1)
+    losses = F.cross_entropy(logits, target, reduction="none")
+    return summed(losses, torch.logsumexp(logits, 1), logits.argmax(1), entropy)
+
+
+def summed(loss: Tensor, logsumexp: Tensor, prediction: Tensor, entropy: Tensor) -> Tensor:
+    """The loss with z-loss and an entropy bonus, and a number that takes the prediction."""
+    return (loss + 1e-4 * logsumexp.square() - 0.01 * entropy).mean() + 0 * prediction.sum()
+
+
 def pure_torch(case: Case, device: str) -> Loss:
     """Ours without Numba, where that computes otherwise."""
-    if device != "cpu" or explain_backend(torch.device(device))[0] != "numba" or case.operation != "loss":
+    if device != "cpu" or explain_backend(torch.device(device))[0] != "numba" or case.operation == "softmax":
         raise Unavailable("ours is not computed by Numba here")
-    return functools.partial(softmax_fused.cross_entropy, backend="torch")
+    function = softmax_fused.cross_entropy if case.operation == "loss" else rows_of_ours
+    return functools.partial(function, backend="torch")
 
 
 def ours(case: Case, device: str, *, option: str | None = None) -> Loss:  # noqa: ARG001
-    if case.operation == "softmax":
+    if case.operation != "loss":
         if option:
-            raise Unavailable(f"softmax has no {option}")
-        return of_logits(softmax_fused.softmax)
+            raise Unavailable(f"{case.operation} has no {option}")
+        return rows_of_ours if case.operation == "rows" else of_logits(softmax_fused.softmax)
     if option is None:
         return softmax_fused.cross_entropy
     return functools.partial(softmax_fused.cross_entropy, **{option: True})
 
 
 def torch_eager(case: Case, device: str) -> Loss:  # noqa: ARG001
-    return F.cross_entropy if case.operation == "loss" else of_logits(F.softmax)
+    return {"loss": F.cross_entropy, "rows": rows_of_torch}.get(case.operation, of_logits(F.softmax))
 
 
 def torch_compiled(case: Case, device: str) -> Loss:
@@ -76,6 +93,8 @@ def torch_compiled(case: Case, device: str) -> Loss:
 def rival(module: str, case: Case, device: str) -> ModuleType:
     """Import a rival that has kernels for logits (N, C) on a GPU only; Triton's interpreter may run them, too."""
     name = module.partition(".")[0]
+    if case.operation == "rows":
+        raise Unavailable(f"{name} has no such outputs of rows")
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise Unavailable(f"{name} needs a GPU")
     if len(case.shape) != 2:

@@ -349,7 +349,7 @@ MUTANTS = {
     "numba: the label counted twice": Mutant(NUMBA_ROWS, "                store(real, x, label, minus_infinity)\n", "", ("numba",)),
     "numba: padding of the last block counts": Mutant(NUMBA_ROWS, "            store(real, x, c, minus_infinity)\n", "            store(real, x, c, zero)\n", ("numba",)),
     "numba: a full last block is forgotten": Mutant(NUMBA_ROWS, "special + BLOCK, whole)\n        return s", "special + BLOCK, whole - BLOCK)\n        return s", ("numba",)),
-    "numba: exp of -inf is no 0": Mutant(f"{NUMBA}/kernels/math.py", "zero if x < smallest else p * scale", "p * scale", ("numba",)),
+    "numba: exp of -inf is no 0": Mutant(f"{NUMBA}/kernels/math.py", "zero if x < smallest else exp_of_rest(r) * scale", "exp_of_rest(r) * scale", ("numba",)),
     "numba: ignored rows count in the mean": Mutant(f"{NUMBA}/kernels/stages.py", "valid += counts", "valid += 1", ("numba", "loss", "gradient_options")),
     "numba: ignored rows keep what memory held": Mutant(f"{NUMBA}/kernels/labels.py", "                    store(logits_type, grad, c, zero)\n", "                    pass\n", ("numba", "loss", "gradient_options")),
     "numba: 0 * inf is NaN": Mutant(f"{NUMBA}/kernels/losses.py", "loss = zero if a == zero and nll == infinity else a * nll", "loss = a * nll", ("numerics", "loss")),

@@ -1,6 +1,7 @@
 """The arithmetic, the tables and the timing code of the benchmarks; never how fast anything is."""
 
 import copy
+import functools
 import itertools
 import json
 import subprocess
@@ -212,6 +213,23 @@ def test_flash_attn_loss_is_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = Inputs(TINY, "cpu")
     loss = providers.flash_attn(TINY, "cuda")(inputs.logits, inputs.target)
     torch.testing.assert_close(loss, F.cross_entropy(inputs.logits, inputs.target))
+
+
+def test_outputs_of_rows_are_the_same_for_all() -> None:
+    case = TINY._replace(operation="rows")
+    inputs = Inputs(case, "cpu")
+    functions = [
+        providers.torch_eager(case, "cpu"),
+        providers.ours(case, "cpu"),
+        functools.partial(providers.rows_of_ours, backend="torch"),
+    ]
+    first, *others = [torch.autograd.grad(it(inputs.logits, inputs.target), inputs.logits)[0] for it in functions]
+    for grad in others:
+        torch.testing.assert_close(grad, first)
+    with pytest.raises(providers.Unavailable, match="rows has no grad_in_forward"):
+        providers.ours(case, "cpu", option="grad_in_forward")
+    with pytest.raises(providers.Unavailable, match="liger_kernel has no such outputs of rows"):
+        providers.liger(case, "cuda")
 
 
 def test_memory_is_the_growth_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,20 @@ def test_zero_probability_of_a_masked_class_counts_zero(place: Place) -> None:
     assert F.cross_entropy(logits, target).isnan()
 
 
+@pytest.mark.parametrize("classes", [12, 300])
+def test_zero_weight_of_a_masked_target_class_counts_zero(place: Place, classes: int) -> None:
+    logits, weight = make_logits((4, classes), torch.float32, place.device), torch.ones(classes, device=place.device)
+    target = torch.tensor([3, 5, 7, 9], device=place.device)
+    weight[5] = 0
+    with torch.no_grad():
+        logits[1, 5] = -INF
+    loss = cross_entropy(logits, target, weight, reduction="none", backend=place.backend)
+    assert loss[1] == 0
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    assert (grad[1] == 0).all()
+    assert (grad[[0, 2, 3]] != 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_row_that_begins_with_minus_infinity(place: Place, dtype: torch.dtype) -> None:
     """Whole steps of the running maximum see nothing but -inf."""
