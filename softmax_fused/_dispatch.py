@@ -113,13 +113,15 @@ def slice_row_operations(backend: Backend) -> SliceRowsOperations:
 # Transforms and types
 
 
+functorch_is_active, dispatch_modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
+tracing_state, any_autocast = torch._C._get_tracing_state, torch._C._is_any_autocast_enabled
+forward_ad = torch.autograd.forward_ad
+
+
 def under_transform() -> bool:
     """Whether torch.func, forward-mode AD, tracing or a dispatch mode (fake tensors among them) is active."""
     return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        functorch_is_active() or forward_ad._current_level >= 0 or dispatch_modes() > 0 or tracing_state() is not None
     )
 
 
@@ -332,6 +334,9 @@ class Call(NamedTuple):
     spec: Spec
     operations: CrossEntropyOperations
     gradient_with_loss: bool  # also unasked
+    left_to_torch: tuple[
+        bool, bool
+    ]  # as faster, where the backend is chosen for the device; without a gradient and with
 
 
 CALLS: dict[tuple[Any, ...], Call] = {}
@@ -354,7 +359,10 @@ def make_call(
     chosen = get_backend(backend, input.device.type)
     spec = make_spec(input, target, reduction, ignore_index, label_smoothing, dtype, batch_invariant)
     with_loss = input.device.type in chosen.gradient_with_loss and reduction != "none"
-    return Call(spec, chosen.cross_entropy, with_loss)
+    left = False, False
+    if backend == "auto" and input.is_cpu and not batch_invariant:
+        left = chosen.leaves_to_torch(input, False), chosen.leaves_to_torch(input, True)
+    return Call(spec, chosen.cross_entropy, with_loss, left)
 
 
 def known_call(
@@ -371,7 +379,7 @@ def known_call(
     """Return the decision for a call, kept from an earlier call of the same signature or made now.
 
     None where the signature does not decide: tensor subclasses, transforms, gradients of the target or the weights. It
-    must not be called while torch.compile traces, nor for logits that are small.
+    must not be called while torch.compile traces.
     """
     if (
         type(input) not in TENSORS
@@ -387,8 +395,7 @@ def known_call(
     signature = (
         input.dtype, input.shape, input.device, input.layout, target.dtype, target.shape, target.device, target.layout,
         weight is not None and (weight.dtype, weight.shape, weight.device), ignore_index, reduction, label_smoothing,
-        backend, torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type), dtype,
-        batch_invariant,
+        backend, any_autocast() and torch.is_autocast_enabled(input.device.type), dtype, batch_invariant,
     )  # fmt: skip
     call = CALLS.get(signature)
     if call is None and supports_fused(input, target, weight, ignore_index, reduction, label_smoothing, dtype):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from softmax_fused._spec import CrossEntropyOperations, RowOutputsOperations, RowSpec, SoftmaxOperations, Spec
 
 is_batched, is_batched_by_autograd = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+is_grad_enabled = torch.is_grad_enabled
 
 
 def batched(tensor: Tensor) -> bool:
@@ -57,7 +58,7 @@ class CrossEntropy(torch.autograd.Function):
         """Compute the gradient of the logits; in torch operations where it is to be differentiated or batched."""
         logits, target, weight, *saved = ctx.saved_tensors
         spec, operations, gradient_mode, precomputed = ctx.call
-        if torch.is_grad_enabled() or is_batched(upstream) or is_batched_by_autograd(upstream):
+        if is_grad_enabled() or is_batched(upstream) or is_batched_by_autograd(upstream):
             grad = torch_loss.differentiable_gradient(upstream, logits, target, weight, spec)
         elif gradient_mode == "in place":
             grad = operations.gradient(upstream, logits, target, weight, saved, spec, logits.detach())

@@ -15,7 +15,6 @@ from softmax_fused._dispatch import (
     LOSS,
     LOSS_IN_PLACE,
     LOSS_OF_ANOTHER_TYPE,
-    is_small,
     known_call,
     least_numel,
     loss_dtype,
@@ -135,6 +134,8 @@ def cross_entropy(
         raise _errors.unknown_backend(backend, REGISTRY)
     if grad_in_forward and inplace_backward:
         raise _errors.both_gradient_options()
+    if dtype is not None and dtype not in FLOATS:
+        raise _errors.wrong_dtype(dtype)
     compiling = is_compiling()
     small = (
         backend == "auto"
@@ -142,8 +143,12 @@ def cross_entropy(
         and input.is_cpu
         and not compiling
         and not batch_invariant
-        and (input.numel() < least_numel() or is_small(input))
+        and input.numel() < least_numel()
     )
+    arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
+    call = None if compiling or small else known_call(*arguments, backend, dtype, batch_invariant)
+    gradient = call is not None and wants_gradient(input)
+    small = small or (call is not None and call.left_to_torch[gradient])
     if (
         small
         and weight is None
@@ -153,11 +158,7 @@ def cross_entropy(
         and target.ndim < input.ndim
     ):
         return torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-    if dtype is not None and dtype not in FLOATS:
-        raise _errors.wrong_dtype(dtype)
-    arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
-    call = None if compiling or small else known_call(*arguments, backend, dtype, batch_invariant)
-    if call is None:
+    if call is None or small:
         if isinstance(target, sparse.SparseTarget):
             return sparse.cross_entropy(
                 input, target, weight, ignore_index, reduction, label_smoothing, dtype, backend, batch_invariant
@@ -182,8 +183,9 @@ def cross_entropy(
             )[0]
             return in_graph
         call = make_call(input, target, ignore_index, reduction, label_smoothing, backend, dtype, batch_invariant)
-    spec, operations, with_loss = call
-    if not wants_gradient(input):
+        gradient = wants_gradient(input)
+    spec, operations, with_loss, _ = call
+    if not gradient:
         return operations.loss(input, target, weight, spec, save=False)[0]  # type: ignore[arg-type]  # it is a tensor
     if inplace_backward:
         check_writable(input)

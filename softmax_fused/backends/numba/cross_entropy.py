@@ -28,20 +28,15 @@ if TYPE_CHECKING:
     from softmax_fused._spec import Spec
 
 
-READERS = ("indices", "probabilities")
-"""The kinds of target that there are kernels for, as the protocol calls them."""
-
 SCRATCH = Scratch()
+SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
+"""What a mean or sum is like: torch.empty_like takes half the time of torch.empty."""
+
 WRONG_LABELS = FIELDS.wrong_labels
 
 
 class NoKernelError(Exception):
     """There is no kernel for a call, or Numba cannot compile it and has said why: pure torch computes."""
-
-
-def covers(spec: Spec) -> bool:
-    """Whether there are kernels for such a call."""
-    return spec.target.reader in READERS and not spec.batch_invariant
 
 
 def saved_shapes(logits: Tensor, weight: Tensor | None, spec: Spec) -> list[tuple[int, ...]]:
@@ -127,8 +122,6 @@ def compute(
         IndexError: If a class index that is not ignored lies outside [0, C).
         NoKernelError: If no kernel can be had.
     """
-    if not covers(spec):
-        raise NoKernelError
     if spec.target.has_labels and target.dtype is not torch.int64:
         target = target.long()
     plan = make_plan(
@@ -139,9 +132,12 @@ def compute(
         if plan is NO_KERNEL:
             raise NoKernelError
         return compute_copies(logits, target, weight, spec, grad, upstream, with_loss)
-    weight = weights(weight, plan.call[FIELDS.classes], spec)
+    if weight is not None or plan.weighs_all:
+        weight = weights(weight, plan.call[FIELDS.classes], spec)
     scratch = SCRATCH.take(plan.scratch, spec.acc)
-    result = torch.empty(plan.result, dtype=spec.acc) if with_loss else scratch
+    result = scratch
+    if with_loss:
+        result = torch.empty(plan.result, dtype=spec.acc) if plan.result else torch.empty_like(SCALARS[spec.acc])
     memory = scratch.data_ptr()
     found = result.data_ptr() if with_loss else 0
     call = plan.call + array(
@@ -156,11 +152,9 @@ def compute(
     return result if spec.dtype is spec.acc else result.to(spec.dtype)
 
 
-def weights(weight: Tensor | None, classes: int, spec: Spec) -> Tensor | None:
-    """Return the weights of the classes in the type of the arithmetic, None where only the label's would be read."""
-    if weight is not None:
-        return weight.to(spec.acc).contiguous()
-    return torch.ones(classes, dtype=spec.acc) if spec.has_dense_target else None
+def weights(weight: Tensor | None, classes: int, spec: Spec) -> Tensor:
+    """Return the weights of all classes in the type of the arithmetic."""
+    return torch.ones(classes, dtype=spec.acc) if weight is None else weight.to(spec.acc).contiguous()
 
 
 def compute_copies(

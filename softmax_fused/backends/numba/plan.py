@@ -52,6 +52,7 @@ class Plan(NamedTuple):
     losses: int  # bytes of the rows' losses in scratch memory, before what each thread needs
     scratch: int  # numbers
     result: tuple[int, ...]  # the shape
+    weighs_all: bool = False  # whether the weight of every class is read, be there weights or not
 
 
 def bits(number: float) -> int:
@@ -74,6 +75,14 @@ def divide(rows: Rows, tiled: bool, threads: int, copies: int = 1) -> tuple[int,
 
 NO_STRIDES, NO_KERNEL = "no strides", "no kernel"
 
+READERS = ("indices", "probabilities")
+"""The kinds of target that there are kernels for, as the protocol calls them."""
+
+
+def covers(spec: Spec) -> bool:
+    """Whether there are kernels for such a call."""
+    return spec.target.reader in READERS and not spec.batch_invariant
+
 
 @functools.lru_cache(256)
 def make_plan(
@@ -88,10 +97,12 @@ def make_plan(
     with_loss: bool,
     threads: int,
 ) -> Plan | str:
-    """Return the plan; NO_STRIDES where rows are to be copied first, NO_KERNEL where no kernel can be had.
+    """Return the plan; NO_STRIDES where rows are to be copied first, NO_KERNEL where there is none or none can be had.
 
     `logits`, `target`, `grad` and `upstream` are strides, None for what is absent; `shape` and `dtype` are the logits'.
     """
+    if not covers(spec):
+        return NO_KERNEL
     has_labels = spec.target.has_labels
     given = [
         class_strides(shape, logits),
@@ -120,7 +131,8 @@ def make_plan(
     )  # fmt: skip
     losses = number if reduced else 0
     result = row_shape(shape) if spec.reduction == "none" else ()
-    return Plan(kernel, array("q", call), team, losses * spec.acc.itemsize, losses + team * scratch, result)
+    scratch = losses + team * scratch
+    return Plan(kernel, array("q", call), team, losses * spec.acc.itemsize, scratch, result, spec.has_dense_target)
 
 
 @functools.lru_cache(256)
@@ -137,6 +149,8 @@ def make_rows_plan(
 ) -> Plan | str:
     """Return the plan of one of OF_ROWS, likewise."""
     spec = options.spec
+    if not covers(spec):
+        return NO_KERNEL
     has_labels = spec.target.has_labels
     given = [
         class_strides(shape, logits),
@@ -159,7 +173,7 @@ def make_rows_plan(
         *rows, *strides[0], *strides[1], *strides[2], 0, 0, scratch, units, chunk, REDUCTIONS["none"],
         spec.ignore_index, bits(spec.label_smoothing), Stage.everything if team == 1 else Stage.prepare,
     )  # fmt: skip
-    return Plan(kernel, array("q", call), team, 0, team * scratch, row_shape(shape))
+    return Plan(kernel, array("q", call), team, 0, team * scratch, row_shape(shape), spec.has_dense_target)
 
 
 @functools.lru_cache(256)

@@ -22,9 +22,9 @@ from softmax_fused.backends.numba.call import (
     RowFields,
 )
 from softmax_fused.backends.numba.compilation import NAMES
-from softmax_fused.backends.numba.cross_entropy import SCRATCH, covers, run_stages, weights
+from softmax_fused.backends.numba.cross_entropy import SCRATCH, run_stages, weights
 from softmax_fused.backends.numba.pages import empty_like
-from softmax_fused.backends.numba.plan import NO_STRIDES, Plan, bits, make_rows_plan
+from softmax_fused.backends.numba.plan import NO_STRIDES, Plan, bits, covers, make_rows_plan
 from softmax_fused.backends.torch import row_outputs as torch_rows
 
 if TYPE_CHECKING:
@@ -93,8 +93,6 @@ def compute(
         IndexError: If a class index that is not ignored lies outside [0, C).
     """
     spec = options.spec
-    if not covers(spec):
-        return False
     if spec.target.has_labels and target.dtype is not torch.int64:
         target = target.long()
     plan = make_rows_plan(
@@ -110,7 +108,8 @@ def compute(
         return found
     if not isinstance(plan, Plan):
         return False
-    weight = weights(weight, plan.call[FIELDS.classes], spec)
+    if weight is not None or plan.weighs_all:
+        weight = weights(weight, plan.call[FIELDS.classes], spec)
     scratch = SCRATCH.take(plan.scratch, spec.acc)
     scales = None if row_scale is None else row_scale.to(spec.acc).contiguous()
     said = {
