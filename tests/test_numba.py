@@ -541,10 +541,8 @@ def test_outputs_of_rows_are_no_less_accurate_than_torchs(
     [
         ((4, 10), False, "several", False),
         ((4, 10), True, "several", False),
-        ((256, 10), True, "loss", False),
-        ((200, 10), True, "loss", True),
-        ((1023, 1024), False, "loss", True),
-        ((1024, 1024), False, "loss", False),
+        ((1023, 1024), True, "loss", True),
+        ((1024, 1024), True, "loss", False),
         ((1023, 1024), True, "sparse", True),
         ((1024, 1024), True, "sparse", False),
     ],
