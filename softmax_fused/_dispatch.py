@@ -334,9 +334,7 @@ class Call(NamedTuple):
     spec: Spec
     operations: CrossEntropyOperations
     gradient_with_loss: bool  # also unasked
-    left_to_torch: tuple[
-        bool, bool
-    ]  # as faster, where the backend is chosen for the device; without a gradient and with
+    left_to_torch: tuple[bool, bool]  # under backend="auto": without a gradient, and with
 
 
 CALLS: dict[tuple[Any, ...], Call] = {}

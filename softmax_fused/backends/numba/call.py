@@ -32,7 +32,7 @@ MEAN, SUM, NONE = 0, 1, 2
 REDUCTIONS = {"mean": MEAN, "sum": SUM, "none": NONE}
 
 LANES = 64
-"""Rows in a tile: those that the loss and the softmax work on side by side where classes are few, or do not lie so."""
+"""Rows in a tile: those that are worked on side by side where classes are few, or do not lie side by side."""
 
 BLOCK = 64
 """Classes of a row are worked on in whole blocks: four vectors of 16 float32, as many as LLVM has in flight."""

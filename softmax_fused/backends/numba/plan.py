@@ -62,7 +62,10 @@ def bits(number: float) -> int:
 
 
 def divide(rows: Rows, tiled: bool, threads: int, copies: int = 1) -> tuple[int, int, int, int]:
-    """Return units, a thread's scratch, which holds so many of them, how many units it takes at a time, and threads."""
+    """Return units, a thread's scratch, how many units it takes at a time, and threads.
+
+    The scratch holds so many `copies` of a unit, a row or tile.
+    """
     if tiled:
         units, scratch = rows.outer * -(-rows.inner // LANES), LANES * (copies * rows.classes + LANE_VECTORS)
         chunk = max(1, CHUNK // (LANES * rows.classes))

@@ -43,13 +43,15 @@ class Addresses(NamedTuple):
     logits: Any
     grad: Any
     target: Any
+    label: Any  # what lies there, -1 where it is ignored or there are class probabilities
     row_scale: Any  # of the row's one number
 
 
 def address_functions(types: Types) -> Addresses:
     """Return where the tensors of a row lie, and what its logits are multiplied by."""
     logits_type, target_type, real = types
-    size, target_size = SIZES[logits_type], 8 if target_type is None else SIZES[target_type]
+    has_labels = target_type is None
+    size, target_size = SIZES[logits_type], 8 if has_labels else SIZES[target_type]
 
     @exact
     def logits(p, n, i):
@@ -64,11 +66,18 @@ def address_functions(types: Types) -> Addresses:
         return get(p, FIELDS.target) + target_size * (n * get(p, FIELDS.target_outer) + i * get(p, FIELDS.target_inner))
 
     @exact
+    def label(p, n, i):
+        if not has_labels:
+            return -1
+        found = load(np.int64, target(p, n, i), 0)
+        return -1 if found == get(p, FIELDS.ignore_index) else found
+
+    @exact
     def row_scale(p, number):
         scale, of_rows = real(get_real(p, ROW_FIELDS.scale)), get(p, ROW_FIELDS.row_scale)
         return scale * load(real, of_rows, number) if of_rows else scale
 
-    return Addresses(logits, grad, target, row_scale)
+    return Addresses(logits, grad, target, label, row_scale)
 
 
 def reads_shares(types: Types) -> Any:

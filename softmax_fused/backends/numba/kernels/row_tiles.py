@@ -24,7 +24,6 @@ from softmax_fused.backends.numba.kernels.tiles import tile_functions
 class Sweeps(NamedTuple):
     """What outputs and gradient have in common."""
 
-    label: Any
     fill_scales: Any
     read: Any
     scale: Any
@@ -43,14 +42,6 @@ def sweeps_of(types: Types) -> Sweeps:
     tanh, tile = hyperbolic_tangent(real), tile_functions(logits_type, real, real, exp)
     addresses, dense, has_labels = address_functions(types), reads_shares(types), target_type is None
     zero, step, least = real(0), SIZES[real] * LANES, real(LEAST_DIFFERENCE)
-
-    @exact
-    def label_of(p, n, i):
-        """Return the row's class index, -1 where it is ignored or there are class probabilities."""
-        if not has_labels:
-            return -1
-        label = load(np.int64, addresses.target(p, n, i), 0)
-        return -1 if label == get(p, FIELDS.ignore_index) else label
 
     @exact
     def fill_scales(p, number, lanes, scales):
@@ -161,7 +152,7 @@ def sweeps_of(types: Types) -> Sweeps:
             load(real, v + 4 * step, lane) if sums else zero, load(real, v + 5 * step, lane) if sums else zero,
         )  # fmt: skip
 
-    return Sweeps(label_of, fill_scales, read, scale, statistics, row)
+    return Sweeps(fill_scales, read, scale, statistics, row)
 
 
 def outputs_of_tile(types: Types) -> Any:
@@ -188,7 +179,7 @@ def outputs_of_tile(types: Types) -> Any:
         tile.read(addresses.logits(p, n, first), by_lane, by_class, lanes, classes, y)
         sweeps.scale(y, classes, scales)
         for lane in range(lanes):
-            label = sweeps.label(p, n, first + lane)
+            label = addresses.label(p, n, first + lane)
             store(real, at_label, lane, load(real, y, max(label, 0) * LANES + lane))
         count_larger(y, classes, at_label, larger)
 
@@ -207,7 +198,7 @@ def outputs_of_tile(types: Types) -> Any:
         sweeps.read(p, n, first, lanes, classes, scales, x, e)
         sweeps.statistics(p, n, first, lanes, classes, x, e, a, v)
         for lane in range(lanes):
-            label = sweeps.label(p, n, first + lane)
+            label = addresses.label(p, n, first + lane)
             row = sweeps.row(p, lane, label, x, e, v)
             write_outputs(p, n * inner + first + lane, label, row, np.int64(load(real, larger, lane)) if ranked else 0)
 
@@ -263,7 +254,7 @@ def gradient_of_tile(types: Types) -> Any:
         sweeps.statistics(p, n, first, lanes, classes, x, e, a, v)
         at_label = v + 5 * step  # <a, x - m> is not needed
         for lane in range(lanes):
-            label = sweeps.label(p, n, first + lane)
+            label = addresses.label(p, n, first + lane)
             factors = find_factors(p, n * inner + first + lane, label, sweeps.row(p, lane, label, x, e, v))
             store(real, of_e, lane, factors.of_e)
             store(real, by_entropy, lane, factors.by_entropy)
@@ -273,7 +264,7 @@ def gradient_of_tile(types: Types) -> Any:
         if dense(p):
             subtract_shares(e, a, classes, of_share)
         for lane in range(lanes):
-            label = sweeps.label(p, n, first + lane)
+            label = addresses.label(p, n, first + lane)
             if label >= 0:
                 store(real, e, label * LANES + lane, load(real, at_label, lane))
         if get_real(p, ROW_FIELDS.softcap) != 0.0:

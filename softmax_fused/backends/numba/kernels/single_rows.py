@@ -28,7 +28,6 @@ from softmax_fused.backends.numba.kernels.rows import row_functions
 class Sweeps(NamedTuple):
     """What outputs and gradient have in common."""
 
-    label: Any
     read: Any
     statistics: Any
 
@@ -40,14 +39,6 @@ def sweeps_of(types: Types) -> Sweeps:
     tanh, row = hyperbolic_tangent(real), row_functions(real, real, real, exp)
     addresses, dense, has_labels = address_functions(types), reads_shares(types), target_type is None
     zero, one, minus_infinity, least = real(0), real(1), real(-np.inf), real(LEAST_DIFFERENCE)
-
-    @exact
-    def label_of(p, n, i):
-        """Return the row's class index, -1 where it is ignored or there are class probabilities."""
-        if not has_labels:
-            return -1
-        label = load(np.int64, addresses.target(p, n, i), 0)
-        return -1 if label == get(p, FIELDS.ignore_index) else label
 
     @exact
     def read(z, classes, count, scale, softcap, x, t):
@@ -135,7 +126,7 @@ def sweeps_of(types: Types) -> Sweeps:
         x_label = load(real, x, label) - m
         return Statistics(m, top, r + (m - m), u, x_label, load(real, e, label), total, d)  # NaN where m is not finite
 
-    return Sweeps(label_of, read, statistics)
+    return Sweeps(read, statistics)
 
 
 def outputs_of_row(types: Types) -> Any:
@@ -158,7 +149,7 @@ def outputs_of_row(types: Types) -> Any:
         n, i = number // inner, number % inner
         count = (classes + BLOCK - 1) // BLOCK * BLOCK
         e, a = x + real_size * count, x + 2 * real_size * count
-        z, scale, label = addresses.logits(p, n, i), addresses.row_scale(p, number), sweeps.label(p, n, i)
+        z, scale, label = addresses.logits(p, n, i), addresses.row_scale(p, number), addresses.label(p, n, i)
         sweeps.read(z, classes, count, scale, real(get_real(p, ROW_FIELDS.softcap)), x, e)
         row = sweeps.statistics(p, n, i, label, classes, count, x, e, a)
         larger = 0
@@ -211,7 +202,7 @@ def gradient_of_row(types: Types) -> Any:
         count = (classes + BLOCK - 1) // BLOCK * BLOCK
         e, a, t = x + real_size * count, x + 2 * real_size * count, x + 3 * real_size * count
         softcap = real(get_real(p, ROW_FIELDS.softcap))
-        grad, scale, label = addresses.grad(p, n, i), addresses.row_scale(p, number), sweeps.label(p, n, i)
+        grad, scale, label = addresses.grad(p, n, i), addresses.row_scale(p, number), addresses.label(p, n, i)
         sweeps.read(addresses.logits(p, n, i), classes, count, scale, softcap, x, t)
         row = sweeps.statistics(p, n, i, label, classes, count, x, e, a)
         factors = find_factors(p, number, label, row)
