@@ -16,6 +16,7 @@ from torch import Tensor
 from softmax_fused import cross_entropy, cross_entropy_rows, log_softmax, softmax
 from softmax_fused._dispatch import get_backend
 from softmax_fused._row_outputs import DEFAULT, DIFFERENTIABLE, OUTPUTS
+from softmax_fused.backends.numba.call import ROWS
 from tests import reference
 from tests.cases import assert_right, crossed, make_indices, make_logits, make_probabilities
 from tests.conftest import COMPILED, HAS_NUMBA
@@ -468,6 +469,18 @@ def test_outputs_of_rows_in_no_batch_that_varies_are_pure_torchs() -> None:
         outputs_and_gradient(logits, target, backend=name, batch_invariant=True) for name in ("numba", "torch")
     )
     assert all(map(torch.equal, ours, torchs))
+
+
+def test_an_output_of_rows_that_the_kernels_do_not_know_is_left_to_torch() -> None:
+    from softmax_fused._spec import RowSpec
+    from softmax_fused.backends.numba import plan
+    from softmax_fused.backends.torch.targets import make_spec
+
+    logits, target = torch.zeros(7, 10), torch.zeros(7, dtype=torch.long)
+    spec = make_spec(logits, target, "none", -100, 0.0, torch.float32)
+    options = RowSpec(spec, 1.0, None, ("loss", "another"))
+    given = (logits.shape, logits.stride(), target.stride(), None, logits.dtype, target.dtype, 1)
+    assert plan.make_rows_plan(ROWS, options, *given) is plan.NO_KERNEL
 
 
 @pytest.mark.slow  # two kernels

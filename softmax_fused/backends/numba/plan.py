@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from softmax_fused._spec import row_shape
 from softmax_fused.backends.numba import compilation
-from softmax_fused.backends.numba.call import BLOCK, LANE_VECTORS, LANES, REDUCTIONS, ROW_COPIES, Signature, Stage
+from softmax_fused.backends.numba.call import (
+    BLOCK,
+    LANE_VECTORS,
+    LANES,
+    REDUCTIONS,
+    ROW_COPIES,
+    RowFields,
+    Signature,
+    Stage,
+)
 from softmax_fused.backends.numba.compilation import Kernel, Key
 from softmax_fused.backends.numba.layout import (
     NOWHERE,
@@ -150,9 +159,9 @@ def make_rows_plan(
     target_dtype: torch.dtype,
     threads: int,
 ) -> Plan | str:
-    """Return the plan of one of OF_ROWS, likewise."""
+    """Return the plan of one of OF_ROWS, likewise; NO_KERNEL also for an output that the kernels do not know."""
     spec = options.spec
-    if not covers(spec):
+    if not covers(spec) or not set(options.outputs) <= set(RowFields._fields):
         return NO_KERNEL
     has_labels = spec.target.has_labels
     given = [
