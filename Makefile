@@ -25,8 +25,9 @@ ifeq ($(TORCH),cpu) # an extra's packages alone: the package itself would bring 
 INSTALL = $(PIP) install $(QUIET) torch torchvision --index-url $(CPU_WHEELS) \
     && $(PIP) install $(QUIET) --no-deps --editable . \
     && $(BIN)/python -c '$(REQUIREMENTS)' > $(VENV)/requirements.txt && $(PIP) install $(QUIET) -r $(VENV)/requirements.txt
-REQUIREMENTS = from importlib.metadata import requires; \
-    print(*(line.split(";")[0] for line in requires("softmax-fused") if "extra == \"$*\"" in line), sep="\n")
+REQUIREMENTS = from importlib.metadata import requires; from pip._vendor.packaging.requirements import Requirement; \
+    print(*(str(it).split(";")[0] for it in map(Requirement, requires("softmax-fused")) if it.marker \
+    and it.marker.evaluate({"extra": "$*"}) and not it.marker.evaluate({"extra": ""})), sep="\n")
 endif
 define UNFINISHED
 
