@@ -65,8 +65,8 @@ test: $(VENV)/.test ## the tests of everything essential on the CPU, kernels in 
 	@echo "Running the tests, the kernels in Triton's interpreter: about 5 minutes on two cores."
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.test ## the other tests: more cases, compilation for four GPUs, several processes: six minutes
-	@echo "Running the slow tests: about 6 minutes on two cores."
+test-slow: $(VENV)/.test ## the other tests: more cases, compilation for four GPUs and the CPU, several processes: nine minutes
+	@echo "Running the slow tests: about 9 minutes on two cores."
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-slow ## every test
