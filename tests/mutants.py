@@ -358,6 +358,8 @@ MUTANTS = {
     "numba: code of another CPU": Mutant(f"{NUMBA}/compilation.py", '"\\0".join(versions + machine)', '"\\0".join(versions)', ("numba",)),
     "numba: a fork waits for its parent's lock": Mutant(f"{NUMBA}/compilation.py", "    global LOCK\n", "", ("numba",)),
     "numba: small calls are not left to torch": Mutant(f"{NUMBA}/backend.py", "return logits.numel() < LEAST_NUMEL[with_gradient, few_classes]", "return False", ("numba",)),
+    "numba: an infinite weight where log s rounds to 0 is NaN": Mutant(f"{NUMBA}/kernels/losses.py", "(total if log_s == zero and np.isinf(total) else total * log_s) - d", "total * log_s - d", ("numerics",)),
+    "numba: rows: an infinite weight of the largest class is NaN": Mutant(NUMBA_SINGLE, "(share == zero) | (difference == zero)", "share == zero", ("row_outputs",)),
     "numba: any kind of target is class indices": Mutant(f"{NUMBA}/plan.py", "return spec.target.reader in READERS and not", "return not", ("numba",)),
     "numba: rows: NaN is not the largest": Mutant(NUMBA_SINGLE, "return np.int64(first_nan if first_nan < count else first)", "return np.int64(min(first, count - 1))", ("row_outputs",)),
     "numba: rows: the largest logit counted twice": Mutant(NUMBA_SINGLE, "        store(real, x, top, minus_infinity)\n", "", ("row_outputs",)),

@@ -188,7 +188,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
     [(False, 0.0), (False, 0.1), (True, 0.1)],
     ids=["indices", "smoothed indices", "probabilities"],
 )
-def test_infinite_class_weight(kernels: Place, shape: tuple[int, ...], probabilities: bool, smoothing: float) -> None:
+def test_infinite_class_weight(place: Place, shape: tuple[int, ...], probabilities: bool, smoothing: float) -> None:
     """As torch: the loss infinite, the gradient NaN in its class, and NaN where torch has NaN only."""
     z = make_logits(shape, torch.float32, "cpu").detach()
     z[0, 1] = 9  # the maximum, hence z - m = 0
@@ -199,26 +199,26 @@ def test_infinite_class_weight(kernels: Place, shape: tuple[int, ...], probabili
     weight[1] = INF
     for reduction in ("none", "sum", "mean") if shape == SHAPES["short"] else ("none", "mean"):
         options = {"reduction": reduction, "label_smoothing": smoothing}
-        expected_logits, logits = (z.to(device).requires_grad_() for device in ("cpu", kernels.device))
+        expected_logits, logits = (z.to(device).requires_grad_() for device in ("cpu", place.device))
         expected = F.cross_entropy(expected_logits, target, weight, **options)
-        here = target.to(kernels.device), weight.to(kernels.device)
-        loss = cross_entropy(logits, *here, backend=kernels.backend, **options)
+        here = target.to(place.device), weight.to(place.device)
+        loss = cross_entropy(logits, *here, backend=place.backend, **options)
         upstream = torch.rand(expected.shape) + 0.5
         (expected_grad,) = torch.autograd.grad(expected, expected_logits, upstream)
-        (grad,) = torch.autograd.grad(loss, logits, upstream.to(kernels.device))
+        (grad,) = torch.autograd.grad(loss, logits, upstream.to(place.device))
         for got, torchs in ((loss.detach().cpu(), expected.detach()), (grad.cpu(), expected_grad)):
             known = ~torchs.isnan()
             torch.testing.assert_close(got[known], torchs[known])
         assert reduction == "mean" or expected.isinf().any()
 
 
-def test_infinite_weight_of_a_class_in_a_confident_row(kernels: Place) -> None:
+def test_infinite_weight_of_a_class_in_a_confident_row(place: Place) -> None:
     """The logarithm of the sum is 0 in rounded numbers, the loss of an unlikely class is not."""
-    logits = torch.tensor([[0.0, 200.0, 0.0]], device=kernels.device)
-    weight = torch.tensor([1.0, 1.0, INF], device=kernels.device)
-    label = torch.tensor([1], device=kernels.device)
+    logits = torch.tensor([[0.0, 200.0, 0.0]], device=place.device)
+    weight = torch.tensor([1.0, 1.0, INF], device=place.device)
+    label = torch.tensor([1], device=place.device)
     assert F.cross_entropy(logits, label, weight, reduction="sum", label_smoothing=0.1) == INF
-    options = {"reduction": "sum", "label_smoothing": 0.1, "backend": kernels.backend}
+    options = {"reduction": "sum", "label_smoothing": 0.1, "backend": place.backend}
     assert cross_entropy(logits, label, weight, **options) == INF
     logits[0, 0] = torch.nan
     assert cross_entropy(logits, label, weight, **options).isnan()

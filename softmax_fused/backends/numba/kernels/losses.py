@@ -12,9 +12,21 @@ import numpy as np
 from softmax_fused.backends.numba.kernels.decorators import exact
 
 
+def dense_function(real: Any) -> Any:
+    """Return the loss of shares of the target with the sum `total` = A and the product d = <a, z - m>."""
+    zero = real(0)
+
+    @exact
+    def dense_loss(total, log_s, d):
+        """Return A log s - d; log s is 0 in rounded numbers only, or of a single class, and inf times that is inf."""
+        return (total if log_s == zero and np.isinf(total) else total * log_s) - d
+
+    return dense_loss
+
+
 def label_functions(real: Any, log1p: Any) -> tuple[Any, Any]:
     """Return the loss, and the gradient at the label, of a row with a class index."""
-    zero, one, infinity = real(0), real(1), real(np.inf)
+    zero, one, infinity, dense_loss = real(0), real(1), real(np.inf), dense_function(real)
 
     @exact
     def label_loss(others, x_label, shifted, d, confidence, label_weight, per_class, weight_sum):
@@ -27,7 +39,7 @@ def label_functions(real: Any, log1p: Any) -> tuple[Any, Any]:
         nll = log_s - shifted
         loss = zero if a == zero and nll == infinity else a * nll  # 0 * inf = 0
         if per_class != zero:
-            loss += per_class * weight_sum * log_s - d
+            loss += dense_loss(per_class * weight_sum, log_s, d)
         return loss
 
     @exact

@@ -9,6 +9,7 @@ from typing import Any
 
 from softmax_fused.backends.numba.call import FIELDS, LANES
 from softmax_fused.backends.numba.kernels.decorators import exact
+from softmax_fused.backends.numba.kernels.losses import dense_function
 from softmax_fused.backends.numba.kernels.math import functions
 from softmax_fused.backends.numba.kernels.memory import SIZES, Types, get, get_real, load, store
 from softmax_fused.backends.numba.kernels.rows import row_functions
@@ -20,6 +21,7 @@ def probability_row(types: Types) -> Any:
     """Return a function that computes a row with class probabilities."""
     logits_type, target_type, real = types
     exp, log1p = functions(real)
+    dense_loss = dense_function(real)
     row = row_functions(logits_type, target_type, real, exp)
     upstream, size, target_size, one = upstream_of(real), SIZES[logits_type], SIZES[target_type], real(1)
 
@@ -40,7 +42,7 @@ def probability_row(types: Types) -> Any:
             grad += size * (n * get(p, FIELDS.grad_outer) + i * get(p, FIELDS.grad_inner))
             row.probability_gradient(scratch, classes, g * total / s, g, t, confidence, per_class, w, grad)
         if losses:
-            store(real, losses, number, total * log1p(s - one) - d)
+            store(real, losses, number, dense_loss(total, log1p(s - one), d))
 
     return compute
 
@@ -49,6 +51,7 @@ def probability_tile(types: Types) -> Any:
     """Return a function that computes a tile of rows with class probabilities."""
     logits_type, target_type, real = types
     exp, log1p = functions(real)
+    dense_loss = dense_function(real)
     tile = tile_functions(logits_type, target_type, real, exp)
     upstream, size, target_size, real_size = upstream_of(real), SIZES[logits_type], SIZES[target_type], SIZES[real]
     one = real(1)
@@ -78,7 +81,8 @@ def probability_tile(types: Types) -> Any:
         losses, grad = get(p, FIELDS.losses), get(p, FIELDS.grad)
         if losses:
             for lane in range(lanes):
-                loss = load(real, total, lane) * log1p(load(real, m, lane) - one) - load(real, d, lane)
+                log_s = log1p(load(real, m, lane) - one)
+                loss = dense_loss(load(real, total, lane), log_s, load(real, d, lane))
                 store(real, losses, n * inner + first + lane, loss)
         if grad:
             grad += size * (n * get(p, FIELDS.grad_outer) + first * get(p, FIELDS.grad_inner))

@@ -16,7 +16,7 @@ import numpy as np
 
 from softmax_fused.backends.numba.call import FIELDS, RESULT_TYPES, ROW_FIELDS
 from softmax_fused.backends.numba.kernels.decorators import exact
-from softmax_fused.backends.numba.kernels.losses import label_functions
+from softmax_fused.backends.numba.kernels.losses import dense_function, label_functions
 from softmax_fused.backends.numba.kernels.math import functions
 from softmax_fused.backends.numba.kernels.memory import SIZES, Types, get, get_real, load, store
 
@@ -130,7 +130,7 @@ def outputs_writer(types: Types) -> Any:
     real, has_labels = types.real, types.target is None
     _, log1p = functions(real)
     label_loss, _ = label_functions(real, log1p)
-    others_and_label, write, one = others_function(real), result_writer(), real(1)
+    others_and_label, write, one, dense_loss = others_function(real), result_writer(), real(1), dense_function(real)
 
     @exact
     def write_of_softmax(p, number, row, log_s):
@@ -173,7 +173,7 @@ def outputs_writer(types: Types) -> Any:
         write_of_softmax(p, number, row, log_s)
         if not has_labels:
             if get(p, ROW_FIELDS.loss):
-                write(p, get(p, ROW_FIELDS.loss), number, np.float64(row.total * log_s - row.d))
+                write(p, get(p, ROW_FIELDS.loss), number, np.float64(dense_loss(row.total, log_s, row.d)))
         elif label < 0:
             write_ignored(p, number)
         else:

@@ -106,16 +106,18 @@ def sweeps_of(types: Types) -> Sweeps:
 
     @contracted
     def share_sums(a, x, classes, m, total, d):
-        """Fill `total` with A and d with <a, x - m>, where 0 * -inf = 0."""
+        """Fill `total` with A and d with <a, x - m>, where 0 * -inf = 0 and inf * 0 = 0."""
         for lane in range(LANES):
             store(real, total, lane, zero)
             store(real, d, lane, zero)
         for c in range(classes):
             for lane in range(LANES):
                 share = load(real, a, c * LANES + lane)
-                product = share * (load(real, x, c * LANES + lane) - load(real, m, lane))
+                difference = load(real, x, c * LANES + lane) - load(real, m, lane)
+                product = share * difference
                 store(real, total, lane, load(real, total, lane) + share)
-                store(real, d, lane, load(real, d, lane) + (zero if share == zero else product))
+                product = zero if (share == zero) | (difference == zero) else product
+                store(real, d, lane, load(real, d, lane) + product)
 
     @contracted
     def exponentials(x, e, classes, m, top, r, u):

@@ -102,12 +102,12 @@ def row_functions(logits_type: Any, target_type: Any, real: Any, exp: Any) -> Ro
 
     @reordered
     def smoothing_product(z, m, classes, per_class, w):
-        """Return <w * e / C, z - m>, where 0 * -inf = 0."""
+        """Return <w * e / C, z - m>, where 0 * -inf = 0 and inf * 0 = 0: the infinite weight meets log s, too."""
         d = zero
         for c in range(classes):
-            a = per_class * load(real, w, c)
-            product = a * (real(load(logits_type, z, c)) - m)
-            d += zero if a == zero else product
+            a, difference = per_class * load(real, w, c), real(load(logits_type, z, c)) - m
+            product = a * difference
+            d += zero if (a == zero) | (difference == zero) else product
         return d
 
     @exact
@@ -126,9 +126,10 @@ def row_functions(logits_type: Any, target_type: Any, real: Any, exp: Any) -> Ro
         total, d = zero, zero
         for c in range(classes):
             a = load(real, w, c) * (confidence * real(load(target_type, t, c)) + per_class)
-            product = a * (real(load(logits_type, z, c)) - m)
+            difference = real(load(logits_type, z, c)) - m
+            product = a * difference
             total += a
-            d += zero if a == zero else product
+            d += zero if (a == zero) | (difference == zero) else product
         return total, d
 
     @contracted

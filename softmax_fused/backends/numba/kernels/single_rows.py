@@ -77,13 +77,13 @@ def sweeps_of(types: Types) -> Sweeps:
 
     @reordered
     def share_sums(a, x, m, count):
-        """Return A and <a, x - m>, where 0 * -inf = 0."""
+        """Return A and <a, x - m>, where 0 * -inf = 0 and inf * 0 = 0."""
         total, d = zero, zero
         for c in range(count):
-            share = load(real, a, c)
-            product = share * (load(real, x, c) - m)
+            share, difference = load(real, a, c), load(real, x, c) - m
+            product = share * difference
             total += share
-            d += zero if share == zero else product
+            d += zero if (share == zero) | (difference == zero) else product
         return total, d
 
     @exact

@@ -66,14 +66,16 @@ def tile_functions(logits_type: Any, target_type: Any, real: Any, exp: Any) -> T
 
     @contracted
     def smoothing_product(x, classes, per_class, w, d):
-        """Fill d with <w * e / C, z - m>, where 0 * -inf = 0."""
+        """Fill d with <w * e / C, z - m>, where 0 * -inf = 0 and inf * 0 = 0."""
         for lane in range(LANES):
             store(real, d, lane, zero)
         for c in range(classes):
             a = per_class * load(real, w, c)
             if a != zero:
                 for lane in range(LANES):
-                    store(real, d, lane, load(real, d, lane) + a * load(real, x, c * LANES + lane))
+                    difference = load(real, x, c * LANES + lane)
+                    product = a * difference
+                    store(real, d, lane, load(real, d, lane) + (zero if difference == zero else product))
 
     @contracted
     def probability_sums(x, classes, t, by_lane, by_class, lanes, confidence, per_class, w, total, d):
@@ -85,9 +87,11 @@ def tile_functions(logits_type: Any, target_type: Any, real: Any, exp: Any) -> T
             weight = load(real, w, c)
             for lane in range(lanes):
                 a = weight * (confidence * real(load(target_type, t, lane * by_lane + c * by_class)) + per_class)
-                product = a * load(real, x, c * LANES + lane)
+                difference = load(real, x, c * LANES + lane)
+                product = a * difference
                 store(real, total, lane, load(real, total, lane) + a)
-                store(real, d, lane, load(real, d, lane) + (zero if a == zero else product))
+                product = zero if (a == zero) | (difference == zero) else product
+                store(real, d, lane, load(real, d, lane) + product)
 
     @exact
     def exponentials(x, classes):
