@@ -22,7 +22,7 @@ from softmax_fused.backends.numba.kernels.memory import (
 )
 from softmax_fused.backends.numba.kernels.rows import row_functions
 from softmax_fused.backends.numba.kernels.stages import upstream_of
-from softmax_fused.backends.numba.kernels.tiles import tile_functions
+from softmax_fused.backends.numba.kernels.tiles import locate_tile, tile_functions
 
 
 def label_row(types: Types) -> Any:
@@ -155,10 +155,7 @@ def label_tile(types: Types) -> Any:
 
     @exact
     def compute(p, number, x):
-        inner, classes = get(p, FIELDS.inner), get(p, FIELDS.classes)
-        tiles = (inner + LANES - 1) // LANES
-        n, first = number // tiles, (number % tiles) * LANES
-        lanes = min(LANES, inner - first)
+        classes, (n, first, lanes) = get(p, FIELDS.classes), locate_tile(p, number)
         step = real_size * LANES
         m = x + step * classes
         shifted, x_label, label_weight, d = m + step, m + 2 * step, m + 3 * step, m + 4 * step

@@ -14,7 +14,7 @@ from softmax_fused.backends.numba.kernels.math import functions
 from softmax_fused.backends.numba.kernels.memory import SIZES, Types, get, get_real, load, store
 from softmax_fused.backends.numba.kernels.rows import row_functions
 from softmax_fused.backends.numba.kernels.stages import upstream_of
-from softmax_fused.backends.numba.kernels.tiles import tile_functions
+from softmax_fused.backends.numba.kernels.tiles import locate_tile, tile_functions
 
 
 def probability_row(types: Types) -> Any:
@@ -58,10 +58,8 @@ def probability_tile(types: Types) -> Any:
 
     @exact
     def compute(p, number, x):
-        inner, classes = get(p, FIELDS.inner), get(p, FIELDS.classes)
-        tiles = (inner + LANES - 1) // LANES
-        n, first = number // tiles, (number % tiles) * LANES
-        lanes = min(LANES, inner - first)
+        classes, (n, first, lanes) = get(p, FIELDS.classes), locate_tile(p, number)
+        inner = get(p, FIELDS.inner)
         step = real_size * LANES
         m = x + step * classes
         total, d, g = m + step, m + 2 * step, m + 3 * step

@@ -18,7 +18,7 @@ from softmax_fused.backends.numba.kernels.row_outputs import (
     outputs_writer,
     reads_shares,
 )
-from softmax_fused.backends.numba.kernels.tiles import tile_functions
+from softmax_fused.backends.numba.kernels.tiles import locate_tile, tile_functions
 
 
 class Sweeps(NamedTuple):
@@ -187,10 +187,8 @@ def outputs_of_tile(types: Types) -> Any:
 
     @exact
     def compute(p, number, x):
-        inner, classes = get(p, FIELDS.inner), get(p, FIELDS.classes)
-        tiles = (inner + LANES - 1) // LANES
-        n, first = number // tiles, (number % tiles) * LANES
-        lanes = min(LANES, inner - first)
+        classes, (n, first, lanes) = get(p, FIELDS.classes), locate_tile(p, number)
+        inner = get(p, FIELDS.inner)
         e, a, v = x + step * classes, x + 2 * step * classes, x + 4 * step * classes
         scales, at_label, larger = v + 6 * step, v + 7 * step, v + 8 * step
         sweeps.fill_scales(p, n * inner + first, lanes, scales)
@@ -244,10 +242,8 @@ def gradient_of_tile(types: Types) -> Any:
 
     @exact
     def compute(p, number, x):
-        inner, classes = get(p, FIELDS.inner), get(p, FIELDS.classes)
-        tiles = (inner + LANES - 1) // LANES
-        n, first = number // tiles, (number % tiles) * LANES
-        lanes = min(LANES, inner - first)
+        classes, (n, first, lanes) = get(p, FIELDS.classes), locate_tile(p, number)
+        inner = get(p, FIELDS.inner)
         e, a, t = x + step * classes, x + 2 * step * classes, x + 3 * step * classes
         v = x + 4 * step * classes
         scales, of_e, by_entropy, of_share = v + 6 * step, v + 7 * step, v + 8 * step, v + 9 * step

@@ -16,7 +16,7 @@ from softmax_fused.backends.numba.kernels.decorators import contracted, exact, r
 from softmax_fused.backends.numba.kernels.math import functions
 from softmax_fused.backends.numba.kernels.memory import SIZES, Types, get, load, store
 from softmax_fused.backends.numba.kernels.rows import row_functions
-from softmax_fused.backends.numba.kernels.tiles import tile_functions
+from softmax_fused.backends.numba.kernels.tiles import locate_tile, tile_functions
 
 
 def addresses_of(size: int) -> Any:
@@ -127,10 +127,7 @@ def softmax_tile(types: Types, log: bool) -> Any:
 
     @exact
     def compute(p, number, x):
-        inner, classes = get(p, FIELDS.inner), get(p, FIELDS.classes)
-        tiles = (inner + LANES - 1) // LANES
-        n, first = number // tiles, (number % tiles) * LANES
-        lanes = min(LANES, inner - first)
+        classes, (n, first, lanes) = get(p, FIELDS.classes), locate_tile(p, number)
         s = x + real_size * LANES * classes
         z, _, out = addresses(p, n, first)
         tile.read(z, get(p, FIELDS.logits_inner), get(p, FIELDS.logits_class), lanes, classes, x)
@@ -172,10 +169,7 @@ def gradient_tile(types: Types, log: bool) -> Any:
 
     @exact
     def compute(p, number, x):
-        inner, classes = get(p, FIELDS.inner), get(p, FIELDS.classes)
-        tiles = (inner + LANES - 1) // LANES
-        n, first = number // tiles, (number % tiles) * LANES
-        lanes = min(LANES, inner - first)
+        classes, (n, first, lanes) = get(p, FIELDS.classes), locate_tile(p, number)
         upstream = x + real_size * LANES * classes
         y, g, out = addresses(p, n, first)
         tile.read(y, get(p, FIELDS.logits_inner), get(p, FIELDS.logits_class), lanes, classes, x)

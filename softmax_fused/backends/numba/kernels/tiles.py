@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from softmax_fused.backends.numba.call import LANES
+from softmax_fused.backends.numba.call import FIELDS, LANES
 from softmax_fused.backends.numba.kernels.decorators import contracted, exact
-from softmax_fused.backends.numba.kernels.memory import load, load_apart, store, store_apart
+from softmax_fused.backends.numba.kernels.memory import get, load, load_apart, store, store_apart
 
 
 class TileFunctions(NamedTuple):
@@ -25,6 +25,15 @@ class TileFunctions(NamedTuple):
     write: Any
     write_tile: Any
     write_probabilities: Any
+
+
+@exact
+def locate_tile(p, number):
+    """Return where the rows of a tile are: the outer number, the first of the inner ones, and how many there are."""
+    inner = get(p, FIELDS.inner)
+    tiles = (inner + LANES - 1) // LANES
+    first = (number % tiles) * LANES
+    return number // tiles, first, min(LANES, inner - first)
 
 
 def tile_functions(logits_type: Any, target_type: Any, real: Any, exp: Any) -> TileFunctions:
